@@ -1,0 +1,328 @@
+"""Damped inverses and roots, extreme eigenvectors, leading singular triplets; batched.
+
+Everything takes leading batch dimensions and works in the dtype it is given: pass float64 for exact
+results, float32 for quick ones. Precision and failure rules, for every function here:
+
+* input that is not finite is an error, never a result;
+* a factorization that fails in float32 is tried once more in float64 (on the CPU where the device
+  has none), and is an error if it fails there too;
+* an iteration runs until its *residual* meets the tolerance; where it does not get there, a dense
+  solver finishes the work;
+* signs and starting blocks are fixed, so the same input gives the same output.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lorainit.errors import FactorizationError, NonFiniteError, RankError
+from lorainit.types import DampingMode
+
+DENSE_LIMIT = 768
+"""Up to this size a dense eigen- or singular value decomposition is as quick as iterating."""
+
+_OVERSAMPLING = 8
+_MAX_ITERATIONS = 60
+
+
+# --- dtypes and checks ----------------------------------------------------------------------
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """float64 if any of the tensors is, else float32: half precision is never solved in."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def check_finite(tensor: Tensor, what: str) -> Tensor:
+    """The tensor itself, or `NonFiniteError` naming `what`."""
+    if not bool(torch.isfinite(tensor).all()):
+        raise NonFiniteError(
+            f"{what} has values that are not finite. Look at the data and the model's dtype: "
+            "float16 overflows where bfloat16 and float32 do not."
+        )
+    return tensor
+
+
+def check_rank(rank: int, rows: int, columns: int, *, factor: int = 1) -> None:
+    """Raise `RankError` unless ``1 <= factor * rank <= min(rows, columns)``."""
+    if rank < 1 or factor * rank > min(rows, columns):
+        wanted = f"{factor} x rank = {factor * rank}" if factor > 1 else f"rank {rank}"
+        raise RankError(
+            f"{wanted} is not between 1 and min(out, in) = {min(rows, columns)} of a "
+            f"({rows}, {columns}) weight. Lower the rank (rank_pattern does it for single layers), "
+            "or pass cap_rank=True."
+        )
+
+
+def double_precision(tensor: Tensor) -> Tensor:
+    """The tensor in float64, on the CPU where its device has no float64 (MPS)."""
+    if tensor.device.type == "mps":
+        return tensor.cpu().double()
+    return tensor.double()
+
+
+# --- damping and roots ----------------------------------------------------------------------
+
+
+def damping_value(diagonal: Tensor, damping: float, mode: DampingMode) -> Tensor:
+    """The ``lambda`` that is added to a factor's diagonal (METHODS.md, Damping).
+
+    Args:
+        diagonal: ``(..., n)``, the factor's own diagonal.
+        damping: the setting.
+        mode: ``"relative"``: ``damping`` times the diagonal's mean; ``"absolute"``: ``damping``.
+
+    Returns:
+        ``(...)``. In relative mode never zero, so that a factor without any signal stays invertible.
+    """
+    if mode == "absolute":
+        return torch.full_like(diagonal[..., 0], damping)
+    floor = torch.finfo(diagonal.dtype).tiny / torch.finfo(diagonal.dtype).eps
+    return (damping * diagonal.mean(-1)).clamp_min(floor)
+
+
+def add_to_diagonal(matrix: Tensor, value: Tensor) -> Tensor:
+    """``matrix + value * I`` for ``(..., n, n)`` and ``(...)``, as a new tensor."""
+    out = matrix.clone()
+    out.diagonal(dim1=-2, dim2=-1).add_(value.unsqueeze(-1))
+    return out
+
+
+def damped_cholesky(matrix: Tensor, damping: Tensor, what: str) -> Tensor:
+    """Lower Cholesky factor of ``matrix + damping * I``; in float64 where float32 fails.
+
+    Args:
+        matrix: ``(..., n, n)``, symmetric positive semidefinite up to rounding.
+        damping: ``(...)``.
+        what: how to name the matrix in an error.
+
+    Returns:
+        ``(..., n, n)``, lower triangular, in the matrix's dtype, or in float64 (and on the CPU, where
+        the device has no float64) if only that worked.
+
+    Raises:
+        NonFiniteError: the matrix is not finite.
+        FactorizationError: not positive definite in float64 either.
+    """
+    check_finite(matrix, what)
+    damped = add_to_diagonal(matrix, damping)
+    factor, info = torch.linalg.cholesky_ex(damped)
+    if not bool(info.any()) and bool(torch.isfinite(factor).all()):
+        return factor
+    if matrix.dtype != torch.float64:
+        damped = add_to_diagonal(double_precision(matrix), double_precision(damping))
+        factor, info = torch.linalg.cholesky_ex(damped)
+        if not bool(info.any()) and bool(torch.isfinite(factor).all()):
+            return factor
+    raise FactorizationError(
+        f"{what} is not positive definite with damping {float(damping.min()):.3g} added, in float64 "
+        "either: the sample spans fewer directions than the layer has, and rounding in the collected "
+        "sums exceeds that damping. Use damping_mode='relative' (the default), raise damping, or "
+        "collect statistics from more tokens."
+    )
+
+
+def damped_eigh(matrix: Tensor, damping: Tensor, what: str) -> tuple[Tensor, Tensor]:
+    """Eigenvalues of ``matrix + damping * I``, none below ``damping``, and eigenvectors.
+
+    Negative eigenvalues of a second moment are rounding; they count as zero.
+
+    Returns:
+        ``(..., n)`` ascending and ``(..., n, n)`` with eigenvectors as columns.
+    """
+    check_finite(matrix, what)
+    values, vectors = eigh(matrix)
+    return values.clamp_min(0) + damping.unsqueeze(-1), vectors
+
+
+def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """``torch.linalg.eigh``, again in float64 where float32 does not converge."""
+    try:
+        values, vectors = torch.linalg.eigh(matrix)
+        if bool(torch.isfinite(values).all()) and bool(torch.isfinite(vectors).all()):
+            return values, vectors
+    except torch.linalg.LinAlgError:
+        pass
+    try:
+        values, vectors = torch.linalg.eigh(double_precision(matrix))
+    except torch.linalg.LinAlgError as error:
+        raise FactorizationError(
+            "a symmetric eigendecomposition did not converge in float64; the matrix may hold values "
+            "of wildly different size. Raise damping or collect statistics from more tokens."
+        ) from error
+    return values.to(matrix), vectors.to(matrix)
+
+
+def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Thin SVD as ``(U, S, V)``: ``matrix = U diag(S) V^T``, ``V`` with columns; float64 on failure."""
+    try:
+        u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+        if bool(torch.isfinite(s).all()) and bool(torch.isfinite(u).all()):
+            return u, s, vh.mT
+    except torch.linalg.LinAlgError:
+        pass
+    try:
+        u, s, vh = torch.linalg.svd(double_precision(matrix), full_matrices=False)
+    except torch.linalg.LinAlgError as error:
+        raise FactorizationError(
+            "a singular value decomposition did not converge in float64; look for extreme values in "
+            "the weight or the gradient."
+        ) from error
+    return u.to(matrix), s.to(matrix), vh.mT.to(matrix)
+
+
+# --- leading and trailing subspaces ---------------------------------------------------------
+
+
+def smallest_eigenvectors(
+    matrix: Tensor, k: int, *, lower_bound: Tensor | None = None, tolerance: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Orthonormal eigenvectors of the ``k`` smallest eigenvalues of a symmetric matrix.
+
+    Up to `DENSE_LIMIT` by a dense decomposition. Above it, where a lower bound of the spectrum is
+    known, by subspace iteration with the shifted inverse: one Cholesky factorization, then a few
+    pairs of triangular solves, until every residual ``|M v - mu v|`` is below ``tolerance`` times the
+    largest absolute eigenvalue sought or bound.
+
+    Args:
+        matrix: ``(..., n, n)``.
+        k: how many.
+        lower_bound: ``(...)``, a number that no eigenvalue is below; without it, dense.
+        tolerance: residual tolerance; default ``1e-10`` in float64 and ``2e-6`` in float32.
+
+    Returns:
+        Eigenvalues ``(..., k)`` ascending, eigenvectors ``(..., n, k)``.
+    """
+    n = matrix.shape[-1]
+    if lower_bound is not None and n > DENSE_LIMIT and 4 * (k + _OVERSAMPLING) < n:
+        found = _shifted_inverse_iteration(matrix, k, lower_bound, _tolerance(matrix, tolerance))
+        if found is not None:
+            values, vectors = found
+            return values, fix_signs(vectors)
+    values, vectors = eigh(matrix)
+    return values[..., :k], fix_signs(vectors[..., :k])
+
+
+def top_singular(
+    matrix: Tensor, k: int, *, tolerance: float | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Leading ``k`` singular triplets ``(U, S, V)`` of ``(..., m, n)``, signs fixed.
+
+    Dense up to `DENSE_LIMIT` (in the smaller dimension). Above it a block Krylov space is grown, with
+    full reorthogonalization, until every residual ``|M^T u - s v|`` is below ``tolerance * S[0]``; a
+    dense SVD finishes what does not converge.
+
+    Returns:
+        ``(..., m, k)``, ``(..., k)`` descending, ``(..., n, k)``.
+    """
+    m, n = matrix.shape[-2:]
+    small = min(m, n)
+    if small > DENSE_LIMIT and 4 * (k + _OVERSAMPLING) < small:
+        found = _block_krylov_svd(matrix, k, _tolerance(matrix, tolerance))
+        if found is not None:
+            u, s, v = found
+            return *_fix_pair_signs(u, v, s),
+    u, s, v = svd(matrix)
+    return *_fix_pair_signs(u[..., :k], v[..., :k], s[..., :k]),
+
+
+def largest_singular_value(matrix: Tensor) -> Tensor:
+    """``(...)``: the spectral norm of ``(..., m, n)``, to the tolerance of `top_singular`."""
+    m, n = matrix.shape[-2:]
+    if min(m, n) <= DENSE_LIMIT:
+        gram = matrix @ matrix.mT if m <= n else matrix.mT @ matrix
+        return torch.linalg.eigvalsh(gram)[..., -1].clamp_min(0).sqrt()
+    return top_singular(matrix, 1)[1][..., 0]
+
+
+def fix_signs(vectors: Tensor) -> Tensor:
+    """Columns of ``(..., n, k)`` with their entry of largest absolute value made positive."""
+    return vectors * _column_signs(vectors)
+
+
+def _fix_pair_signs(u: Tensor, v: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    signs = _column_signs(v)
+    return u * signs, s, v * signs
+
+
+def _column_signs(vectors: Tensor) -> Tensor:
+    index = vectors.abs().argmax(dim=-2, keepdim=True)
+    signs = vectors.gather(-2, index).sign()
+    return torch.where(signs == 0, torch.ones_like(signs), signs)
+
+
+def _tolerance(matrix: Tensor, tolerance: float | None) -> float:
+    if tolerance is not None:
+        return tolerance
+    return 1e-10 if matrix.dtype == torch.float64 else 2e-6
+
+
+def _start_block(matrix: Tensor, rows: int, width: int) -> Tensor:
+    """The same Gaussian block for every matrix and device, so results do not depend on the RNG."""
+    generator = torch.Generator().manual_seed(0)
+    block = torch.randn(rows, width, generator=generator, dtype=torch.float64)
+    return block.to(matrix).expand(*matrix.shape[:-2], rows, width)
+
+
+def _shifted_inverse_iteration(
+    matrix: Tensor, k: int, lower_bound: Tensor, tolerance: float
+) -> tuple[Tensor, Tensor] | None:
+    """Rayleigh-Ritz over ``(M - shift)^-1`` applied to a block; None where it does not converge."""
+    scale = lower_bound.abs().clamp_min(torch.finfo(matrix.dtype).tiny)
+    shift = lower_bound - 1e-3 * scale
+    factor, info = torch.linalg.cholesky_ex(add_to_diagonal(matrix, -shift))
+    if bool(info.any()):
+        return None
+    width = k + _OVERSAMPLING
+    block = torch.linalg.qr(_start_block(matrix, matrix.shape[-1], width)).Q
+    basis = block
+    for _ in range(_MAX_ITERATIONS):
+        block = torch.linalg.qr(torch.cholesky_solve(block, factor)).Q
+        basis = torch.linalg.qr(torch.cat([basis, block], dim=-1)).Q
+        image = matrix @ basis
+        values, rotation = eigh(basis.mT @ image)
+        values, rotation = values[..., :k], rotation[..., :k]
+        vectors = basis @ rotation
+        residual = (image @ rotation - vectors * values.unsqueeze(-2)).norm(dim=-2)
+        bound = torch.maximum(values.abs().amax(-1), scale)
+        if bool((residual.amax(-1) <= tolerance * bound).all()):
+            return values, vectors
+        if basis.shape[-1] > 6 * width:
+            # Restart from the best of the space, or it grows without end.
+            full_values, full_rotation = eigh(basis.mT @ image)
+            del full_values
+            basis = basis @ full_rotation[..., :width]
+            block = basis
+    return None
+
+
+def _block_krylov_svd(
+    matrix: Tensor, k: int, tolerance: float
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Leading triplets from the block Krylov space of ``M^T M``; None where it does not converge."""
+    width = k + _OVERSAMPLING
+    block = torch.linalg.qr(_start_block(matrix, matrix.shape[-1], width)).Q
+    basis = block
+    for _ in range(_MAX_ITERATIONS):
+        image = matrix @ basis
+        u, s, rotation = svd(image)
+        u, s = u[..., :k], s[..., :k]
+        v = basis @ rotation[..., :k]
+        back = matrix.mT @ u
+        residual = (back - v * s.unsqueeze(-2)).norm(dim=-2)
+        floor = s[..., :1].clamp_min(torch.finfo(matrix.dtype).tiny)
+        if bool((residual <= tolerance * floor).all()):
+            return u, s, v
+        if basis.shape[-1] > 6 * width:
+            basis = torch.linalg.qr(basis @ rotation[..., :width]).Q
+            block = basis
+        block = matrix.mT @ (matrix @ block)
+        # Twice is enough: the first projection leaves rounding of the size of the image.
+        for _ in range(2):
+            block = block - basis @ (basis.mT @ block)
+            block = torch.linalg.qr(block).Q
+        basis = torch.cat([basis, block], dim=-1)
+        if basis.shape[-1] > min(matrix.shape[-2:]):
+            return None
+    return None

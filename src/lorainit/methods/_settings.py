@@ -1,0 +1,28 @@
+"""Checks that the settings of several methods share, run at construction."""
+
+from __future__ import annotations
+
+import math
+from typing import get_args
+
+from lorainit.types import DampingMode
+
+
+def require_number(name: str, value: float, *, above: float = 0.0, inclusive: bool = True) -> None:
+    """Raise ValueError unless `value` is finite and at least (or above) the bound."""
+    good = math.isfinite(value) and (value >= above if inclusive else value > above)
+    if not good:
+        relation = "at least" if inclusive else "greater than"
+        raise ValueError(f"{name} must be a finite number {relation} {above:g}, got {value!r}")
+
+
+def require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise ValueError unless `value` is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def require_damping(damping: float, mode: str) -> None:
+    """Raise ValueError unless damping and its mode are usable."""
+    require_number("damping", damping)
+    require_choice("damping_mode", mode, get_args(DampingMode))

@@ -1,0 +1,127 @@
+"""FILet: directions of the pretrained weight, scored by how strongly predictions react to them.
+
+Feng, Lin, Kao, "FILet", ICML 2026, arXiv 2605.01046. Its code was seen only through a third party's
+fork, not in the authors' own repository; where text and code disagree, the docstring says so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from lorainit import linalg
+from lorainit.methods._settings import require_choice, require_number
+from lorainit.types import Factors, LayerStatistics
+
+_ROW_NORM = 3**-0.5
+_RELATIVE_FLOOR = 1e-2
+
+
+@dataclass(frozen=True)
+class FILet:
+    r"""Candidate rank-one directions ``u v^T`` of ``W``, ranked by their Fisher energy.
+
+    Candidates: ``"gram"``: the columns of ``W^T W``, normalised, are the ``v_k``, and
+    ``u_k = W v_k / |W v_k|``; ``"svd"``: the singular pairs of ``W``. Under the Kronecker Fisher a
+    candidate's energy is ``e_k = (v_k^T Sx v_k) (u_k^T Sy u_k)``. With ``q_k`` from the energies of
+    the ``rank`` candidates kept::
+
+        A = diag(q) V^T / sqrt(s),   B = U diag(q) / sqrt(s)
+
+    The start is anchored: the model computes at first what it computed before.
+
+    Args:
+        candidates: ``"gram"`` (the code's fast route) or ``"svd"``.
+        select: ``"lowest"`` energy, the least disturbing directions, as the code does, or
+            ``"highest"``, as the paper's abstract reads. The two disagree; the benchmark compares.
+        scale_floor: a number: ``q_k = sqrt(max(e_k, scale_floor))``, the code's rule with 1e-8, in
+            squared units of the loss. Energies are tiny, so that floor hits often and the start is a
+            near-zero pair. None (default): ``q_k`` follows the energies relative to their mean over
+            the kept candidates, from a tenth of it up, at the size of a default LoRA row
+            (``|A_k|`` about ``1/sqrt(3)``), whatever the units of the loss.
+    """
+
+    candidates: Literal["gram", "svd"] = "gram"
+    select: Literal["lowest", "highest"] = "lowest"
+    scale_floor: float | None = None
+
+    needs: ClassVar[frozenset[str]] = frozenset({"input_second_moment", "output_second_moment"})
+
+    def __post_init__(self) -> None:
+        require_choice("candidates", self.candidates, ("gram", "svd"))
+        require_choice("select", self.select, ("lowest", "highest"))
+        if self.scale_floor is not None:
+            require_number("scale_floor", self.scale_floor)
+
+    @classmethod
+    def paper(cls) -> FILet:
+        """The code's settings: gram candidates, lowest energy, absolute floor 1e-8."""
+        return cls(candidates="gram", select="lowest", scale_floor=1e-8)
+
+    def solve(
+        self, weight: Tensor, statistics: LayerStatistics, rank: int, scaling: float
+    ) -> Factors:
+        """Factors of one layer or a stack of layers; see the class for the formula.
+
+        Args:
+            weight: ``(..., out, in)``.
+            statistics: with ``input_second_moment`` and the full ``output_second_moment``.
+            rank: number of candidates to keep.
+            scaling: the layer's ``s``, divided out of the product.
+
+        Returns:
+            ``A`` ``(..., rank, in)``, ``B`` ``(..., out, rank)``; anchored.
+        """
+        linalg.check_rank(rank, *weight.shape[-2:])
+        second = statistics.input_second_moment
+        dtype = linalg.compute_dtype(weight, second)
+        weight = linalg.check_finite(weight.to(dtype), "the weight")
+        u, v, valid = self._candidates(weight)
+        energy = fisher_energy(u, v, second.to(dtype), statistics.output_second_moment.to(dtype))
+        energy = linalg.check_finite(energy, "the Fisher energy")
+        kept = self._keep(energy, valid, rank)
+        q = self._sizes(energy.gather(-1, kept), scaling) / scaling**0.5
+        a = v.gather(-1, kept.unsqueeze(-2).expand(*v.shape[:-1], rank)).mT * q.unsqueeze(-1)
+        b = u.gather(-1, kept.unsqueeze(-2).expand(*u.shape[:-1], rank)) * q.unsqueeze(-2)
+        return Factors(a, b, anchored=True)
+
+    def _candidates(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``U`` ``(..., out, k)``, ``V`` ``(..., in, k)`` with unit columns, and which are usable."""
+        if self.candidates == "svd":
+            u, s, v = linalg.svd(weight)
+            v = linalg.fix_signs(v)
+            return weight @ v / s.clamp_min(torch.finfo(s.dtype).tiny).unsqueeze(-2), v, s > 0
+        gram = weight.mT @ weight
+        v, v_norm = _unit_columns(gram)
+        u, u_norm = _unit_columns(weight @ v)
+        return u, v, (v_norm > 0) & (u_norm > 0)
+
+    def _keep(self, energy: Tensor, valid: Tensor, rank: int) -> Tensor:
+        """Indices ``(..., rank)`` of the kept candidates; unusable ones (zero columns) come last."""
+        descending = self.select == "highest"
+        worst = -torch.inf if descending else torch.inf
+        ranked = torch.where(valid, energy, torch.full_like(energy, worst))
+        return ranked.argsort(dim=-1, descending=descending, stable=True)[..., :rank]
+
+    def _sizes(self, energy: Tensor, scaling: float) -> Tensor:
+        """``q`` ``(..., rank)`` of the kept candidates."""
+        if self.scale_floor is not None:
+            return energy.clamp_min(self.scale_floor).sqrt()
+        mean = energy.mean(-1, keepdim=True).clamp_min(torch.finfo(energy.dtype).tiny)
+        return (energy / mean).clamp_min(_RELATIVE_FLOOR).sqrt() * (_ROW_NORM * scaling**0.5)
+
+
+def fisher_energy(u: Tensor, v: Tensor, second_in: Tensor, second_out: Tensor) -> Tensor:
+    """``e_k = (v_k^T Sx v_k) (u_k^T Sy u_k)`` for unit columns, ``(..., k)``."""
+    input_part = (v * (second_in @ v)).sum(-2)
+    output_part = (u * (second_out @ u)).sum(-2)
+    return input_part * output_part
+
+
+def _unit_columns(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Columns divided by their norms, and the norms; a zero column stays zero."""
+    norm = matrix.norm(dim=-2)
+    return matrix / norm.clamp_min(torch.finfo(matrix.dtype).tiny).unsqueeze(-2), norm

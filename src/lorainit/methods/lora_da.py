@@ -1,0 +1,148 @@
+"""LoRA-DA: the input subspace with the least expected distance to the target weight.
+
+Zhang et al., "LoRA-DA: Data-Aware Initialization for Low-Rank Adaptation via Asymptotic Analysis",
+ICML 2026, arXiv 2510.24561. Checked against the authors' release (github zqy0126/LoRA-DA, commit
+928f484) through tensors that it made, in ``tests/data/golden``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lorainit import linalg
+from lorainit.methods._settings import require_damping, require_number
+from lorainit.types import DampingMode, Factors, LayerStatistics
+
+
+@dataclass(frozen=True)
+class LoraDA:
+    r"""Smallest eigenvectors of a bias-plus-variance matrix; the model starts displaced by them.
+
+    With the Kronecker Fisher ``Z (x) Y`` of the target data, ``Z = Sx + lambda I`` and
+    ``y = diag(Sy) + lambda_y``, the needed change is estimated by one preconditioned gradient step,
+    transposed, and scaled to spectral norm one::
+
+        D     = -Z^-1 G^T diag(1/y) / sigma                                   (in, out)
+        Omega = -bias_weight * D D^T + beta * sum(1/y) / (N sigma^2) * Z^-1   (in, in)
+
+    The first term of ``Omega`` is the part of the change that a subspace misses, the second the
+    sampling noise of ``N`` samples inside it. ``A0`` = the ``rank`` smallest eigenvectors of
+    ``Omega``, ``B0 = A0^T D``, and ``A = A0^T / sqrt(gamma)``, ``B = B0^T / sqrt(gamma)``.
+
+    Args:
+        beta: weight of the variance term. It scales with the damping and the loss, so the published
+            0.03 belongs to the published damping (`paper`).
+        bias_weight: weight of the bias term.
+        gamma: both factors are divided by its root.
+        damping: added to the diagonals of both factors, see `damping_mode`.
+        damping_mode: ``"relative"``: times the mean of each factor's own diagonal; ``"absolute"``: as
+            it is, for both. Absolute damping far below a factor's scale leaves it numerically
+            singular; that is an error here, where the authors' release goes on.
+        population: ``N``, the size of the fine-tuning set; None takes what the statistics know: the
+            length of the data set, or the number of sequences counted.
+
+    Deviations from the release: eigenvectors to a residual tolerance instead of ten LOBPCG
+    iterations, the spectral norm to that tolerance instead of 16 power iterations, relative damping
+    by default. `paper` gives its published settings.
+    """
+
+    beta: float = 0.03
+    bias_weight: float = 1.0
+    gamma: float = 1024.0
+    damping: float = 1e-3
+    damping_mode: DampingMode = "relative"
+    population: float | None = None
+
+    needs: ClassVar[frozenset[str]] = frozenset(
+        {"gradient", "input_second_moment", "output_second_moment_diagonal"}
+    )
+
+    def __post_init__(self) -> None:
+        require_number("beta", self.beta)
+        require_number("bias_weight", self.bias_weight, inclusive=False)
+        require_number("gamma", self.gamma, inclusive=False)
+        require_damping(self.damping, self.damping_mode)
+        if self.population is not None:
+            require_number("population", self.population, inclusive=False)
+
+    @classmethod
+    def paper(cls) -> LoraDA:
+        """Settings of the authors' release: absolute damping 1e-6, beta 0.03, gamma 1024."""
+        return cls(beta=0.03, gamma=1024.0, damping=1e-6, damping_mode="absolute")
+
+    def solve(
+        self, weight: Tensor, statistics: LayerStatistics, rank: int, scaling: float
+    ) -> Factors:
+        """Factors of one layer or a stack of layers; see the class for the formula.
+
+        Args:
+            weight: ``(..., out, in)``; only its shape and dtype are read.
+            statistics: with ``gradient``, ``input_second_moment`` and the output diagonal.
+            rank: number of directions.
+            scaling: not used: the release leaves the adapter's scaling on top.
+
+        Returns:
+            ``A`` ``(..., rank, in)`` with orthogonal rows of norm ``1/sqrt(gamma)``,
+            ``B`` ``(..., out, rank)``; not anchored.
+        """
+        del scaling
+        linalg.check_rank(rank, *weight.shape[-2:])
+        change, z_factor, y_inverse, norm = self._change(weight, statistics)
+        if self.beta == 0:
+            subspace = linalg.top_singular(change, rank)[0]
+        else:
+            omega = self._omega(change, z_factor, y_inverse, norm, statistics)
+            lower = torch.full_like(norm, -self.bias_weight)
+            subspace = linalg.smallest_eigenvectors(omega, rank, lower_bound=lower)[1]
+        dtype = linalg.compute_dtype(weight, statistics.gradient)
+        root = self.gamma**0.5
+        a = (subspace.mT / root).to(dtype)
+        b = (change.mT @ subspace / root).to(dtype)
+        return Factors(a.to(weight.device), b.to(weight.device), anchored=False)
+
+    def _change(
+        self, weight: Tensor, statistics: LayerStatistics
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """``D`` at spectral norm one ``(..., in, out)``, Cholesky of ``Z``, ``1/y``, and ``sigma``."""
+        dtype = linalg.compute_dtype(weight, statistics.gradient)
+        gradient = linalg.check_finite(statistics.gradient.to(dtype), "the gradient")
+        second = statistics.input_second_moment.to(dtype)
+        diagonal = statistics.output_second_moment_diagonal.to(dtype)
+        z_damping = linalg.damping_value(
+            second.diagonal(dim1=-2, dim2=-1), self.damping, self.damping_mode
+        )
+        y_damping = linalg.damping_value(diagonal, self.damping, self.damping_mode)
+        z_factor = linalg.damped_cholesky(second, z_damping, "the input second moment")
+        # The factor may have come back in float64: the rest of the work stays with it.
+        gradient, diagonal = gradient.to(z_factor), diagonal.to(z_factor)
+        y_inverse = 1.0 / (diagonal + y_damping.to(z_factor).unsqueeze(-1))
+        change = -torch.cholesky_solve(gradient.mT, z_factor) * y_inverse.unsqueeze(-2)
+        norm = linalg.largest_singular_value(change)
+        # A zero gradient asks for no change; its direction is then the variance term's alone.
+        norm = torch.where(norm > 0, norm, torch.ones_like(norm))
+        return change / norm[..., None, None], z_factor, y_inverse, norm
+
+    def _omega(
+        self,
+        change: Tensor,
+        z_factor: Tensor,
+        y_inverse: Tensor,
+        norm: Tensor,
+        statistics: LayerStatistics,
+    ) -> Tensor:
+        """``Omega`` of the class docstring, ``(..., in, in)``."""
+        population = self._population(statistics, norm)
+        variance = self.beta * y_inverse.sum(-1) / (population * norm.square())
+        inverse = torch.cholesky_inverse(z_factor)
+        omega = variance[..., None, None] * inverse
+        return omega - self.bias_weight * (change @ change.mT)
+
+    def _population(self, statistics: LayerStatistics, like: Tensor) -> Tensor:
+        known = self.population if self.population is not None else statistics.population
+        if known is None:
+            known = statistics.sequences
+        return torch.as_tensor(known, dtype=like.dtype, device=like.device).clamp_min(1.0)

@@ -1,0 +1,50 @@
+"""Vanilla LoRA: Hu et al., "LoRA", ICLR 2022, arXiv 2106.09685, as PEFT initializes it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lorainit import linalg
+from lorainit.types import Factors, LayerStatistics
+
+
+@dataclass(frozen=True)
+class Vanilla:
+    """``A`` uniform in ``+-1/sqrt(in)`` (Kaiming, ``a = sqrt(5)``), ``B = 0``: reads nothing.
+
+    `get_peft_model` leaves the weights that PEFT itself drew, so a run with this method is the plain
+    PEFT run with the same seed.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    @classmethod
+    def paper(cls) -> Vanilla:
+        """The same: there is nothing to set."""
+        return cls()
+
+    def solve(
+        self, weight: Tensor, statistics: LayerStatistics, rank: int, scaling: float
+    ) -> Factors:
+        """Draw from torch's global generator.
+
+        Args:
+            weight: ``(..., out, in)``; only its shape, dtype and device are read.
+            statistics: not read.
+            rank: of the factors.
+            scaling: not used.
+
+        Returns:
+            ``A`` ``(..., rank, in)``, ``B`` ``(..., out, rank)`` of zeros; not anchored.
+        """
+        del statistics, scaling
+        *batch, rows, columns = weight.shape
+        linalg.check_rank(rank, rows, columns)
+        dtype = linalg.compute_dtype(weight)
+        a = torch.empty(*batch, rank, columns, dtype=dtype).uniform_(-1, 1) / columns**0.5
+        b = torch.zeros(*batch, rows, rank, dtype=dtype)
+        return Factors(a.to(weight.device), b.to(weight.device), anchored=False)

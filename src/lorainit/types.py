@@ -1,0 +1,279 @@
+"""The data that travels between the rooms: statistics of a layer, and a pair of factors.
+
+Statistics are kept as raw sums and counts and divided in one place, here. So batches, processes
+and resumed runs merge by addition, whatever the padding or the order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import ClassVar, Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from lorainit.errors import MissingStatisticError
+
+LossReduction = Literal["sequence", "token"]
+TokenMask = Literal["attention", "labels"]
+DampingMode = Literal["relative", "absolute"]
+
+STATISTICS: frozenset[str] = frozenset(
+    {
+        "gradient",
+        "input_second_moment",
+        "input_mean",
+        "output_second_moment",
+        "output_second_moment_diagonal",
+    }
+)
+"""Every name that may stand in a method's ``needs``."""
+
+GRADIENT_STATISTICS: frozenset[str] = STATISTICS - {"input_second_moment", "input_mean"}
+"""The statistics that need a backward pass."""
+
+
+@dataclass(frozen=True, eq=False)
+class LayerStatistics:
+    """Sums and counts of one layer, or of several layers of one shape, stacked in front.
+
+    With ``x_t`` the layer's input at a counted position, ``g_t`` the gradient of that sequence's own
+    loss with respect to the layer's output, and ``l_i`` the loss of sequence ``i``:
+
+    Attributes:
+        gradient_sum: ``(..., out, in)``, sum over sequences of ``d l_i / d W``.
+        input_second_moment_sum: ``(..., in, in)``, sum over counted positions of ``x x^T``.
+        input_sum: ``(..., in)``, sum over counted positions of ``x``.
+        output_second_moment_sum: ``(..., out, out)``, sum over counted positions of ``g g^T``.
+        output_second_moment_diagonal_sum: ``(..., out)``, the diagonal of the same.
+        sequences: sequences that had at least one label.
+        label_tokens: label tokens over all sequences (labels, where there is one per sample).
+        positions: counted positions.
+        loss_reduction: ``"sequence"``: ``l_i`` is a mean over the sequence's own label tokens and the
+            gradient is a mean over sequences; ``"token"``: ``l_i`` is a sum over its label tokens and
+            the gradient is divided by all label tokens.
+        population: number of samples that will be fine-tuned on (LoRA-DA's ``N``), where known.
+
+    All tensors of one object share device and floating dtype. Counts are numbers, or ``(...)`` tensors
+    in a stack.
+    """
+
+    gradient_sum: Tensor | None = None
+    input_second_moment_sum: Tensor | None = None
+    input_sum: Tensor | None = None
+    output_second_moment_sum: Tensor | None = None
+    output_second_moment_diagonal_sum: Tensor | None = None
+    sequences: float | Tensor = 0.0
+    label_tokens: float | Tensor = 0.0
+    positions: float | Tensor = 0.0
+    loss_reduction: LossReduction = "sequence"
+    population: float | Tensor | None = None
+
+    TENSORS: ClassVar[tuple[str, ...]] = (
+        "gradient_sum",
+        "input_second_moment_sum",
+        "input_sum",
+        "output_second_moment_sum",
+        "output_second_moment_diagonal_sum",
+    )
+    COUNTS: ClassVar[tuple[str, ...]] = ("sequences", "label_tokens", "positions")
+
+    @property
+    def gradient(self) -> Tensor:
+        """``(..., out, in)``: mean gradient ``G`` of the weight, in the units of ``loss_reduction``."""
+        count = self.sequences if self.loss_reduction == "sequence" else self.label_tokens
+        return _mean(self._require("gradient_sum", "gradient"), count, 2)
+
+    @property
+    def input_second_moment(self) -> Tensor:
+        """``(..., in, in)``: ``Sx``, mean over counted positions of ``x x^T``, uncentred."""
+        total = self._require("input_second_moment_sum", "input_second_moment")
+        return _mean(total, self.positions, 2)
+
+    @property
+    def input_mean(self) -> Tensor:
+        """``(..., in)``: mean over counted positions of ``x``."""
+        return _mean(self._require("input_sum", "input_mean"), self.positions, 1)
+
+    @property
+    def output_second_moment(self) -> Tensor:
+        """``(..., out, out)``: ``Sy``, mean over counted positions of ``g g^T``."""
+        total = self._require("output_second_moment_sum", "output_second_moment")
+        return _mean(total, self.positions, 2)
+
+    @property
+    def output_second_moment_diagonal(self) -> Tensor:
+        """``(..., out)``: diagonal of ``Sy``; taken from the full matrix where only that is there."""
+        total = self.output_second_moment_diagonal_sum
+        if total is None and self.output_second_moment_sum is not None:
+            total = self.output_second_moment_sum.diagonal(dim1=-2, dim2=-1)
+        if total is None:
+            raise _missing("output_second_moment_diagonal", self.available)
+        return _mean(total, self.positions, 1)
+
+    @property
+    def available(self) -> frozenset[str]:
+        """Names of the statistics that this object can give."""
+        have = {
+            name
+            for name, field in (
+                ("gradient", self.gradient_sum),
+                ("input_second_moment", self.input_second_moment_sum),
+                ("input_mean", self.input_sum),
+                ("output_second_moment", self.output_second_moment_sum),
+                ("output_second_moment_diagonal", self.output_second_moment_diagonal_sum),
+            )
+            if field is not None
+        }
+        if "output_second_moment" in have:
+            have.add("output_second_moment_diagonal")
+        return frozenset(have)
+
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> LayerStatistics:
+        """The same statistics on another device or in another floating dtype."""
+        moved = {
+            name: tensor.to(device=device, dtype=dtype)
+            for name in self.TENSORS
+            if (tensor := getattr(self, name)) is not None
+        }
+        return replace(self, **moved)
+
+    @classmethod
+    def stack(cls, layers: Sequence[LayerStatistics]) -> LayerStatistics:
+        """Layers of one shape as one object with a leading layer dimension.
+
+        Only tensors that every layer has are kept. Counts become float64 tensors on the CPU.
+        """
+        first = layers[0]
+        values: dict[str, Tensor | None] = {}
+        for name in cls.TENSORS:
+            tensors = [getattr(layer, name) for layer in layers]
+            values[name] = None if any(t is None for t in tensors) else torch.stack(tensors)
+        for name in cls.COUNTS:
+            counts = [float(getattr(layer, name)) for layer in layers]
+            values[name] = torch.tensor(counts, dtype=torch.float64)
+        populations = [layer.population for layer in layers]
+        population = (
+            None
+            if any(p is None for p in populations)
+            else torch.tensor([float(p) for p in populations if p is not None], dtype=torch.float64)
+        )
+        return cls(**values, loss_reduction=first.loss_reduction, population=population)  # type: ignore[arg-type]
+
+    @classmethod
+    def from_means(
+        cls,
+        *,
+        gradient: Tensor | None = None,
+        input_second_moment: Tensor | None = None,
+        input_mean: Tensor | None = None,
+        output_second_moment: Tensor | None = None,
+        output_second_moment_diagonal: Tensor | None = None,
+        population: float | None = None,
+    ) -> LayerStatistics:
+        """Statistics from means computed elsewhere; every count is one."""
+        return cls(
+            gradient_sum=gradient,
+            input_second_moment_sum=input_second_moment,
+            input_sum=input_mean,
+            output_second_moment_sum=output_second_moment,
+            output_second_moment_diagonal_sum=output_second_moment_diagonal,
+            sequences=1.0,
+            label_tokens=1.0,
+            positions=1.0,
+            population=population,
+        )
+
+    def _require(self, field: str, name: str) -> Tensor:
+        tensor: Tensor | None = getattr(self, field)
+        if tensor is None:
+            raise _missing(name, self.available)
+        return tensor
+
+
+def _missing(name: str, available: frozenset[str]) -> MissingStatisticError:
+    have = ", ".join(sorted(available)) or "nothing"
+    return MissingStatisticError(
+        f"the statistic '{name}' was not collected (there is: {have}). "
+        f"Collect again with needs containing '{name}', for example needs=method.needs."
+    )
+
+
+def _mean(total: Tensor, count: float | Tensor, trailing: int) -> Tensor:
+    """Divide a sum by its count, the count broadcast over the statistic's own dimensions."""
+    if isinstance(count, Tensor):
+        shaped = count.to(device=total.device, dtype=total.dtype)
+        return total / shaped.reshape(*count.shape, *([1] * trailing)).clamp_min(1)
+    return total / max(count, 1.0)
+
+
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """A starting pair: the adapter adds ``scaling * B @ A`` to the layer's weight.
+
+    Attributes:
+        A: ``(..., rank, in)``.
+        B: ``(..., out, rank)``.
+        anchored: the frozen copy of ``(A, B)`` is subtracted in the layer's forward, so that the
+            model computes at first exactly what it computed before.
+    """
+
+    A: Tensor
+    B: Tensor
+    anchored: bool = False
+
+    def __getitem__(self, index: int) -> Factors:
+        """One layer of a stack."""
+        return Factors(self.A[index], self.B[index], self.anchored)
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """What is known of a target layer before any data: its shape, rank and scaling.
+
+    Attributes:
+        name: the module's dotted name in the base model.
+        out_features: rows of its weight, as ``(out, in)``.
+        in_features: columns of its weight.
+        rank: rank of the adapter on this layer.
+        scaling: ``alpha / rank``, or ``alpha / sqrt(rank)`` under rsLoRA.
+    """
+
+    name: str
+    out_features: int
+    in_features: int
+    rank: int
+    scaling: float
+
+
+@runtime_checkable
+class Method(Protocol):
+    """What the pipeline asks of a method; any object with these members is one."""
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Names of the statistics that `solve` reads, a subset of `STATISTICS`."""
+
+    def solve(
+        self, weight: Tensor, statistics: LayerStatistics, rank: int, scaling: float
+    ) -> Factors:
+        """The starting factors of one layer, or of several with leading dimensions.
+
+        Args:
+            weight: ``(..., out, in)``, the frozen base weight, floating.
+            statistics: of the same leading shape, holding at least `needs`.
+            rank: at most ``min(out, in)``.
+            scaling: the layer's ``s`` in ``W + s B A``.
+
+        Returns:
+            Factors in float32, or float64 where weight or statistics are.
+        """
+
+
+def settings_of(method: Method) -> dict[str, object]:
+    """A method's settings as a JSON-ready dictionary, its class name under ``"method"``."""
+    values = {f.name: getattr(method, f.name) for f in fields(method)}  # type: ignore[arg-type]
+    return {"method": type(method).__name__, **values}
