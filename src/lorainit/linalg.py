@@ -74,7 +74,8 @@ def damping_value(diagonal: Tensor, damping: float, mode: DampingMode) -> Tensor
         mode: ``"relative"``: ``damping`` times the diagonal's mean; ``"absolute"``: ``damping``.
 
     Returns:
-        ``(...)``. In relative mode never zero, so that a factor without any signal stays invertible.
+        ``(...)``. In relative mode never zero, so that a factor without any signal stays
+        invertible.
     """
     if mode == "absolute":
         return torch.full_like(diagonal[..., 0], damping)
@@ -98,8 +99,8 @@ def damped_cholesky(matrix: Tensor, damping: Tensor, what: str) -> Tensor:
         what: how to name the matrix in an error.
 
     Returns:
-        ``(..., n, n)``, lower triangular, in the matrix's dtype, or in float64 (and on the CPU, where
-        the device has no float64) if only that worked.
+        ``(..., n, n)``, lower triangular, in the matrix's dtype, or in float64 (and on the CPU,
+        where the device has no float64) if only that worked.
 
     Raises:
         NonFiniteError: the matrix is not finite.
@@ -116,9 +117,9 @@ def damped_cholesky(matrix: Tensor, damping: Tensor, what: str) -> Tensor:
         if not bool(info.any()) and bool(torch.isfinite(factor).all()):
             return factor
     raise FactorizationError(
-        f"{what} is not positive definite with damping {float(damping.min()):.3g} added, in float64 "
-        "either: the sample spans fewer directions than the layer has, and rounding in the collected "
-        "sums exceeds that damping. Use damping_mode='relative' (the default), raise damping, or "
+        f"{what} is not positive definite with damping {float(damping.min()):.3g} added, in "
+        "float64 either: the sample spans fewer directions than the layer has, and rounding in the "
+        "collected sums exceeds that damping. Use damping_mode='relative' (the default), raise damping, or "
         "collect statistics from more tokens."
     )
 
@@ -138,38 +139,57 @@ def damped_eigh(matrix: Tensor, damping: Tensor, what: str) -> tuple[Tensor, Ten
 
 def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """``torch.linalg.eigh``, again in float64 where float32 does not converge."""
-    try:
-        values, vectors = torch.linalg.eigh(matrix)
+    for attempt in (matrix, double_precision(matrix)):
+        try:
+            values, vectors = torch.linalg.eigh(attempt)
+        except torch.linalg.LinAlgError:
+            continue
         if bool(torch.isfinite(values).all()) and bool(torch.isfinite(vectors).all()):
-            return values, vectors
-    except torch.linalg.LinAlgError:
-        pass
-    try:
-        values, vectors = torch.linalg.eigh(double_precision(matrix))
-    except torch.linalg.LinAlgError as error:
-        raise FactorizationError(
-            "a symmetric eigendecomposition did not converge in float64; the matrix may hold values "
-            "of wildly different size. Raise damping or collect statistics from more tokens."
-        ) from error
-    return values.to(matrix), vectors.to(matrix)
+            return values.to(matrix), vectors.to(matrix)
+    raise FactorizationError(
+        "a symmetric eigendecomposition did not converge in float64; the matrix may hold values of "
+        "wildly different size. Raise damping or collect statistics from more tokens."
+    )
 
 
 def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Thin SVD as ``(U, S, V)``: ``matrix = U diag(S) V^T``, ``V`` with columns; float64 on failure."""
+    """Thin SVD as ``(U, S, V)``: ``matrix = U diag(S) V^T``, vectors as columns of ``U`` and ``V``.
+
+    float64 input by LAPACK's SVD. float32 input by the eigenvectors of its Gram matrix in float64,
+    which is quicker and, down to singular values of ``1e-8 S[0]``, at least as accurate.
+    """
+    if matrix.dtype == torch.float64:
+        return _lapack_svd(matrix)
+    return _gram_svd(matrix, min(matrix.shape[-2:]))
+
+
+def _lapack_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     try:
         u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
         if bool(torch.isfinite(s).all()) and bool(torch.isfinite(u).all()):
             return u, s, vh.mT
     except torch.linalg.LinAlgError:
         pass
-    try:
-        u, s, vh = torch.linalg.svd(double_precision(matrix), full_matrices=False)
-    except torch.linalg.LinAlgError as error:
-        raise FactorizationError(
-            "a singular value decomposition did not converge in float64; look for extreme values in "
-            "the weight or the gradient."
-        ) from error
-    return u.to(matrix), s.to(matrix), vh.mT.to(matrix)
+    raise FactorizationError(
+        "a singular value decomposition did not converge in float64; look for extreme values in "
+        "the weight or the gradient."
+    )
+
+
+def _gram_svd(matrix: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Leading ``k`` triplets of a float32 matrix by way of the smaller Gram matrix, in float64.
+
+    The QR decomposition in place of a division by singular values keeps the second set of vectors
+    orthonormal where singular values vanish.
+    """
+    wide = matrix.shape[-2] <= matrix.shape[-1]
+    work = double_precision(matrix if wide else matrix.mT)
+    near = eigh(work @ work.mT)[1][..., -k:].flip(-1)
+    far, triangle = torch.linalg.qr(work.mT @ near)
+    diagonal = triangle.diagonal(dim1=-2, dim2=-1)
+    far = far * torch.where(diagonal < 0, -1.0, 1.0).unsqueeze(-2)
+    u, v = (near, far) if wide else (far, near)
+    return u.to(matrix), diagonal.abs().to(matrix), v.to(matrix)
 
 
 # --- leading and trailing subspaces ---------------------------------------------------------
@@ -182,8 +202,8 @@ def smallest_eigenvectors(
 
     Up to `DENSE_LIMIT` by a dense decomposition. Above it, where a lower bound of the spectrum is
     known, by subspace iteration with the shifted inverse: one Cholesky factorization, then a few
-    pairs of triangular solves, until every residual ``|M v - mu v|`` is below ``tolerance`` times the
-    largest absolute eigenvalue sought or bound.
+    pairs of triangular solves, until every residual ``|M v - mu v|`` is below ``tolerance`` times
+    the largest absolute eigenvalue sought or bound.
 
     Args:
         matrix: ``(..., n, n)``.
@@ -204,27 +224,83 @@ def smallest_eigenvectors(
     return values[..., :k], fix_signs(vectors[..., :k])
 
 
+def largest_eigenvectors(
+    matrix: Tensor, k: int, *, tolerance: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Orthonormal eigenvectors of the ``k`` largest eigenvalues of a positive semidefinite matrix.
+
+    Dense up to `DENSE_LIMIT`, above it as `top_singular`, whose triplets they are.
+
+    Returns:
+        Eigenvalues ``(..., k)`` descending, eigenvectors ``(..., n, k)``.
+    """
+    n = matrix.shape[-1]
+    if n > DENSE_LIMIT and 4 * (k + _OVERSAMPLING) < n:
+        found = _block_krylov_svd(matrix, k, _tolerance(matrix, tolerance))
+        if found is not None:
+            return found[1], fix_signs(found[2])
+    values, vectors = eigh(matrix)
+    return values[..., -k:].flip(-1), fix_signs(vectors[..., -k:].flip(-1))
+
+
 def top_singular(
     matrix: Tensor, k: int, *, tolerance: float | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Leading ``k`` singular triplets ``(U, S, V)`` of ``(..., m, n)``, signs fixed.
 
-    Dense up to `DENSE_LIMIT` (in the smaller dimension). Above it a block Krylov space is grown, with
-    full reorthogonalization, until every residual ``|M^T u - s v|`` is below ``tolerance * S[0]``; a
-    dense SVD finishes what does not converge.
+    Dense up to `DENSE_LIMIT` (in the smaller dimension). Above it a block Krylov space is grown,
+    with full reorthogonalization, until every residual ``|M^T u - s v|`` is below ``tolerance *
+    S[0]``; a dense SVD finishes what does not converge.
 
     Returns:
         ``(..., m, k)``, ``(..., k)`` descending, ``(..., n, k)``.
     """
-    m, n = matrix.shape[-2:]
-    small = min(m, n)
+    small = min(matrix.shape[-2:])
     if small > DENSE_LIMIT and 4 * (k + _OVERSAMPLING) < small:
         found = _block_krylov_svd(matrix, k, _tolerance(matrix, tolerance))
         if found is not None:
-            u, s, v = found
-            return *_fix_pair_signs(u, v, s),
+            return _fix_pair_signs(*found)
+    if matrix.dtype == torch.float64:
+        u, s, v = _lapack_svd(matrix)
+        return _fix_pair_signs(u[..., :k], s[..., :k], v[..., :k])
+    return _fix_pair_signs(*_gram_svd(matrix, k))
+
+
+def bottom_singular(matrix: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Last ``k`` of the ``min(m, n)`` singular triplets of ``(..., m, n)``, signs fixed; dense.
+
+    Returns:
+        ``(..., m, k)``, ``(..., k)`` descending, ``(..., n, k)``.
+    """
     u, s, v = svd(matrix)
-    return *_fix_pair_signs(u[..., :k], v[..., :k], s[..., :k]),
+    return _fix_pair_signs(u[..., -k:], s[..., -k:], v[..., -k:])
+
+
+def split_evenly(u: Tensor, s: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """``U diag(s) V^T`` as ``B A`` with the roots of ``s`` on both sides; returns ``(A, B)``."""
+    root = s.sqrt()
+    return v.mT * root.unsqueeze(-1), u * root.unsqueeze(-2)
+
+
+def orthonormal_rows(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """The product ``left right^T`` with orthonormal rows on its right side.
+
+    Args:
+        left: ``(..., m, k)``.
+        right: ``(..., n, k)`` of full column rank.
+
+    Returns:
+        ``rows`` ``(..., k, n)`` orthonormal, and ``content`` ``(..., m, k)`` with orthogonal
+        columns, longest first, ``content @ rows = left right^T``: rows are the product's right
+        singular vectors, signs fixed.
+    """
+    basis, triangle = torch.linalg.qr(right)
+    content = left @ triangle.mT
+    wide = double_precision(content)
+    rotation = eigh(wide.mT @ wide)[1].flip(-1).to(content)
+    columns = basis @ rotation
+    signs = _column_signs(columns)
+    return (columns * signs).mT, content @ (rotation * signs)
 
 
 def largest_singular_value(matrix: Tensor) -> Tensor:
@@ -241,7 +317,7 @@ def fix_signs(vectors: Tensor) -> Tensor:
     return vectors * _column_signs(vectors)
 
 
-def _fix_pair_signs(u: Tensor, v: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _fix_pair_signs(u: Tensor, s: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     signs = _column_signs(v)
     return u * signs, s, v * signs
 
@@ -282,17 +358,15 @@ def _shifted_inverse_iteration(
         basis = torch.linalg.qr(torch.cat([basis, block], dim=-1)).Q
         image = matrix @ basis
         values, rotation = eigh(basis.mT @ image)
-        values, rotation = values[..., :k], rotation[..., :k]
-        vectors = basis @ rotation
-        residual = (image @ rotation - vectors * values.unsqueeze(-2)).norm(dim=-2)
+        values, wanted = values[..., :k], rotation[..., :k]
+        vectors = basis @ wanted
+        residual = (image @ wanted - vectors * values.unsqueeze(-2)).norm(dim=-2)
         bound = torch.maximum(values.abs().amax(-1), scale)
         if bool((residual.amax(-1) <= tolerance * bound).all()):
             return values, vectors
         if basis.shape[-1] > 6 * width:
             # Restart from the best of the space, or it grows without end.
-            full_values, full_rotation = eigh(basis.mT @ image)
-            del full_values
-            basis = basis @ full_rotation[..., :width]
+            basis = basis @ rotation[..., :width]
             block = basis
     return None
 
@@ -300,7 +374,7 @@ def _shifted_inverse_iteration(
 def _block_krylov_svd(
     matrix: Tensor, k: int, tolerance: float
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Leading triplets from the block Krylov space of ``M^T M``; None where it does not converge."""
+    """Leading triplets from the block Krylov space of ``M^T M``; None without convergence."""
     width = k + _OVERSAMPLING
     block = torch.linalg.qr(_start_block(matrix, matrix.shape[-1], width)).Q
     basis = block

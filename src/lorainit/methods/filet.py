@@ -38,9 +38,9 @@ class FILet:
         select: ``"lowest"`` energy, the least disturbing directions, as the code does, or
             ``"highest"``, as the paper's abstract reads. The two disagree; the benchmark compares.
         scale_floor: a number: ``q_k = sqrt(max(e_k, scale_floor))``, the code's rule with 1e-8, in
-            squared units of the loss. Energies are tiny, so that floor hits often and the start is a
-            near-zero pair. None (default): ``q_k`` follows the energies relative to their mean over
-            the kept candidates, from a tenth of it up, at the size of a default LoRA row
+            squared units of the loss. Energies are tiny, so that floor hits often and the start is
+            a near-zero pair. None (default): ``q_k`` follows the energies relative to their mean
+            over the kept candidates, from a tenth of it up, at the size of a default LoRA row
             (``|A_k|`` about ``1/sqrt(3)``), whatever the units of the loss.
     """
 
@@ -89,7 +89,7 @@ class FILet:
         return Factors(a, b, anchored=True)
 
     def _candidates(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """``U`` ``(..., out, k)``, ``V`` ``(..., in, k)`` with unit columns, and which are usable."""
+        """``U`` ``(..., out, k)``, ``V`` ``(..., in, k)`` with unit columns, which are usable."""
         if self.candidates == "svd":
             u, s, v = linalg.svd(weight)
             v = linalg.fix_signs(v)
@@ -100,7 +100,7 @@ class FILet:
         return u, v, (v_norm > 0) & (u_norm > 0)
 
     def _keep(self, energy: Tensor, valid: Tensor, rank: int) -> Tensor:
-        """Indices ``(..., rank)`` of the kept candidates; unusable ones (zero columns) come last."""
+        """Indices ``(..., rank)`` of the kept candidates; unusable (zero) ones come last."""
         descending = self.select == "highest"
         worst = -torch.inf if descending else torch.inf
         ranked = torch.where(valid, energy, torch.full_like(energy, worst))

@@ -39,7 +39,8 @@ class LoraDA:
         bias_weight: weight of the bias term.
         gamma: both factors are divided by its root.
         damping: added to the diagonals of both factors, see `damping_mode`.
-        damping_mode: ``"relative"``: times the mean of each factor's own diagonal; ``"absolute"``: as
+        damping_mode: ``"relative"``: times the mean of each factor's own diagonal; ``"absolute"``:
+        as
             it is, for both. Absolute damping far below a factor's scale leaves it numerically
             singular; that is an error here, where the authors' release goes on.
         population: ``N``, the size of the fine-tuning set; None takes what the statistics know: the
@@ -107,7 +108,7 @@ class LoraDA:
     def _change(
         self, weight: Tensor, statistics: LayerStatistics
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """``D`` at spectral norm one ``(..., in, out)``, Cholesky of ``Z``, ``1/y``, and ``sigma``."""
+        """``D`` at spectral norm one, ``(..., in, out)``, Cholesky of ``Z``, ``1/y``, ``sigma``."""
         dtype = linalg.compute_dtype(weight, statistics.gradient)
         gradient = linalg.check_finite(statistics.gradient.to(dtype), "the gradient")
         second = statistics.input_second_moment.to(dtype)

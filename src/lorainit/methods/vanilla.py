@@ -16,8 +16,8 @@ from lorainit.types import Factors, LayerStatistics
 class Vanilla:
     """``A`` uniform in ``+-1/sqrt(in)`` (Kaiming, ``a = sqrt(5)``), ``B = 0``: reads nothing.
 
-    `get_peft_model` leaves the weights that PEFT itself drew, so a run with this method is the plain
-    PEFT run with the same seed.
+    `get_peft_model` leaves the weights that PEFT itself drew, so a run with this method is the
+    plain PEFT run with the same seed.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
