@@ -1,0 +1,1 @@
+"""Benchmarks and the demo: outside the package, on its public interface only."""

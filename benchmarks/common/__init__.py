@@ -1,0 +1,1 @@
+"""What every benchmark shares: real models, real tasks, scoring."""
