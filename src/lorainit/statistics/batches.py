@@ -1,0 +1,105 @@
+"""The user's iterable as checked, capped batches: bad data fails here, before long work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorainit.errors import DataError
+from lorainit.statistics.losses import packed_segments
+
+Batch = Mapping[str, Any]
+
+
+def batch_rows(batch: Batch) -> int:
+    """Rows of a batch: the first dimension that its labels, or else its first tensor, has."""
+    labels = batch.get("labels")
+    if isinstance(labels, Tensor) and labels.dim() > 0:
+        return labels.shape[0]
+    for value in batch.values():
+        if isinstance(value, Tensor) and value.dim() > 0:
+            return value.shape[0]
+    raise DataError(
+        f"a batch has no tensors (keys: {', '.join(map(str, batch)) or 'none'}). Batches are "
+        "dictionaries of tensors, as a DataLoader with return_tensors='pt' collation gives them."
+    )
+
+
+def row_sequences(batch: Batch, rows: int) -> list[int]:
+    """Sequences in each row: one, or more where the batch says that rows are packed."""
+    reference = batch.get("labels")
+    if not isinstance(reference, Tensor) or reference.dim() != 2:
+        reference = batch.get("input_ids")
+    if not isinstance(reference, Tensor) or reference.dim() != 2 or reference.shape[1] == 0:
+        return [1] * rows
+    _, starts = packed_segments(batch, reference)
+    return [int(n) + 1 for n in starts.sum(1)]
+
+
+def first_rows(batch: Batch, rows: int, total: int) -> dict[str, Any]:
+    """The batch cut to its first rows; what is not one entry a row stays as it is."""
+    return {
+        key: value[:rows]
+        if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == total
+        else value
+        for key, value in batch.items()
+    }
+
+
+def take(data: Iterable[Any], max_sequences: int | None) -> Iterator[dict[str, Any]]:
+    """Batches until `max_sequences` sequences have been seen; the last one is cut to fit.
+
+    Raises:
+        DataError: something that is no dictionary of tensors.
+    """
+    seen = 0
+    for index, batch in enumerate(data):
+        if not isinstance(batch, Mapping):
+            raise DataError(
+                f"batch {index} is a {type(batch).__name__}, not a dictionary of the model's keyword "
+                "arguments. Give a DataLoader whose collate function returns dictionaries."
+            )
+        batch = dict(batch)
+        rows = batch_rows(batch)
+        if rows == 0:
+            continue
+        counts = row_sequences(batch, rows)
+        if max_sequences is not None:
+            room = max_sequences - seen
+            if room <= 0:
+                return
+            kept = 0
+            while kept < rows and counts[kept] <= room:
+                room -= counts[kept]
+                kept += 1
+            if kept < rows:
+                # A packed row that does not fit ends the sample, unless it is the only one.
+                kept = max(kept, 1 if seen == 0 else 0)
+                if kept:
+                    yield first_rows(batch, kept, rows)
+                return
+        seen += sum(counts)
+        yield batch
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """Tensors, also in dictionaries and lists, on `device`."""
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, dict):
+        return {key: to_device(item, device) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(to_device(item, device) for item in value)
+    return value
+
+
+def population_of(data: object) -> int | None:
+    """Length of the data set behind a loader, where it has one."""
+    dataset = getattr(data, "dataset", None)
+    try:
+        return len(dataset) if dataset is not None else None
+    except TypeError:
+        return None

@@ -1,0 +1,288 @@
+"""One pass over a few batches gives every statistic of every target layer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from lorainit.errors import DataError, NonFiniteError, TargetError
+from lorainit.statistics import distributed
+from lorainit.statistics.accumulators import LayerSums
+from lorainit.statistics.batches import population_of, row_sequences, batch_rows, take, to_device
+from lorainit.statistics.guard import measuring, unchanged_rng
+from lorainit.statistics.losses import LossFunction, batch_loss
+from lorainit.statistics.positions import batch_positions
+from lorainit.statistics.store import Statistics
+from lorainit.statistics.taps import TapState, tapped
+from lorainit.types import STATISTICS, LayerStatistics, LossReduction, TokenMask
+
+logger = logging.getLogger("lorainit")
+
+_FP16_LOSS_SCALE = 2.0**12
+
+
+@dataclass(frozen=True)
+class CollectSettings:
+    """How statistics are collected; see `lorainit.collect_statistics` for each."""
+
+    needs: frozenset[str]
+    token_mask: TokenMask = "attention"
+    loss_reduction: LossReduction = "sequence"
+    max_sequences: int | None = 256
+    on_nonfinite: Literal["raise", "skip"] = "raise"
+    on_unused: Literal["raise", "default"] = "raise"
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        unknown = set(self.needs) - STATISTICS
+        if unknown:
+            raise ValueError(
+                f"unknown statistics in needs: {', '.join(sorted(map(str, unknown)))}. "
+                f"There are: {', '.join(sorted(STATISTICS))}."
+            )
+        for name, choices in (
+            ("token_mask", get_args(TokenMask)),
+            ("loss_reduction", get_args(LossReduction)),
+            ("on_nonfinite", ("raise", "skip")),
+            ("on_unused", ("raise", "default")),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(map(repr, choices))}, got {getattr(self, name)!r}"
+                )
+        if self.max_sequences is not None and self.max_sequences < 1:
+            raise ValueError(f"max_sequences must be at least 1 or None, got {self.max_sequences}")
+
+
+def collect(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    data: Iterable[Any],
+    settings: CollectSettings,
+    loss_fn: LossFunction | None = None,
+) -> Statistics:
+    """Collect the statistics of `modules` (base layers by target name) from `data`.
+
+    Hooks are gone, and ``requires_grad``, modes, ``.grad`` and the random state are as they were,
+    when this returns or raises.
+    """
+    device = input_device(model)
+    population = population_of(data)
+    with unchanged_rng(device):
+        batches = list(take(data, distributed.share_of(settings.max_sequences)))
+        if not any(distributed.gather_objects(bool(batches))):
+            raise DataError(
+                "data gave no sequences: the iterable is empty, or exhausted by an earlier pass. Give a "
+                "DataLoader or a list of batches."
+            )
+        with measuring(model):
+            run = _pass(model, modules, batches, settings, loss_fn, device, share_inputs=True)
+            if not all(distributed.gather_objects(run.state.sharing_held())):
+                logger.info("inputs shared in one batch were not in another; collecting them apart")
+                run = _pass(model, modules, batches, settings, loss_fn, device, share_inputs=False)
+    return _finish(run, settings, population, device)
+
+
+@dataclass(eq=False)
+class _Run:
+    """What one pass left behind."""
+
+    state: TapState
+    sequences: float
+    label_tokens: float
+    skipped: int
+    loss_scale: float
+    loss: float | None
+
+
+def _pass(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    batches: list[dict[str, Any]],
+    settings: CollectSettings,
+    loss_fn: LossFunction | None,
+    device: torch.device,
+    *,
+    share_inputs: bool,
+) -> _Run:
+    needs = settings.needs
+    if "output_second_moment" in needs:
+        # The full matrix serves the diagonal too.
+        needs = needs - {"output_second_moment_diagonal"}
+    state = TapState(needs, {name: LayerSums() for name in modules}, share_inputs)
+    scale = _FP16_LOSS_SCALE if _dtype(model) == torch.float16 else 1.0
+    sequences: list[Tensor] = []
+    tokens: list[Tensor] = []
+    losses: list[Tensor] = []
+    skipped = 0
+    total = sum(sum(row_sequences(b, batch_rows(b))) for b in batches)
+    bar = tqdm(
+        total=total, desc="statistics", unit="seq", disable=None if settings.progress else True
+    )
+    with bar, tapped(state, modules, _encoder(model)):
+        for index, batch in enumerate(batches):
+            rows = sum(row_sequences(batch, batch_rows(batch)))
+            state.begin_batch(batch_positions(model, batch, settings.token_mask, device))
+            inputs = to_device(batch, device)
+            if not state.backward:
+                with torch.no_grad():
+                    model(**{k: v for k, v in inputs.items() if k != "labels"})
+                sequences.append(torch.tensor(rows))
+                bar.update(rows)
+                continue
+            with torch.enable_grad():
+                result = batch_loss(model, inputs, settings.loss_reduction, loss_fn)
+                loss = result.per_sequence.sum()
+                if not bool(torch.isfinite(loss.detach())):
+                    skipped += _non_finite_batch(index, result.per_sequence, settings)
+                    bar.update(rows)
+                    continue
+                if not loss.requires_grad:
+                    raise TargetError(
+                        "the loss does not depend on any target layer: none of the targets ran in the "
+                        "forward pass, or the loss was computed under torch.no_grad()."
+                    )
+                (loss * scale if scale != 1.0 else loss).backward()
+            sequences.append(result.sequences)
+            tokens.append(result.label_tokens)
+            losses.append(loss.detach())
+            bar.update(rows)
+    return _Run(
+        state,
+        float(sum(int(n) for n in sequences)),
+        float(sum(int(n) for n in tokens)),
+        skipped,
+        scale,
+        float(sum(float(v) for v in losses)) if losses else None,
+    )
+
+
+def _non_finite_batch(index: int, losses: Tensor, settings: CollectSettings) -> int:
+    """Raise, or say how many sequences are skipped."""
+    bad = (~torch.isfinite(losses)).nonzero().flatten().tolist()
+    if settings.on_nonfinite == "raise":
+        raise NonFiniteError(
+            f"the loss of batch {index} is not finite (sequences {bad} in it). Look at that batch, load "
+            "the model in bfloat16 or float32 instead of float16, or pass on_nonfinite='skip'."
+        )
+    logger.warning("batch %d skipped: the loss of its sequences %s is not finite", index, bad)
+    return int(losses.shape[0])
+
+
+def _finish(
+    run: _Run, settings: CollectSettings, population: int | None, device: torch.device
+) -> Statistics:
+    """Reduce over processes, check, and hand over."""
+    state = run.state
+    sequences, tokens, skipped = distributed.sum_counts(
+        [run.sequences, run.label_tokens, run.skipped]
+    )
+    if sequences == 0 and skipped:
+        raise NonFiniteError(
+            f"the loss of every batch is not finite ({int(skipped)} sequences skipped). Load the model "
+            "in bfloat16 or float32, and look at the data."
+        )
+    if state.backward and tokens == 0:
+        raise DataError(
+            "every label is masked: not one of the labels differs from -100, so there is no gradient. "
+            "Look at the collator's prompt masking, and at truncation that cuts the answers off."
+        )
+    distributed.reduce_layers(state.layers, device)
+    layers: dict[str, LayerStatistics] = {}
+    unused = []
+    for name, sums in state.layers.items():
+        if sums.positions == 0 and sums.gradient is None and sums.inputs.positions == 0:
+            unused.append(name)
+            continue
+        layers[name] = sums.finish(
+            sequences=sequences,
+            label_tokens=tokens,
+            loss_reduction=settings.loss_reduction,
+            loss_scale=run.loss_scale,
+            population=population,
+        )
+    _check_unused(unused, layers, settings)
+    _check_layers(layers)
+    metadata: dict[str, Any] = {
+        "needs": sorted(settings.needs),
+        "token_mask": settings.token_mask,
+        "loss_reduction": settings.loss_reduction,
+        "sequences": sequences,
+        "label_tokens": tokens,
+        "skipped_sequences": skipped,
+        "population": population,
+        "unused": unused,
+    }
+    return Statistics(layers, metadata)
+
+
+def _check_unused(
+    unused: list[str], layers: Mapping[str, LayerStatistics], settings: CollectSettings
+) -> None:
+    if not unused:
+        return
+    if not layers:
+        raise TargetError(
+            f"none of the {len(unused)} target layers ran in the forward pass (first: '{unused[0]}'). "
+            "Check that the batches reach this part of the model."
+        )
+    if settings.on_unused == "raise":
+        shown = ", ".join(f"'{n}'" for n in unused[:5]) + (", ..." if len(unused) > 5 else "")
+        raise TargetError(
+            f"{len(unused)} target layer(s) never ran, or got no gradient: {shown}. Leave them out with "
+            "exclude_modules, give data that reaches them, or pass on_unused='default' to start them "
+            "as PEFT does."
+        )
+
+
+def _check_layers(layers: Mapping[str, LayerStatistics]) -> None:
+    """Name the first layer whose sums are not finite."""
+    checked: dict[int, bool] = {}
+    for name, layer in layers.items():
+        for field in LayerStatistics.TENSORS:
+            tensor = getattr(layer, field)
+            if tensor is None:
+                continue
+            key = id(tensor)
+            if key not in checked:
+                checked[key] = bool(torch.isfinite(tensor).all())
+            if not checked[key]:
+                raise NonFiniteError(
+                    f"layer '{name}': {field} is not finite. Its activations or gradients overflow in "
+                    "the model's dtype: load the model in bfloat16 or float32."
+                )
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Where the model wants its inputs: its embedding's device, or its first parameter's."""
+    get = getattr(model, "get_input_embeddings", None)
+    try:
+        embedding = get() if callable(get) else None
+    except (AttributeError, NotImplementedError):
+        embedding = None
+    for owner in (embedding, model):
+        if isinstance(owner, nn.Module):
+            for parameter in owner.parameters():
+                if parameter.device.type != "meta":
+                    return parameter.device
+    return torch.device("cpu")
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+def _encoder(model: nn.Module) -> nn.Module | None:
+    """The encoder of an encoder-decoder model."""
+    config = getattr(model, "config", None)
+    if not getattr(config, "is_encoder_decoder", False):
+        return None
+    get = getattr(model, "get_encoder", None)
+    encoder = get() if callable(get) else None
+    return encoder if isinstance(encoder, nn.Module) else None

@@ -1,0 +1,104 @@
+"""Which positions of a layer's input are counted: padding never is.
+
+A decoder's and an encoder's layers each have a mask of their own. Where a layer's input does not lie
+like the batch's mask (one vector a sample, image patches), all its positions count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorainit.errors import DataError
+from lorainit.statistics.losses import IGNORED, label_kind
+from lorainit.types import TokenMask
+
+
+@dataclass(frozen=True)
+class CountedPositions:
+    """One mask, as the flat indices of the positions that count.
+
+    Attributes:
+        shape: ``(rows, length)`` of the mask.
+        indices: flat indices that count, or None where all do.
+    """
+
+    shape: tuple[int, int]
+    indices: Tensor | None
+
+    def matches(self, leading: torch.Size) -> bool:
+        """Whether an input with these leading dimensions lies like this mask."""
+        dims = [d for d in leading if d != 1] if leading[-2:] != self.shape else list(leading)
+        total = leading.numel()
+        rows, length = self.shape
+        if total != rows * length:
+            return False
+        # (B, T), (B * T,), and either with leading axes of one.
+        return tuple(dims[-2:]) == self.shape or len(dims) <= 1 or 1 in self.shape
+
+
+@dataclass(frozen=True)
+class BatchPositions:
+    """The masks of one batch.
+
+    Attributes:
+        main: of the model's own layers (a decoder's, where there are two).
+        encoder: of the encoder's layers and of what reads the encoder's output.
+    """
+
+    main: CountedPositions | None
+    encoder: CountedPositions | None
+
+    def indices_for(self, leading: torch.Size, *, reads_encoder: bool) -> Tensor | None:
+        """Flat indices that count for an input of these leading dimensions, None for all."""
+        mask = self.encoder if reads_encoder else self.main
+        if mask is None or not mask.matches(leading):
+            return None
+        return mask.indices
+
+
+def batch_positions(
+    model: nn.Module, batch: Mapping[str, Any], token_mask: TokenMask, device: torch.device
+) -> BatchPositions:
+    """The masks of one batch, made on the batch's own device so that nothing waits."""
+    attention = batch.get("attention_mask")
+    labels = batch.get("labels")
+    config = getattr(model, "config", None)
+    if token_mask == "labels":
+        return BatchPositions(_label_positions(model, labels, device), None)
+    own = _from_mask(attention, device)
+    if not getattr(config, "is_encoder_decoder", False):
+        return BatchPositions(own, None)
+    decoder = batch.get("decoder_attention_mask")
+    if decoder is None and isinstance(labels, Tensor) and labels.dim() == 2:
+        # Decoder inputs are the labels shifted by one: where a label is padding, so is its input.
+        decoder = labels != IGNORED
+    return BatchPositions(_from_mask(decoder, device), own)
+
+
+def _label_positions(
+    model: nn.Module, labels: object, device: torch.device
+) -> CountedPositions:
+    """Positions that predict a label: ``t`` where ``labels[t + 1]`` is not -100."""
+    if not isinstance(labels, Tensor) or labels.dim() != 2 or label_kind(model, labels) != "causal":
+        raise DataError(
+            "token_mask='labels' counts the positions that predict a label, which only causal language "
+            "models with (batch, length) labels have. Use token_mask='attention'."
+        )
+    predicts = torch.zeros_like(labels, dtype=torch.bool)
+    predicts[:, :-1] = labels[:, 1:] != IGNORED
+    mask = _from_mask(predicts, device)
+    assert mask is not None
+    return mask
+
+
+def _from_mask(mask: object, device: torch.device) -> CountedPositions | None:
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        return None
+    flat = mask.reshape(-1) != 0
+    indices = None if bool(flat.all()) else flat.nonzero().squeeze(1).to(device, non_blocking=True)
+    return CountedPositions((mask.shape[0], mask.shape[1]), indices)

@@ -1,0 +1,222 @@
+"""Statistics of all target layers, and their file: one safetensors file, never pickled."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lorainit._version import __version__
+from lorainit.errors import StatisticsFileError
+from lorainit.types import LayerStatistics
+
+_FORMAT = "lorainit-statistics"
+_FORMAT_VERSION = 1
+_FINGERPRINT = "fingerprint/"
+_LAYER = "layer/"
+
+
+class Statistics(Mapping[str, LayerStatistics]):
+    """Statistics by target: the base model's own dotted module name to `LayerStatistics`.
+
+    Attributes:
+        metadata: what they were made of: needs, token mask, loss reduction, counts, model class.
+        fingerprints: a few entries of each layer's base weight, ``(<= 32,)`` float32, by which a file
+            that was made for another model is told apart.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, LayerStatistics],
+        metadata: Mapping[str, Any] | None = None,
+        fingerprints: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self._layers = dict(layers)
+        self.metadata: dict[str, Any] = dict(metadata or {})
+        self.fingerprints: dict[str, Tensor] = dict(fingerprints or {})
+
+    def __getitem__(self, name: str) -> LayerStatistics:
+        try:
+            return self._layers[name]
+        except KeyError:
+            raise KeyError(
+                f"no statistics for layer '{name}'; there are {len(self)} layers"
+                + (f", the first is '{next(iter(self))}'" if len(self) else "")
+            ) from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __repr__(self) -> str:
+        return (
+            f"Statistics({len(self)} layers, {self.metadata.get('sequences', '?')} sequences, "
+            f"needs={self.metadata.get('needs')})"
+        )
+
+    @property
+    def available(self) -> frozenset[str]:
+        """Names of the statistics that every layer can give."""
+        sets = [layer.available for layer in self._layers.values()]
+        return frozenset.intersection(*sets) if sets else frozenset()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors, each shared one counted once."""
+        return sum(t.numel() * t.element_size() for t in self._unique_tensors()[0].values())
+
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> Statistics:
+        """The same statistics on another device or in another dtype; sharing is kept."""
+        moved: dict[int, Tensor] = {}
+
+        def move(tensor: Tensor) -> Tensor:
+            if id(tensor) not in moved:
+                moved[id(tensor)] = tensor.to(device=device, dtype=dtype)
+            return moved[id(tensor)]
+
+        layers = {}
+        for name, layer in self._layers.items():
+            values = {f: getattr(layer, f) for f in LayerStatistics.TENSORS}
+            tensors = {f: None if t is None else move(t) for f, t in values.items()}
+            layers[name] = LayerStatistics(
+                **tensors,
+                **{f: getattr(layer, f) for f in LayerStatistics.COUNTS},
+                loss_reduction=layer.loss_reduction,
+                population=layer.population,
+            )
+        return Statistics(layers, self.metadata, self.fingerprints)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one safetensors file: aside first, then renamed, so an old file survives a failure.
+
+        Raises:
+            OSError: the file cannot be written; what was there before is still there.
+        """
+        path = Path(path)
+        tensors, places = self._unique_tensors()
+        layers = {
+            name: {
+                "tensors": places[name],
+                **{field: float(getattr(layer, field)) for field in LayerStatistics.COUNTS},
+                "loss_reduction": layer.loss_reduction,
+                "population": None if layer.population is None else float(layer.population),
+            }
+            for name, layer in self._layers.items()
+        }
+        tensors |= {_FINGERPRINT + name: t for name, t in self.fingerprints.items()}
+        header = {
+            "format": _FORMAT,
+            "version": str(_FORMAT_VERSION),
+            "lorainit": __version__,
+            "layers": json.dumps(layers),
+            "metadata": json.dumps(self.metadata),
+        }
+        aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, aside, header)
+            os.replace(aside, path)
+        except (OSError, SafetensorError) as error:
+            raise OSError(
+                f"statistics could not be written to '{path}': {error}. What was there before is still "
+                "there; free some space or choose another place, and save again."
+            ) from error
+        finally:
+            aside.unlink(missing_ok=True)
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], device: torch.device | str = "cpu"
+    ) -> Statistics:
+        """Read a file that `save` wrote. It is data: nothing in it is executed.
+
+        Raises:
+            StatisticsFileError: not such a file, truncated, or of a newer format.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise StatisticsFileError(f"there is no statistics file '{path}'")
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                header = file.metadata() or {}
+                _check_header(path, header)
+                layers = json.loads(header["layers"])
+                metadata = json.loads(header["metadata"])
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
+            if isinstance(error, StatisticsFileError):
+                raise
+            raise StatisticsFileError(
+                f"'{path}' cannot be read as a statistics file ({error}): it is truncated or damaged. "
+                "Collect the statistics again."
+            ) from error
+        try:
+            loaded = {name: _layer(entry, tensors) for name, entry in layers.items()}
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise StatisticsFileError(
+                f"'{path}': its table of layers does not fit its tensors ({error!r}). "
+                "Collect the statistics again."
+            ) from error
+        prints = {
+            key.removeprefix(_FINGERPRINT): tensor
+            for key, tensor in tensors.items()
+            if key.startswith(_FINGERPRINT)
+        }
+        return cls(loaded, metadata, prints)
+
+    def _unique_tensors(self) -> tuple[dict[str, Tensor], dict[str, dict[str, str]]]:
+        """Tensors by key, a shared one under its first layer's key only; and each layer's keys."""
+        tensors: dict[str, Tensor] = {}
+        known: dict[int, str] = {}
+        places: dict[str, dict[str, str]] = {}
+        for name, layer in self._layers.items():
+            places[name] = {}
+            for field in LayerStatistics.TENSORS:
+                tensor = getattr(layer, field)
+                if tensor is None:
+                    continue
+                key = known.setdefault(id(tensor), f"{_LAYER}{name}/{field}")
+                tensors[key] = tensor
+                places[name][field] = key
+        return tensors, places
+
+
+def _check_header(path: Path, header: Mapping[str, str]) -> None:
+    if header.get("format") != _FORMAT:
+        raise StatisticsFileError(
+            f"'{path}' is a safetensors file, but not one of lorainit's statistics. Give the file that "
+            "Statistics.save wrote."
+        )
+    if int(header["version"]) > _FORMAT_VERSION:
+        raise StatisticsFileError(
+            f"'{path}' has format version {header['version']}, written by lorainit "
+            f"{header.get('lorainit')}; this is {__version__}, which reads up to {_FORMAT_VERSION}. "
+            "Upgrade lorainit."
+        )
+
+
+def _layer(entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> LayerStatistics:
+    places = entry["tensors"]
+    unknown = set(places) - set(LayerStatistics.TENSORS)
+    if unknown:
+        raise ValueError(f"unknown tensors {sorted(unknown)}")
+    if entry["loss_reduction"] not in ("sequence", "token"):
+        raise ValueError(f"unknown loss reduction {entry['loss_reduction']!r}")
+    population = entry["population"]
+    return LayerStatistics(
+        **{field: tensors[key] for field, key in places.items()},
+        **{field: float(entry[field]) for field in LayerStatistics.COUNTS},
+        loss_reduction=entry["loss_reduction"],
+        population=None if population is None else float(population),
+    )
