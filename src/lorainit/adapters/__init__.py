@@ -1,1 +1,1 @@
-"""Placeholder."""
+"""Targets, weights, anchors, installing and exporting: everything that knows PEFT."""

@@ -1,0 +1,154 @@
+"""The anchor: a frozen starting pair whose contribution is subtracted in the layer's forward.
+
+An anchored layer computes ``W x + s (B A - B0 A0) x``. To PEFT it is an ordinary adapter of rank
+``2 r`` of which half is frozen::
+
+    lora_A = [A; A0]      lora_B = [B, -B0]
+
+so merging, unmerging, weighting, saving and loading are PEFT's own and right, over every kind of
+base layer, quantized ones too; and what is saved is plain LoRA on the untouched base. Inside, the two
+halves are multiplied by products of one shape, and their difference is exactly zero at the start.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class _AnchoredFactor(nn.Module):
+    """Half trained, half frozen; a plain factor of twice the rank in every state dict.
+
+    Attributes:
+        trained: parameter, the half that learns.
+        anchor: buffer of the same shape, the start, never written after installing.
+    """
+
+    _rank_dim: int
+    _sign: float
+
+    trained: nn.Parameter
+    anchor: Tensor
+
+    def __init__(self, start: Tensor, anchor: Tensor | None = None) -> None:
+        super().__init__()
+        anchor = start if anchor is None else anchor
+        self.trained = nn.Parameter(start.detach().clone())
+        self.register_buffer("anchor", anchor.detach().clone(), persistent=False)
+
+    @property
+    def rank(self) -> int:
+        """Rank of the trained half."""
+        return self.trained.shape[self._rank_dim]
+
+    @property
+    def weight(self) -> Tensor:
+        """The factor of twice the rank, as PEFT reads it; gradients flow to the trained half."""
+        return torch.cat([self.trained, self._sign * self.anchor], dim=self._rank_dim)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        weight = self.weight
+        destination[prefix + "weight"] = weight if keep_vars else weight.detach()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        key = prefix + "weight"
+        whole = state_dict.get(key)
+        if whole is None:
+            missing_keys.append(key)
+            return
+        expected = list(self.trained.shape)
+        expected[self._rank_dim] *= 2
+        if list(whole.shape) != expected:
+            error_msgs.append(
+                f"{key}: an anchored adapter loads a factor of shape {tuple(expected)} (twice the rank, "
+                f"start included), but the file has {tuple(whole.shape)}. It was saved from an adapter "
+                "of another rank or without an anchor: load it with PeftModel.from_pretrained."
+            )
+            return
+        trained, anchor = whole.chunk(2, dim=self._rank_dim)
+        with torch.no_grad():
+            self.trained.copy_(trained)
+            self.anchor.copy_(self._sign * anchor)
+
+
+class AnchoredA(_AnchoredFactor):
+    """``x -> [A x, A0 x]``, with ``A`` and ``A0`` both ``(rank, in)``."""
+
+    _rank_dim = 0
+    _sign = 1.0
+
+    @property
+    def in_features(self) -> int:
+        """Columns of ``A``."""
+        return self.trained.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        """Twice the rank: what PEFT sees."""
+        return 2 * self.rank
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., in)`` to ``(..., 2 rank)``."""
+        return torch.cat([F.linear(x, self.trained), F.linear(x, self.anchor)], dim=-1)
+
+    def extra_repr(self) -> str:
+        """For ``repr``."""
+        return f"in_features={self.in_features}, rank={self.rank}, anchored"
+
+
+class AnchoredB(_AnchoredFactor):
+    """``[z, z0] -> B z - B0 z0``, with ``B`` and ``B0`` both ``(out, rank)``."""
+
+    _rank_dim = 1
+    _sign = -1.0
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self, start: Tensor, anchor: Tensor | None = None, bias: Tensor | None = None
+    ) -> None:
+        super().__init__(start, anchor)
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+
+    @property
+    def in_features(self) -> int:
+        """Twice the rank: what PEFT sees."""
+        return 2 * self.rank
+
+    @property
+    def out_features(self) -> int:
+        """Rows of ``B``."""
+        return self.trained.shape[0]
+
+    def forward(self, z: Tensor) -> Tensor:
+        """``(..., 2 rank)`` to ``(..., out)``."""
+        live, start = z.chunk(2, dim=-1)
+        out = F.linear(live, self.trained) - F.linear(start, self.anchor)
+        return out if self.bias is None else out + self.bias
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.bias is not None:
+            destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if self.bias is not None and prefix + "bias" in state_dict:
+            with torch.no_grad():
+                self.bias.copy_(state_dict[prefix + "bias"])
+
+    def extra_repr(self) -> str:
+        """For ``repr``."""
+        return f"rank={self.rank}, out_features={self.out_features}, anchored"

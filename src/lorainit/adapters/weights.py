@@ -1,0 +1,84 @@
+"""Reading base weights as ``(out, in)``, whatever they are stored as. Nothing here writes."""
+
+from __future__ import annotations
+
+import torch
+from peft.utils.integrations import dequantize_module_weight
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lorainit.adapters.targets import weight_shape
+from lorainit.errors import AdapterError, NonFiniteError
+
+FINGERPRINT_SIZE = 32
+_SIMILAR = 0.9
+
+
+def read_weight(module: nn.Module, name: str) -> Tensor:
+    """The layer's weight, detached, ``(out, in)``, floating: dequantized, gathered, transposed.
+
+    Raises:
+        AdapterError: the weight cannot be read as a matrix of the layer's shape.
+        NonFiniteError: the weight has values that are not finite.
+    """
+    weight = _floating(module, name)
+    if isinstance(module, Conv1D):
+        weight = weight.mT
+    expected = weight_shape(module)
+    if tuple(weight.shape) != expected:
+        raise AdapterError(
+            f"layer '{name}' ({type(module).__name__}) stores its weight as {tuple(weight.shape)}, "
+            f"which cannot be read as {expected}. Leave it out with exclude_modules."
+        )
+    if not bool(torch.isfinite(weight).all()):
+        raise NonFiniteError(
+            f"the weight of layer '{name}' has values that are not finite: the checkpoint is damaged, or "
+            "was converted to a dtype that cannot hold it."
+        )
+    return weight
+
+
+def _floating(module: nn.Module, name: str) -> Tensor:
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, Tensor) and weight.device.type == "meta":
+        hook = getattr(module, "_hf_hook", None)
+        stored = getattr(hook, "weights_map", None)
+        if stored is not None:
+            offloaded: Tensor = stored["weight"]
+            return offloaded.detach()
+        raise AdapterError(
+            f"the weight of layer '{name}' is on the meta device: load the model's weights first."
+        )
+    with torch.no_grad():
+        if isinstance(weight, Tensor) and hasattr(weight, "full_tensor"):
+            whole: Tensor = weight.full_tensor()
+            return whole.detach()
+        if isinstance(weight, Tensor) and hasattr(weight, "quant_state"):
+            return torch.as_tensor(dequantize_module_weight(module)).detach()
+        if isinstance(weight, Tensor) and type(weight).__module__.startswith("torchao"):
+            plain: Tensor = weight.dequantize()  # type: ignore[no-untyped-call]
+            return plain.detach()
+        if isinstance(weight, Tensor) and weight.is_floating_point() and weight.element_size() > 1:
+            return weight.detach()
+        try:
+            return torch.as_tensor(dequantize_module_weight(module)).detach()
+        except (TypeError, NotImplementedError, AttributeError) as error:
+            raise AdapterError(
+                f"the weight of layer '{name}' ({type(module).__name__}) cannot be dequantized: {error}. "
+                "Use a method that does not read it (EVA, LoraDA, Natural), or leave the layer out."
+            ) from error
+
+
+def fingerprint(module: nn.Module, name: str) -> Tensor:
+    """At most `FINGERPRINT_SIZE` entries of the weight, evenly spread, float32 on the CPU."""
+    flat = read_weight(module, name).reshape(-1)
+    index = torch.linspace(0, flat.numel() - 1, min(FINGERPRINT_SIZE, flat.numel())).long()
+    return flat[index.to(flat.device)].float().cpu()
+
+
+def same_weight(first: Tensor, second: Tensor) -> bool:
+    """Whether two fingerprints are of one weight, up to the rounding of another dtype."""
+    if first.shape != second.shape:
+        return False
+    norms = first.norm() * second.norm()
+    return bool(norms == 0) or float((first * second).sum() / norms) > _SIMILAR
