@@ -160,8 +160,10 @@ def get_peft_model(
     left_out = targets.left_out | unused
     served = {name: t for name, t in targets.layers.items() if name not in unused}
     with unchanged_rng(input_device(model)):
-        solved, sizes = ({}, {}) if plain else solve_layers(
-            served, statistics, method, precision=precision, progress=progress
+        solved, sizes = (
+            ({}, {})
+            if plain
+            else solve_layers(served, statistics, method, precision=precision, progress=progress)
         )
     wrapped = _wrap(model, config, adapter_name, existing, autocast_adapter_dtype)
     try:
@@ -250,20 +252,7 @@ def _for_solving(
     layer: LayerStatistics, needs: frozenset[str], device: torch.device, dtype: torch.dtype | None
 ) -> LayerStatistics:
     """Only what the method reads, where the weight lies."""
-    drop: dict[str, None] = {}
-    if "gradient" not in needs:
-        drop["gradient_sum"] = None
-    if "input_second_moment" not in needs:
-        drop["input_second_moment_sum"] = None
-    if "output_second_moment" not in needs:
-        if "output_second_moment_diagonal" in needs and layer.output_second_moment_sum is not None:
-            diagonal = layer.output_second_moment_sum.diagonal().clone()
-            layer = copy.copy(layer)
-            object.__setattr__(layer, "output_second_moment_diagonal_sum", diagonal)
-        drop["output_second_moment_sum"] = None
-    from dataclasses import replace
-
-    return replace(layer, **drop).to(device=device, dtype=dtype)
+    return layer.only(needs).to(device=device, dtype=dtype)
 
 
 def _chunks(targets: Mapping[str, Target]) -> Iterator[list[Target]]:
@@ -354,7 +343,8 @@ def _configuration(
     config = copy.deepcopy(peft_config)
     if config.init_lora_weights is not True:
         logger.info(
-            "init_lora_weights=%r is not used: the method decides the start", config.init_lora_weights
+            "init_lora_weights=%r is not used: the method decides the start",
+            config.init_lora_weights,
         )
         config.init_lora_weights = True
     return config
@@ -407,9 +397,7 @@ def _check_statistics(statistics: Statistics, targets: Targets, method: Method) 
         _check_layer(name, target, layer, statistics.fingerprints.get(name))
 
 
-def _check_layer(
-    name: str, target: Target, layer: LayerStatistics, stored: Tensor | None
-) -> None:
+def _check_layer(name: str, target: Target, layer: LayerStatistics, stored: Tensor | None) -> None:
     spec = target.spec
     for field, size in (
         ("gradient_sum", (spec.out_features, spec.in_features)),
@@ -471,9 +459,7 @@ def _wrap(
         assert isinstance(model, PeftModel)
         return model
     if isinstance(model, PeftModel):
-        model.add_adapter(
-            adapter_name, config, autocast_adapter_dtype=autocast_adapter_dtype
-        )
+        model.add_adapter(adapter_name, config, autocast_adapter_dtype=autocast_adapter_dtype)
         return model
     wrapped = peft.get_peft_model(
         model, config, adapter_name=adapter_name, autocast_adapter_dtype=autocast_adapter_dtype

@@ -141,6 +141,25 @@ class LayerStatistics:
         }
         return replace(self, **moved)
 
+    def only(self, needs: frozenset[str]) -> LayerStatistics:
+        """The same statistics without the tensors that `needs` does not name."""
+        full = self.output_second_moment_sum
+        diagonal = self.output_second_moment_diagonal_sum
+        if diagonal is None and full is not None:
+            diagonal = full.diagonal(dim1=-2, dim2=-1)
+        keep_full = "output_second_moment" in needs
+        keep_diagonal = "output_second_moment_diagonal" in needs and not keep_full
+        return replace(
+            self,
+            gradient_sum=self.gradient_sum if "gradient" in needs else None,
+            input_second_moment_sum=(
+                self.input_second_moment_sum if "input_second_moment" in needs else None
+            ),
+            input_sum=self.input_sum if "input_mean" in needs else None,
+            output_second_moment_sum=full if keep_full else None,
+            output_second_moment_diagonal_sum=diagonal if keep_diagonal else None,
+        )
+
     @classmethod
     def stack(cls, layers: Sequence[LayerStatistics]) -> LayerStatistics:
         """Layers of one shape as one object with a leading layer dimension.
