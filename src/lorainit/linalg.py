@@ -24,6 +24,7 @@ DENSE_LIMIT = 768
 
 _OVERSAMPLING = 8
 _MAX_ITERATIONS = 60
+_MAX_WIDTHS = 12
 
 
 # --- dtypes and checks ----------------------------------------------------------------------
@@ -107,20 +108,17 @@ def damped_cholesky(matrix: Tensor, damping: Tensor, what: str) -> Tensor:
         FactorizationError: not positive definite in float64 either.
     """
     check_finite(matrix, what)
-    damped = add_to_diagonal(matrix, damping)
-    factor, info = torch.linalg.cholesky_ex(damped)
-    if not bool(info.any()) and bool(torch.isfinite(factor).all()):
-        return factor
-    if matrix.dtype != torch.float64:
-        damped = add_to_diagonal(double_precision(matrix), double_precision(damping))
+    for attempt in (matrix, double_precision(matrix)):
+        damped = add_to_diagonal(attempt, damping.to(attempt))
+        factor: Tensor
         factor, info = torch.linalg.cholesky_ex(damped)
         if not bool(info.any()) and bool(torch.isfinite(factor).all()):
             return factor
     raise FactorizationError(
         f"{what} is not positive definite with damping {float(damping.min()):.3g} added, in "
-        "float64 either: the sample spans fewer directions than the layer has, and rounding in the "
-        "collected sums exceeds that damping. Use damping_mode='relative' (the default), raise damping, or "
-        "collect statistics from more tokens."
+        "float64 either: the sample spans fewer directions than the layer has, and rounding in "
+        "the collected sums exceeds that damping. Use damping_mode='relative' (the default), "
+        "raise damping, or collect statistics from more tokens."
     )
 
 
@@ -142,7 +140,7 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     for attempt in (matrix, double_precision(matrix)):
         try:
             values, vectors = torch.linalg.eigh(attempt)
-        except torch.linalg.LinAlgError:
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             continue
         if bool(torch.isfinite(values).all()) and bool(torch.isfinite(vectors).all()):
             return values.to(matrix), vectors.to(matrix)
@@ -168,7 +166,7 @@ def _lapack_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
         if bool(torch.isfinite(s).all()) and bool(torch.isfinite(u).all()):
             return u, s, vh.mT
-    except torch.linalg.LinAlgError:
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         pass
     raise FactorizationError(
         "a singular value decomposition did not converge in float64; look for extreme values in "
@@ -200,26 +198,30 @@ def smallest_eigenvectors(
 ) -> tuple[Tensor, Tensor]:
     """Orthonormal eigenvectors of the ``k`` smallest eigenvalues of a symmetric matrix.
 
-    Up to `DENSE_LIMIT` by a dense decomposition. Above it, where a lower bound of the spectrum is
-    known, by subspace iteration with the shifted inverse: one Cholesky factorization, then a few
-    pairs of triangular solves, until every residual ``|M v - mu v|`` is below ``tolerance`` times
-    the largest absolute eigenvalue sought or bound.
+    Up to `DENSE_LIMIT` by a dense decomposition. Above it by a block Krylov space of the matrix,
+    which is quick where the eigenvalues sought stand out of the spectrum; failing that, where a
+    lower bound of the spectrum is known, by one of the shifted inverse (a Cholesky factorization,
+    then pairs of triangular solves), which is quick where the spectrum reaches far up. Both run
+    until every residual ``|M v - mu v|`` is below ``tolerance`` times the largest absolute
+    eigenvalue sought (or bound); failing both, dense.
 
     Args:
         matrix: ``(..., n, n)``.
         k: how many.
-        lower_bound: ``(...)``, a number that no eigenvalue is below; without it, dense.
+        lower_bound: ``(...)``, a number that no eigenvalue is below.
         tolerance: residual tolerance; default ``1e-10`` in float64 and ``2e-6`` in float32.
 
     Returns:
         Eigenvalues ``(..., k)`` ascending, eigenvectors ``(..., n, k)``.
     """
     n = matrix.shape[-1]
-    if lower_bound is not None and n > DENSE_LIMIT and 4 * (k + _OVERSAMPLING) < n:
-        found = _shifted_inverse_iteration(matrix, k, lower_bound, _tolerance(matrix, tolerance))
+    if n > DENSE_LIMIT and 4 * (k + _OVERSAMPLING) < n:
+        goal = _tolerance(matrix, tolerance)
+        found = _krylov_eigenvectors(matrix, k, goal)
+        if found is None and lower_bound is not None:
+            found = _shifted_inverse_iteration(matrix, k, lower_bound, goal)
         if found is not None:
-            values, vectors = found
-            return values, fix_signs(vectors)
+            return found[0], fix_signs(found[1])
     values, vectors = eigh(matrix)
     return values[..., :k], fix_signs(vectors[..., :k])
 
@@ -308,7 +310,8 @@ def largest_singular_value(matrix: Tensor) -> Tensor:
     m, n = matrix.shape[-2:]
     if min(m, n) <= DENSE_LIMIT:
         gram = matrix @ matrix.mT if m <= n else matrix.mT @ matrix
-        return torch.linalg.eigvalsh(gram)[..., -1].clamp_min(0).sqrt()
+        values: Tensor = torch.linalg.eigvalsh(gram)
+        return values[..., -1].clamp_min(0).sqrt()
     return top_singular(matrix, 1)[1][..., 0]
 
 
@@ -344,31 +347,66 @@ def _start_block(matrix: Tensor, rows: int, width: int) -> Tensor:
 def _shifted_inverse_iteration(
     matrix: Tensor, k: int, lower_bound: Tensor, tolerance: float
 ) -> tuple[Tensor, Tensor] | None:
-    """Rayleigh-Ritz over ``(M - shift)^-1`` applied to a block; None where it does not converge."""
+    """Smallest eigenpairs from the block Krylov space of ``(M - shift)^-1``; None if it fails."""
     scale = lower_bound.abs().clamp_min(torch.finfo(matrix.dtype).tiny)
     shift = lower_bound - 1e-3 * scale
     factor, info = torch.linalg.cholesky_ex(add_to_diagonal(matrix, -shift))
     if bool(info.any()):
         return None
+    return _krylov_eigenvectors(matrix, k, tolerance, inverse=factor, scale=scale)
+
+
+def _krylov_eigenvectors(
+    matrix: Tensor,
+    k: int,
+    tolerance: float,
+    *,
+    inverse: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor] | None:
+    """Smallest eigenpairs by Rayleigh-Ritz over a growing block Krylov space; None if it fails.
+
+    Args:
+        matrix: ``(..., n, n)``, symmetric.
+        k: how many.
+        tolerance: of the residuals, relative to `scale` or the largest absolute value sought.
+        inverse: Cholesky factor whose inverse makes the space, in place of the matrix.
+        scale: ``(...)``, what residuals are at least compared with.
+    """
     width = k + _OVERSAMPLING
     block = torch.linalg.qr(_start_block(matrix, matrix.shape[-1], width)).Q
-    basis = block
+    basis, image = block, matrix @ block
     for _ in range(_MAX_ITERATIONS):
-        block = torch.linalg.qr(torch.cholesky_solve(block, factor)).Q
-        basis = torch.linalg.qr(torch.cat([basis, block], dim=-1)).Q
-        image = matrix @ basis
         values, rotation = eigh(basis.mT @ image)
         values, wanted = values[..., :k], rotation[..., :k]
         vectors = basis @ wanted
-        residual = (image @ wanted - vectors * values.unsqueeze(-2)).norm(dim=-2)
-        bound = torch.maximum(values.abs().amax(-1), scale)
-        if bool((residual.amax(-1) <= tolerance * bound).all()):
+        residual = (image @ wanted - vectors * values.unsqueeze(-2)).norm(dim=-2).amax(-1)
+        bound = values.abs().amax(-1).clamp_min(torch.finfo(matrix.dtype).tiny)
+        if scale is not None:
+            bound = torch.maximum(bound, scale)
+        if bool((residual <= tolerance * bound).all()):
             return values, vectors
-        if basis.shape[-1] > 6 * width:
+        if basis.shape[-1] + width > min(_MAX_WIDTHS * width, matrix.shape[-1]):
             # Restart from the best of the space, or it grows without end.
-            basis = basis @ rotation[..., :width]
-            block = basis
+            rotation = rotation[..., : 2 * width]
+            basis, image = basis @ rotation, image @ rotation
+            block, fresh = basis[..., :width], image[..., :width]
+        else:
+            fresh = image[..., -width:]
+        grown = fresh if inverse is None else torch.cholesky_solve(block, inverse)
+        block = _orthonormal_to(basis, grown)
+        basis = torch.cat([basis, block], dim=-1)
+        image = torch.cat([image, matrix @ block], dim=-1)
     return None
+
+
+def _orthonormal_to(basis: Tensor, block: Tensor) -> Tensor:
+    """An orthonormal block with the directions of `block` outside of an orthonormal basis."""
+    # Twice is enough: the first projection leaves rounding of the size of the block.
+    for _ in range(2):
+        block = block - basis @ (basis.mT @ block)
+        block = torch.linalg.qr(block).Q
+    return block
 
 
 def _block_krylov_svd(
@@ -377,26 +415,22 @@ def _block_krylov_svd(
     """Leading triplets from the block Krylov space of ``M^T M``; None without convergence."""
     width = k + _OVERSAMPLING
     block = torch.linalg.qr(_start_block(matrix, matrix.shape[-1], width)).Q
-    basis = block
+    basis, image = block, matrix @ block
     for _ in range(_MAX_ITERATIONS):
-        image = matrix @ basis
         u, s, rotation = svd(image)
         u, s = u[..., :k], s[..., :k]
         v = basis @ rotation[..., :k]
-        back = matrix.mT @ u
-        residual = (back - v * s.unsqueeze(-2)).norm(dim=-2)
+        residual = (matrix.mT @ u - v * s.unsqueeze(-2)).norm(dim=-2)
         floor = s[..., :1].clamp_min(torch.finfo(matrix.dtype).tiny)
         if bool((residual <= tolerance * floor).all()):
             return u, s, v
-        if basis.shape[-1] > 6 * width:
-            basis = torch.linalg.qr(basis @ rotation[..., :width]).Q
-            block = basis
-        block = matrix.mT @ (matrix @ block)
-        # Twice is enough: the first projection leaves rounding of the size of the image.
-        for _ in range(2):
-            block = block - basis @ (basis.mT @ block)
-            block = torch.linalg.qr(block).Q
+        if basis.shape[-1] + width > min(_MAX_WIDTHS * width, *matrix.shape[-2:]):
+            rotation = rotation[..., : 2 * width]
+            basis, image = basis @ rotation, image @ rotation
+            fresh = image[..., :width]
+        else:
+            fresh = image[..., -width:]
+        block = _orthonormal_to(basis, matrix.mT @ fresh)
         basis = torch.cat([basis, block], dim=-1)
-        if basis.shape[-1] > min(matrix.shape[-2:]):
-            return None
+        image = torch.cat([image, matrix @ block], dim=-1)
     return None

@@ -118,7 +118,8 @@ def fisher_energy(u: Tensor, v: Tensor, second_in: Tensor, second_out: Tensor) -
     """``e_k = (v_k^T Sx v_k) (u_k^T Sy u_k)`` for unit columns, ``(..., k)``."""
     input_part = (v * (second_in @ v)).sum(-2)
     output_part = (u * (second_out @ u)).sum(-2)
-    return input_part * output_part
+    energy: Tensor = input_part * output_part
+    return energy
 
 
 def _unit_columns(matrix: Tensor) -> tuple[Tensor, Tensor]:

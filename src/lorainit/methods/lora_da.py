@@ -40,8 +40,7 @@ class LoraDA:
         gamma: both factors are divided by its root.
         damping: added to the diagonals of both factors, see `damping_mode`.
         damping_mode: ``"relative"``: times the mean of each factor's own diagonal; ``"absolute"``:
-        as
-            it is, for both. Absolute damping far below a factor's scale leaves it numerically
+            as it is, for both. Absolute damping far below a factor's scale leaves it numerically
             singular; that is an error here, where the authors' release goes on.
         population: ``N``, the size of the fine-tuning set; None takes what the statistics know: the
             length of the data set, or the number of sequences counted.

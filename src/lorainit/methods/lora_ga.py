@@ -110,13 +110,13 @@ class LoraGA:
 
     def _size(self, weight: Tensor, rank: int, scaling: float) -> Tensor:
         """``c`` of the class docstring, ``(...)``."""
-        one = torch.ones(weight.shape[:-2], dtype=weight.dtype, device=weight.device)
+        one: Tensor = torch.ones(weight.shape[:-2], dtype=weight.dtype, device=weight.device)
         if self.scale == "unit":
             return one
         if self.scale == "stable":
-            return one * weight.shape[-2] ** 0.25 / self.gamma**0.5
+            return one * (float(weight.shape[-2]) ** 0.25 / self.gamma**0.5)
         require_number("scaling", scaling, inclusive=False)
         if self.scale == "gd":
             return one / scaling
         values = linalg.top_singular(linalg.check_finite(weight, "the weight"), rank)[1]
-        return (values / scaling).sqrt().mean(-1)
+        return one * (values / scaling).sqrt().mean(-1)

@@ -84,8 +84,8 @@ class Natural:
         linalg.check_rank(rank, *weight.shape[-2:])
         require_number("scaling", scaling, inclusive=False)
         dtype = linalg.compute_dtype(weight, statistics.gradient)
-        whitened, x_root, y_root = self._whiten(statistics, dtype)
-        u, s, v = linalg.top_singular(-whitened, rank)
+        whitened, x_root, y_root = self._whiten(statistics)
+        u, s, v = (part.to(x_root) for part in linalg.top_singular(-whitened.to(dtype), rank))
         left = torch.linalg.solve_triangular(y_root.mT, u * s.unsqueeze(-2), upper=True)
         right = torch.linalg.solve_triangular(x_root.mT, v, upper=True)
         rows, content = linalg.orthonormal_rows(left, right)
@@ -107,25 +107,24 @@ class Natural:
             ``(..., max_rank)``, descending.
         """
         linalg.check_rank(max_rank, *statistics.gradient.shape[-2:])
-        whitened = self._whiten(statistics, linalg.compute_dtype(statistics.gradient))[0]
-        return linalg.top_singular(whitened, max_rank)[1]
+        dtype = linalg.compute_dtype(statistics.gradient)
+        return linalg.top_singular(self._whiten(statistics)[0].to(dtype), max_rank)[1]
 
-    def _whiten(
-        self, statistics: LayerStatistics, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """``Ly^-1 G Lx^-T`` ``(..., out, in)`` and the lower roots ``Lx``, ``Ly``."""
-        gradient = linalg.check_finite(statistics.gradient.to(dtype), "the gradient")
-        x_root = self._root(statistics.input_second_moment.to(dtype), "the input second moment")
-        y_root = self._root(statistics.output_second_moment.to(dtype), "the output second moment")
-        # A root may have come back in float64: the rest of the work goes with it.
-        wide = x_root if x_root.dtype == torch.float64 else y_root
-        x_root, y_root, gradient = x_root.to(wide), y_root.to(wide), gradient.to(wide)
+    def _whiten(self, statistics: LayerStatistics) -> tuple[Tensor, Tensor, Tensor]:
+        """``Ly^-1 G Lx^-T`` ``(..., out, in)`` and the lower roots ``Lx``, ``Ly``, in float64.
+
+        The roots multiply rounding by up to ``n / damping``, so they are never left to float32.
+        """
+        x_root = self._root(statistics.input_second_moment, "the input second moment")
+        y_root = self._root(statistics.output_second_moment, "the output second moment")
+        gradient = linalg.double_precision(linalg.check_finite(statistics.gradient, "the gradient"))
         half = torch.linalg.solve_triangular(y_root, gradient, upper=False)
         whitened = torch.linalg.solve_triangular(x_root.mT, half, upper=True, left=False)
         return whitened, x_root, y_root
 
     def _root(self, second: Tensor, what: str) -> Tensor:
-        """Lower Cholesky factor of a damped second moment."""
+        """Lower Cholesky factor of a damped second moment, in float64."""
+        second = linalg.double_precision(second)
         damping = linalg.damping_value(
             second.diagonal(dim1=-2, dim2=-1), self.damping, self.damping_mode
         )

@@ -114,4 +114,4 @@ def _per_layer(batch: list[int], draw: Callable[[], tuple[Tensor, ...]]) -> tupl
     if not batch:
         return draw()
     drawn = zip(*(draw() for _ in range(math.prod(batch))), strict=True)
-    return tuple(torch.stack(parts).unflatten(0, batch) for parts in drawn)
+    return tuple(torch.stack(parts).reshape(*batch, *parts[0].shape) for parts in drawn)
