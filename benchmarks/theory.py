@@ -570,7 +570,7 @@ def run_natural(out: int = 16, inputs: int = 24) -> list[dict[str, float]]:
     return found
 
 
-def provenance(seconds: float) -> dict[str, object]:
+def provenance() -> dict[str, object]:
     def git(*args: str) -> str:
         root = Path(__file__).parent
         return subprocess.run(
@@ -594,7 +594,6 @@ def provenance(seconds: float) -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "dtype": "float64, CPU",
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "seconds": round(seconds, 1),
     }
 
 
@@ -655,15 +654,15 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="small sizes; nothing is written")
     quick = parser.parse_args().quick
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    start = time.perf_counter()
-    results = {
+    start, origin = time.perf_counter(), provenance()
+    results: dict[str, object] = {
         "linear_small": run_linear(6, 12, 3, (40, 640) if quick else SMALL, 3000),
         "natural": run_natural(),
         "transformer": run_transformer(1 if quick else 3, 4 if quick else 64),
     }
     if not quick:
         results["linear_large"] = run_linear(24, 48, 6, LARGE, 1000)
-        results["provenance"] = provenance(time.perf_counter() - start)
+        results["provenance"] = {**origin, "seconds": round(time.perf_counter() - start, 1)}
         RESULTS.parent.mkdir(parents=True, exist_ok=True)
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
 

@@ -195,15 +195,15 @@ def test_no_single_factor_is_enough() -> None:
 
 
 def test_a_trained_transformer_keeps_most_of_the_ranking() -> None:
-    """Measured with this seed: see docs/theory.md; the bounds leave room for other BLAS kernels."""
+    """Here 0.96 (svd) and 0.76 (gram) on average; the bounds leave room for other kernels."""
     model, tokens, loss = tiny_llama(steps=150)
     assert loss < 2.4  # nats; a uniform guess has 2.77
-    tokens = tokens[:16]
-    for candidates, mean, least in ((svd_candidates, 0.9, 0.6), (gram_candidates, 0.65, 0.1)):
-        found = transformer_correlations(model, tokens, candidates, draws=16)
+    for candidates, mean in ((svd_candidates, 0.9), (gram_candidates, 0.55)):
+        found = transformer_correlations(model, tokens[:16], candidates, draws=16)
         assert len(found) == 14
         energy = torch.tensor([row["energy"] for row in found.values()])
         assert energy.mean() > mean
-        assert energy.min() > least
-        for score in ("output_part_alone", "weight_gain_alone"):
-            assert energy.mean() > sum(row[score] for row in found.values()) / len(found)
+        assert energy.median() > mean
+        for score in ("input_part_alone", "output_part_alone", "weight_gain_alone"):
+            alone = sum(row[score] for row in found.values()) / len(found)
+            assert energy.mean() > alone + 0.05

@@ -151,21 +151,24 @@ def test_variance_rules_small_samples_and_bias_large_ones() -> None:
     assert caught_over_noise[-1] > 1e3
 
 
-def test_sequence_units_need_beta_times_the_label_tokens() -> None:
-    """A mean over T label tokens makes ``Sy`` T^2 times smaller, and N counts sequences."""
-    tokens, sequences = 7, 50
-    mean, second = PROBLEM.gradient(), PROBLEM.input_covariance
-    fisher = torch.linalg.inv(PROBLEM.noise_covariance)
-    by_token = LayerStatistics.from_means(
-        gradient=mean, input_second_moment=second, output_second_moment=fisher
-    )
-    by_sequence = LayerStatistics.from_means(
-        gradient=mean, input_second_moment=second, output_second_moment=fisher / tokens**2
-    )
-    truth = lora_da_subspace(PROBLEM, exact_lora_da(sequences * tokens), RANK, by_token)
-    for statistics, beta in ((by_token, 1 / tokens), (by_sequence, float(tokens))):
-        method = exact_lora_da(sequences, beta=beta)
-        found = lora_da_subspace(PROBLEM, method, RANK, statistics)
+def test_beta_in_the_units_of_sequences() -> None:
+    """With T label tokens among P counted positions, ``beta`` is P, or P / T^2 in token units.
+
+    K-FAC's information of a sequence is ``P Sx (x) Sy``; unlabelled positions have ``g = 0`` here.
+    """
+    positions, labels, sequences = 11, 7, 50
+    gradient, second = PROBLEM.gradient(), PROBLEM.input_covariance
+    output = torch.linalg.inv(PROBLEM.noise_covariance) * labels / positions
+
+    def statistics(scale: float) -> LayerStatistics:
+        return LayerStatistics.from_means(
+            gradient=gradient, input_second_moment=second, output_second_moment=output * scale
+        )
+
+    by_token, by_sequence = statistics(1.0), statistics(labels**-2)
+    truth = lora_da_subspace(PROBLEM, exact_lora_da(sequences * labels), RANK)
+    for units, beta in ((by_token, positions / labels**2), (by_sequence, float(positions))):
+        found = lora_da_subspace(PROBLEM, exact_lora_da(sequences, beta=beta), RANK, units)
         assert alignment(found, truth) == pytest.approx(1, abs=1e-10)
     uncorrected = lora_da_subspace(PROBLEM, exact_lora_da(sequences), RANK, by_sequence)
     assert alignment(uncorrected, truth) < 0.95
