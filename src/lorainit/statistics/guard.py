@@ -34,7 +34,8 @@ def measuring(model: nn.Module) -> Iterator[None]:
         (m, key, value)
         for m in checkpointed
         for key, value in vars(m).items()
-        if isinstance(value, float) and ("dropout" in key or "drop_prob" in key or "layerdrop" in key)
+        if isinstance(value, float)
+        and ("dropout" in key or "drop_prob" in key or "layerdrop" in key)
     ]
     handles = [_inputs_require_grad(model)] if checkpointed else []
     try:

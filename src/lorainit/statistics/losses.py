@@ -91,7 +91,9 @@ def _model_class_name(model: nn.Module) -> str:
     seen = model
     if hasattr(seen, "get_base_model"):
         seen = seen.get_base_model()
-    while isinstance(inner := getattr(seen, "module", None) or getattr(seen, "_orig_mod", None), nn.Module):
+    while isinstance(
+        inner := getattr(seen, "module", None) or getattr(seen, "_orig_mod", None), nn.Module
+    ):
         seen = inner
         if hasattr(seen, "get_base_model"):
             seen = seen.get_base_model()
@@ -116,9 +118,7 @@ def _default_loss(
     return _token_loss(logits, labels, batch, kind, reduction)
 
 
-def _logits(
-    model: nn.Module, batch: Mapping[str, Any], labels: Tensor, kind: LabelKind
-) -> Tensor:
+def _logits(model: nn.Module, batch: Mapping[str, Any], labels: Tensor, kind: LabelKind) -> Tensor:
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     config = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False) and kind == "aligned":
@@ -160,14 +160,22 @@ def _sample_loss(model: nn.Module, logits: Tensor, labels: Tensor) -> BatchLoss:
     # Half-precision logits lose digits in the softmax; wider ones stay as they are.
     logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
     rows = logits.shape[0]
-    if problem == "regression" or (problem is None and labels.is_floating_point() and labels.dim() <= 2
-                                   and logits.reshape(rows, -1).shape[-1] == labels.reshape(rows, -1).shape[-1]
-                                   and problem != "multi_label_classification"):
-        error = F.mse_loss(logits.reshape(rows, -1), labels.reshape(rows, -1).to(logits.dtype), reduction="none")
+    if problem == "regression" or (
+        problem is None
+        and labels.is_floating_point()
+        and labels.dim() <= 2
+        and logits.reshape(rows, -1).shape[-1] == labels.reshape(rows, -1).shape[-1]
+        and problem != "multi_label_classification"
+    ):
+        error = F.mse_loss(
+            logits.reshape(rows, -1), labels.reshape(rows, -1).to(logits.dtype), reduction="none"
+        )
         losses = error.mean(-1)
         counted = torch.ones(rows, dtype=torch.bool, device=logits.device)
     elif problem == "multi_label_classification":
-        error = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none")
+        error = F.binary_cross_entropy_with_logits(
+            logits, labels.to(logits.dtype), reduction="none"
+        )
         losses = error.mean(-1)
         counted = torch.ones(rows, dtype=torch.bool, device=logits.device)
     else:

@@ -80,9 +80,7 @@ def batch_positions(
     return BatchPositions(_from_mask(decoder, device), own)
 
 
-def _label_positions(
-    model: nn.Module, labels: object, device: torch.device
-) -> CountedPositions:
+def _label_positions(model: nn.Module, labels: object, device: torch.device) -> CountedPositions:
     """Positions that predict a label: ``t`` where ``labels[t + 1]`` is not -100."""
     if not isinstance(labels, Tensor) or labels.dim() != 2 or label_kind(model, labels) != "causal":
         raise DataError(

@@ -136,9 +136,7 @@ class Statistics(Mapping[str, LayerStatistics]):
             aside.unlink(missing_ok=True)
 
     @classmethod
-    def load(
-        cls, path: str | os.PathLike[str], device: torch.device | str = "cpu"
-    ) -> Statistics:
+    def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Statistics:
         """Read a file that `save` wrote. It is data: nothing in it is executed.
 
         Raises:

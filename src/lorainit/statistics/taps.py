@@ -140,7 +140,13 @@ class _Tap(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, output: Tensor, x: Tensor | None, anchor: Tensor, state: TapState, name: str, read: _Read
+        ctx: Any,
+        output: Tensor,
+        x: Tensor | None,
+        anchor: Tensor,
+        state: TapState,
+        name: str,
+        read: _Read,
     ) -> Tensor:
         ctx.mark_dirty(output)
         ctx.save_for_backward(*([] if x is None else [x]))
@@ -166,7 +172,9 @@ def tapped(
     anchor = torch.zeros((), requires_grad=True)
 
     def make_hook(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        def hook(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+        ) -> Any:
             x = args[0] if args else kwargs.get("input", kwargs.get("x"))
             if not isinstance(x, Tensor) or not isinstance(output, Tensor):
                 raise DataError(
@@ -192,7 +200,5 @@ def tapped(
             )
             stack.callback(handle.remove)
         for name, module in modules.items():
-            stack.callback(
-                module.register_forward_hook(make_hook(name), with_kwargs=True).remove
-            )
+            stack.callback(module.register_forward_hook(make_hook(name), with_kwargs=True).remove)
         yield
