@@ -6,6 +6,7 @@ fork, not in the authors' own repository; where text and code disagree, the docs
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -76,6 +77,7 @@ class FILet:
             ``A`` ``(..., rank, in)``, ``B`` ``(..., out, rank)``; anchored.
         """
         linalg.check_rank(rank, *weight.shape[-2:])
+        require_number("scaling", scaling, inclusive=False)
         second = statistics.input_second_moment
         dtype = linalg.compute_dtype(weight, second)
         weight = linalg.check_finite(weight.to(dtype), "the weight")
@@ -111,7 +113,8 @@ class FILet:
         if self.scale_floor is not None:
             return energy.clamp_min(self.scale_floor).sqrt()
         mean = energy.mean(-1, keepdim=True).clamp_min(torch.finfo(energy.dtype).tiny)
-        return (energy / mean).clamp_min(_RELATIVE_FLOOR).sqrt() * (_ROW_NORM * scaling**0.5)
+        sizes: Tensor = (energy / mean).clamp_min(_RELATIVE_FLOOR).sqrt()
+        return sizes * (_ROW_NORM * math.sqrt(scaling))
 
 
 def fisher_energy(u: Tensor, v: Tensor, second_in: Tensor, second_out: Tensor) -> Tensor:

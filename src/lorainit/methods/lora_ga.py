@@ -7,6 +7,7 @@ Outsider565/LoRA-GA, their fork of ``peft/tuners/lora/layer.py``).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -114,7 +115,7 @@ class LoraGA:
         if self.scale == "unit":
             return one
         if self.scale == "stable":
-            return one * (float(weight.shape[-2]) ** 0.25 / self.gamma**0.5)
+            return one * math.sqrt(math.sqrt(weight.shape[-2]) / self.gamma)
         require_number("scaling", scaling, inclusive=False)
         if self.scale == "gd":
             return one / scaling

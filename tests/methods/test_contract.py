@@ -1,0 +1,156 @@
+"""What every method in the table must do, measured or refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from lorainit.errors import MissingStatisticError, NonFiniteError, RankError
+from lorainit.methods import METHODS
+from lorainit.types import STATISTICS, LayerStatistics, Method, settings_of
+from tests.methods.common import IN, OUT, RANK, Check, layer
+from tests.methods.contract import CHECKS, FULL_RANK
+
+all_methods = pytest.mark.parametrize("name", list(METHODS))
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=str)
+def test_contract(check: Check) -> None:
+    value = check.measure()
+    assert check.passes(value), f"{check}: {value:.3g} against {check.bound:.3g}"
+
+
+@all_methods
+def test_is_a_method_with_known_needs(name: str) -> None:
+    method = METHODS[name]()
+    assert isinstance(method, Method)
+    assert method.needs <= STATISTICS
+    assert isinstance(METHODS[name].paper(), METHODS[name])
+
+
+@all_methods
+def test_settings_are_frozen_hashable_and_survive_json(name: str) -> None:
+    for method in (METHODS[name](), METHODS[name].paper()):
+        settings = json.loads(json.dumps(settings_of(method)))
+        assert settings.pop("method") == METHODS[name].__name__
+        again = METHODS[name](**settings)
+        assert again == method
+        assert hash(again) == hash(method)
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            method.anything = 1
+
+
+@all_methods
+@pytest.mark.parametrize("rank", [0, -1, OUT + 1, IN])
+def test_impossible_rank(name: str, rank: int) -> None:
+    with pytest.raises(RankError, match=r"rank"):
+        METHODS[name]().solve(*layer(), rank, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "rank"), [("lora-ga", FULL_RANK["lora-ga"] + 1), ("orthogonal", 3)]
+)
+def test_rank_a_method_cannot_have(name: str, rank: int) -> None:
+    with pytest.raises(RankError, match=r"rank"):
+        METHODS[name]().solve(*layer(), rank, 1.0)
+
+
+@all_methods
+def test_every_missing_statistic_is_named(name: str) -> None:
+    weight, full = layer()
+    method = METHODS[name]()
+    assert method.needs <= full.available
+    fields = {
+        "gradient": "gradient_sum",
+        "input_second_moment": "input_second_moment_sum",
+        "input_mean": "input_sum",
+        "output_second_moment": "output_second_moment_sum",
+        "output_second_moment_diagonal": "output_second_moment_sum",
+    }
+    for needed in method.needs:
+        without = dataclasses.replace(full, **{fields[needed]: None})
+        with pytest.raises(MissingStatisticError, match=f"'{needed}'"):
+            method.solve(weight, without, RANK, 1.0)
+
+
+@all_methods
+def test_reads_no_more_than_it_needs(name: str) -> None:
+    """With only the needed statistics the result is that with all of them."""
+    weight, full = layer()
+    method = METHODS[name]()
+    needs = method.needs
+    only = LayerStatistics(
+        gradient_sum=full.gradient_sum if "gradient" in needs else None,
+        input_second_moment_sum=(
+            full.input_second_moment_sum if "input_second_moment" in needs else None
+        ),
+        input_sum=full.input_sum if "input_mean" in needs else None,
+        output_second_moment_sum=(
+            full.output_second_moment_sum if "output_second_moment" in needs else None
+        ),
+        output_second_moment_diagonal_sum=(
+            full.output_second_moment_sum.diagonal()  # type: ignore[union-attr]
+            if "output_second_moment_diagonal" in needs
+            else None
+        ),
+        sequences=full.sequences,
+        label_tokens=full.label_tokens,
+        positions=full.positions,
+        population=full.population,
+    )
+    torch.manual_seed(0)
+    wanted = method.solve(weight, full, RANK, 2.0)
+    torch.manual_seed(0)
+    found = method.solve(weight, only, RANK, 2.0)
+    assert torch.equal(found.A, wanted.A)
+    assert torch.equal(found.B, wanted.B)
+
+
+@all_methods
+def test_input_that_is_not_finite_is_refused(name: str) -> None:
+    weight, full = layer()
+    method = METHODS[name]()
+    if name in ("pissa", "milora", "olora", "corda", "filet"):
+        weight = weight.clone()
+        weight[1, 2] = float("nan")
+    elif method.needs:
+        bad = "input_second_moment_sum" if name == "eva" else "gradient_sum"
+        tensor = getattr(full, bad).clone()
+        tensor[1, 2] = float("inf")
+        full = dataclasses.replace(full, **{bad: tensor})
+    else:
+        pytest.skip("reads nothing")
+    with pytest.raises(NonFiniteError, match="not finite"):
+        method.solve(weight, full, RANK, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("eva", {"rho": 0.5}),
+        ("corda", {"mode": "top"}),
+        ("corda", {"damping": -1.0}),
+        ("lora-ga", {"direction": "BrA2r"}),
+        ("lora-ga", {"scale": "big"}),
+        ("lora-ga", {"gamma": 0.0}),
+        ("lora-one", {"gamma": float("nan")}),
+        ("lora-da", {"beta": -0.1}),
+        ("lora-da", {"damping_mode": "none"}),
+        ("filet", {"select": "middle"}),
+        ("natural", {"row_norm": 0.0}),
+        ("natural", {"length": 0.0}),
+        ("natural", {"damping_mode": "none"}),
+    ],
+)
+def test_bad_settings_are_refused_at_construction(name: str, settings: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        METHODS[name](**settings)
+
+
+@pytest.mark.parametrize("name", ["pissa", "milora", "corda", "filet", "natural"])
+def test_scaling_that_cannot_be_divided_out(name: str) -> None:
+    with pytest.raises(ValueError, match="scaling"):
+        METHODS[name]().solve(*layer(), RANK, 0.0)
