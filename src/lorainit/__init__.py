@@ -1,6 +1,7 @@
 """lorainit: start a LoRA adapter where the target data says it should."""
 
 from lorainit._version import __version__
+from lorainit.adapters.load import load_adapter
 from lorainit.methods import *  # noqa: F403
 from lorainit.methods import __all__ as _methods
 from lorainit.pipeline import collect_statistics, get_peft_model
@@ -14,5 +15,6 @@ __all__ = [
     "__version__",
     "collect_statistics",
     "get_peft_model",
+    "load_adapter",
 ]
 __all__ += _methods

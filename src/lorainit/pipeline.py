@@ -7,6 +7,7 @@ import copy
 import logging
 import statistics as stats
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import is_dataclass
 from typing import Any, Literal
 
 import peft
@@ -31,7 +32,14 @@ from lorainit.methods.vanilla import Vanilla
 from lorainit.statistics import CollectSettings, LossFunction, Statistics, collect
 from lorainit.statistics.collect import input_device
 from lorainit.statistics.guard import unchanged_rng
-from lorainit.types import Factors, LayerStatistics, LossReduction, Method, TokenMask
+from lorainit.types import (
+    Factors,
+    LayerStatistics,
+    LossReduction,
+    Method,
+    TokenMask,
+    settings_of,
+)
 
 logger = logging.getLogger("lorainit")
 
@@ -77,6 +85,7 @@ def collect_statistics(
     Raises:
         TargetError, DataError, NonFiniteError: see each; the model is as it was.
     """
+    installing.check_not_merged(model)
     targets = match_targets(model, peft_config)
     settings = CollectSettings(
         needs=frozenset(needs),
@@ -137,6 +146,7 @@ def get_peft_model(
         LorainitError: bad input, found before any long work; the model is as it was.
     """
     _check_arguments(model, peft_config, method, data, statistics, adapter_name)
+    installing.check_not_merged(model)
     existing = isinstance(model, PeftModel) and adapter_name in model.peft_config
     config = _configuration(model, peft_config, adapter_name, existing)
     targets = match_targets(model, config)
@@ -167,7 +177,7 @@ def get_peft_model(
         )
     wrapped = _wrap(model, config, adapter_name, existing, autocast_adapter_dtype)
     try:
-        installing.install(wrapped, adapter_name, solved)
+        installing.install(wrapped, adapter_name, solved, _settings_of(method))
     except BaseException:
         if not existing:
             _unwrap(model, wrapped, adapter_name)
@@ -466,6 +476,11 @@ def _wrap(
     )
     assert isinstance(wrapped, PeftModel)
     return wrapped
+
+
+def _settings_of(method: Method) -> dict[str, object]:
+    """A method's name, and its settings where it is a dataclass."""
+    return settings_of(method) if is_dataclass(method) else {"method": type(method).__name__}
 
 
 def _unwrap(model: nn.Module, wrapped: PeftModel, adapter_name: str) -> None:

@@ -6,8 +6,9 @@ An anchored layer computes ``W x + s (B A - B0 A0) x``. To PEFT it is an ordinar
     lora_A = [A; A0]      lora_B = [B, -B0]
 
 so merging, unmerging, weighting, saving and loading are PEFT's own and right, over every kind of
-base layer, quantized ones too; and what is saved is plain LoRA on the untouched base. Inside, the two
-halves are multiplied by products of one shape, and their difference is exactly zero at the start.
+base layer, quantized ones too; and what is saved is plain LoRA on the untouched base. Inside, the
+two halves are multiplied by products of one shape, and their difference is exactly zero at the
+start.
 """
 
 from __future__ import annotations
@@ -47,7 +48,11 @@ class _AnchoredFactor(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The factor of twice the rank, as PEFT reads it; gradients flow to the trained half."""
-        return torch.cat([self.trained, self._sign * self.anchor], dim=self._rank_dim)
+        return torch.cat([self.trained, self._sign * self._start()], dim=self._rank_dim)
+
+    def _start(self) -> Tensor:
+        """The anchor in the trained half's dtype, also after a trainer cast that alone."""
+        return self.anchor.to(self.trained.dtype)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         weight = self.weight
@@ -72,8 +77,10 @@ class _AnchoredFactor(nn.Module):
         expected[self._rank_dim] *= 2
         if list(whole.shape) != expected:
             error_msgs.append(
-                f"{key}: an anchored adapter loads a factor of shape {tuple(expected)} (twice the rank, "
-                f"start included), but the file has {tuple(whole.shape)}. It was saved from an adapter "
+                f"{key}: an anchored adapter loads a factor of shape {tuple(expected)} (twice the "
+                "rank, "
+                f"start included), but the file has {tuple(whole.shape)}. It was saved from an "
+                "adapter "
                 "of another rank or without an anchor: load it with PeftModel.from_pretrained."
             )
             return
@@ -101,7 +108,7 @@ class AnchoredA(_AnchoredFactor):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., in)`` to ``(..., 2 rank)``."""
-        return torch.cat([F.linear(x, self.trained), F.linear(x, self.anchor)], dim=-1)
+        return torch.cat([F.linear(x, self.trained), F.linear(x, self._start())], dim=-1)
 
     def extra_repr(self) -> str:
         """For ``repr``."""
@@ -135,7 +142,7 @@ class AnchoredB(_AnchoredFactor):
     def forward(self, z: Tensor) -> Tensor:
         """``(..., 2 rank)`` to ``(..., out)``."""
         live, start = z.chunk(2, dim=-1)
-        out = F.linear(live, self.trained) - F.linear(start, self.anchor)
+        out = F.linear(live, self.trained) - F.linear(start, self._start())
         return out if self.bias is None else out + self.bias
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -143,7 +150,9 @@ class AnchoredB(_AnchoredFactor):
         if self.bias is not None:
             destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if self.bias is not None and prefix + "bias" in state_dict:
             with torch.no_grad():

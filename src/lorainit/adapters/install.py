@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
 from lorainit.adapters.anchor import AnchoredA, AnchoredB
+from lorainit.adapters.origin import Origin, remember
 from lorainit.adapters.patterns import pin_layer, scale_ranks
 from lorainit.errors import AdapterError
 from lorainit.types import Factors
@@ -24,6 +28,13 @@ def adapter_layers(model: PeftModel, adapter_name: str) -> dict[str, LoraLayer]:
     }
 
 
+def is_linear(layer: LoraLayer, adapter_name: str) -> bool:
+    """Whether the adapter adds a plain matrix pair here: no embedding, convolution or experts."""
+    if adapter_name not in layer.lora_A or isinstance(layer, ParamWrapper):
+        return False
+    return isinstance(layer.lora_A[adapter_name], nn.Linear | AnchoredA)
+
+
 def is_anchored(layer: LoraLayer, adapter_name: str) -> bool:
     """Whether this adapter of the layer carries an anchor."""
     return adapter_name in layer.lora_A and isinstance(layer.lora_A[adapter_name], AnchoredA)
@@ -31,26 +42,50 @@ def is_anchored(layer: LoraLayer, adapter_name: str) -> bool:
 
 def true_config(model: PeftModel, adapter_name: str) -> LoraConfig:
     """The adapter's configuration at the rank that is trained: an anchor's half taken out."""
-    import copy
-
     config: LoraConfig = copy.deepcopy(model.peft_config[adapter_name])
-    if any(is_anchored(layer, adapter_name) for layer in adapter_layers(model, adapter_name).values()):
+    if any(
+        is_anchored(layer, adapter_name) for layer in adapter_layers(model, adapter_name).values()
+    ):
         scale_ranks(config, 0.5)
     return config
 
 
-def install(model: PeftModel, adapter_name: str, factors: Mapping[str, Factors]) -> None:
+def check_not_merged(model: nn.Module) -> None:
+    """Refuse a model whose base holds a merged adapter: its weights are not the base's own.
+
+    Raises:
+        AdapterError: some adapter is merged.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer) and module.merged:
+            raise AdapterError(
+                f"adapter '{module.merged_adapters[0]}' is merged into layer '{name}', so the "
+                "base weights "
+                "are not the base model's: call model.unmerge_adapter() first."
+            )
+
+
+def install(
+    model: PeftModel,
+    adapter_name: str,
+    factors: Mapping[str, Factors],
+    settings: Mapping[str, Any] | None = None,
+) -> None:
     """Write factors into an adapter whose layers PEFT has created.
+
+    Everything is checked and allocated before the first layer is written.
 
     Args:
         model: holds the adapter `adapter_name`.
         adapter_name: of the adapter to write.
         factors: by the base model's module names. Layers without factors keep PEFT's start; if any
             factors are anchored, they get an anchor of zeros, so that all layers have one rank.
+        settings: what found the factors, for the record; JSON-ready.
 
     Raises:
         AdapterError: factors for a layer that the adapter does not have, or of another shape.
     """
+    check_not_merged(model)
     layers = adapter_layers(model, adapter_name)
     missing = [name for name in factors if name not in layers]
     if missing:
@@ -63,17 +98,57 @@ def install(model: PeftModel, adapter_name: str, factors: Mapping[str, Factors])
     was_anchored = any(is_anchored(layer, adapter_name) for layer in layers.values())
     anchored = any(pair.anchored for pair in factors.values())
     with torch.no_grad():
+        prepared = {
+            name: _prepare(layer, adapter_name, factors.get(name), anchored)
+            for name, layer in layers.items()
+            if is_linear(layer, adapter_name)
+        }
+        # The object may be the user's own.
+        model.peft_config[adapter_name] = copy.deepcopy(model.peft_config[adapter_name])
+        for name, held in prepared.items():
+            _put(layers[name], adapter_name, held)
         for name, layer in layers.items():
-            if adapter_name in layer.lora_A and isinstance(layer.lora_A[adapter_name].weight, Tensor):
-                _write(layer, adapter_name, factors.get(name), anchored)
-    config = model.peft_config[adapter_name]
-    if was_anchored and not anchored:
-        _set_rank_scale(config, layers, adapter_name, 0.5)
-    elif anchored and not was_anchored:
-        _set_rank_scale(config, layers, adapter_name, 2.0)
+            if name not in prepared:
+                _materialize(layer, adapter_name)
+    if was_anchored != anchored:
+        _set_rank_scale(
+            model.peft_config[adapter_name], layers, adapter_name, 2.0 if anchored else 0.5
+        )
+    remember(model, adapter_name, Origin(anchored, dict(settings or {})))
+
+
+def anchor_loaded(model: PeftModel, adapter_name: str) -> None:
+    """Turn an adapter that was loaded as rank ``2r`` back into an anchored one of rank ``r``.
+
+    Raises:
+        AdapterError: a factor of odd rank: it was not saved from an anchored adapter.
+    """
+    layers = {
+        name: layer
+        for name, layer in adapter_layers(model, adapter_name).items()
+        if is_linear(layer, adapter_name) and not is_anchored(layer, adapter_name)
+    }
+    for name, layer in layers.items():
+        if layer.r[adapter_name] % 2:
+            raise AdapterError(
+                f"layer '{name}' has rank {layer.r[adapter_name]}: an anchored adapter is saved "
+                "with twice "
+                "its rank, so this one was not anchored. Load it with anchored=False."
+            )
+    with torch.no_grad():
+        for layer in layers.values():
+            old_a, old_b = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
+            a, start_a = old_a.weight.detach().chunk(2, dim=0)
+            b, start_b = old_b.weight.detach().chunk(2, dim=1)
+            pair = AnchoredA(a, start_a), AnchoredB(b, -start_b, old_b.bias)
+            _swap(layer, adapter_name, pair)
 
 
 def _check_shapes(name: str, layer: LoraLayer, adapter_name: str, pair: Factors) -> None:
+    if not is_linear(layer, adapter_name):
+        raise AdapterError(
+            f"layer '{name}' ({type(layer).__name__}) takes no factors: it is no linear layer."
+        )
     a, b = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
     have = tuple(_trained(a).shape), tuple(_trained(b).shape)
     given = tuple(pair.A.shape), tuple(pair.B.shape)
@@ -88,36 +163,80 @@ def _trained(factor: nn.Module) -> Tensor:
     return factor.trained if isinstance(factor, AnchoredA | AnchoredB) else factor.weight  # type: ignore[return-value]
 
 
-def _write(layer: LoraLayer, adapter_name: str, pair: Factors | None, anchored: bool) -> None:
-    """One layer: plain modules or anchored ones, holding the pair or what was there."""
+_Pair = tuple[nn.Module, nn.Module] | tuple[Tensor, Tensor] | None
+
+
+def _prepare(layer: LoraLayer, adapter_name: str, pair: Factors | None, anchored: bool) -> _Pair:
+    """What a layer is to hold: new modules, or values for those it has, or None for no change."""
     old_a, old_b = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
     like_a, like_b = _trained(old_a), _trained(old_b)
     if pair is None:
-        if not anchored and not isinstance(old_a, AnchoredA):
-            return
-        a, b = like_a.detach().clone(), like_b.detach().clone()
+        if like_a.is_meta:
+            a, b = _default_start(like_a, like_b, layer)
+        elif anchored or isinstance(old_a, AnchoredA):
+            a, b = like_a.detach().clone(), like_b.detach().clone()
+        else:
+            return None
     else:
         a, b = _like(pair.A, like_a, layer), _like(pair.B, like_b, layer)
     bias = getattr(old_b, "bias", None)
-    trainable = like_a.requires_grad
+    if bias is not None and bias.is_meta:
+        bias = torch.zeros_like(bias, device=a.device)
     if anchored:
         keep = pair is not None and pair.anchored
-        new_a: nn.Module = AnchoredA(a, a if keep else torch.zeros_like(a))
-        new_b: nn.Module = AnchoredB(b, b if keep else torch.zeros_like(b), bias)
-    elif isinstance(old_a, AnchoredA) or like_a.is_meta:
-        new_a, new_b = _linear(a, None), _linear(b, bias)
-    else:
-        like_a.copy_(a)
-        like_b.copy_(b)
-        new_a, new_b = old_a, old_b
-    if new_a is not old_a:
-        layer.lora_A[adapter_name] = new_a.requires_grad_(trainable).train(old_a.training)
-        layer.lora_B[adapter_name] = new_b.requires_grad_(trainable).train(old_b.training)
+        return (
+            AnchoredA(a, a if keep else torch.zeros_like(a)),
+            AnchoredB(b, b if keep else torch.zeros_like(b), bias),
+        )
+    if isinstance(old_a, AnchoredA) or like_a.is_meta:
+        return _linear(a, None), _linear(b, bias)
+    return a, b
+
+
+def _put(layer: LoraLayer, adapter_name: str, pair: _Pair) -> None:
+    if pair is None:
+        return
+    a, b = pair
+    if isinstance(a, nn.Module) and isinstance(b, nn.Module):
+        _swap(layer, adapter_name, (a, b))
+    elif isinstance(a, Tensor) and isinstance(b, Tensor):
+        layer.lora_A[adapter_name].weight.copy_(a)
+        layer.lora_B[adapter_name].weight.copy_(b)
     _refresh_magnitude(layer, adapter_name)
 
 
+def _swap(layer: LoraLayer, adapter_name: str, pair: tuple[nn.Module, nn.Module]) -> None:
+    """Replace the layer's factors, which keep their flags and mode."""
+    for holder, new in zip((layer.lora_A, layer.lora_B), pair, strict=True):
+        old = holder[adapter_name]
+        trainable = _trained(old).requires_grad
+        holder[adapter_name] = new.requires_grad_(trainable).train(old.training)
+
+
+def _materialize(layer: LoraLayer, adapter_name: str) -> None:
+    """PEFT's own start for factors on the meta device that no method serves."""
+    if adapter_name not in layer.lora_embedding_A:
+        return
+    for holder in (layer.lora_embedding_A, layer.lora_embedding_B):
+        old = holder[adapter_name]
+        if old.is_meta:
+            device, _ = layer._get_base_layer_device_and_dtype(layer.get_base_layer())
+            new = nn.Parameter(torch.zeros_like(old, device=device), old.requires_grad)
+            holder[adapter_name] = new
+            if holder is layer.lora_embedding_B:
+                nn.init.normal_(new)
+
+
+def _default_start(like_a: Tensor, like_b: Tensor, layer: LoraLayer) -> tuple[Tensor, Tensor]:
+    """Kaiming A and zero B, as PEFT's ``init_lora_weights=True``."""
+    device, _ = layer._get_base_layer_device_and_dtype(layer.get_base_layer())
+    a = torch.empty_like(like_a, device=device, requires_grad=False)
+    nn.init.kaiming_uniform_(a, a=5**0.5)
+    return a, torch.zeros_like(like_b, device=device, requires_grad=False)
+
+
 def _like(value: Tensor, like: Tensor, layer: LoraLayer) -> Tensor:
-    """The value in the dtype and on the device that PEFT chose; the base layer's where that is meta."""
+    """The value in the dtype and on the device that PEFT chose; meta means the base layer's."""
     device = like.device
     if like.is_meta:
         device, _ = layer._get_base_layer_device_and_dtype(layer.get_base_layer())
@@ -151,17 +270,26 @@ def _refresh_magnitude(layer: LoraLayer, adapter_name: str) -> None:
 def _set_rank_scale(
     config: LoraConfig, layers: Mapping[str, LoraLayer], adapter_name: str, factor: float
 ) -> None:
-    """Tell PEFT the rank it sees, with every scaling as it was; layers without factors stay."""
-    plain = {
-        name: (layer.r[adapter_name], layer.lora_alpha[adapter_name])
+    """Tell PEFT the rank it sees, with every scaling as it was; other kinds of layers stay."""
+    others = {
+        _name_in_patterns(name, layer): (layer.r[adapter_name], layer.lora_alpha[adapter_name])
         for name, layer in layers.items()
-        if adapter_name not in layer.lora_A
+        if not is_linear(layer, adapter_name)
     }
     scale_ranks(config, factor)
-    for name, (rank, alpha) in plain.items():
+    for name, (rank, alpha) in others.items():
         pin_layer(config, name, rank, alpha)
     alpha_factor = factor**0.5 if config.use_rslora else factor
-    for name, layer in layers.items():
-        if name not in plain:
+    for layer in layers.values():
+        if is_linear(layer, adapter_name):
             layer.r[adapter_name] = round(layer.r[adapter_name] * factor)
             layer.lora_alpha[adapter_name] *= alpha_factor
+
+
+def _name_in_patterns(name: str, layer: LoraLayer) -> str:
+    """The name by which PEFT looks a layer up in ``rank_pattern``."""
+    if not isinstance(layer, ParamWrapper):
+        return name
+    while name.endswith(".base_layer"):
+        name = name.removesuffix(".base_layer")
+    return f"{name}.{layer.parameter_name}"

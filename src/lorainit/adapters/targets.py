@@ -122,7 +122,8 @@ def _resolved(base: nn.Module, peft_config: LoraConfig) -> LoraConfig:
         known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type)
         if known is None:
             raise TargetError(
-                f"the LoraConfig names no target_modules, and PEFT knows no defaults for model type "
+                f"the LoraConfig names no target_modules, and PEFT knows no defaults for model "
+                "type "
                 f"{model_type!r}. Pass target_modules='all-linear', or a list of names."
             )
         config.target_modules = set(known)
@@ -145,13 +146,12 @@ def _nothing_matched(config: LoraConfig, left_out: dict[str, str]) -> str:
     if left_out:
         name, reason = next(iter(left_out.items()))
         return (
-            f"target_modules ({shown}) match only layers that cannot be started from data: '{name}' "
+            f"target_modules ({shown}) match only layers that cannot be started from data: "
+            f"'{name}' "
             f"({reason}). Add linear layers, or use peft.get_peft_model for these."
         )
     return (
-        f"target_modules ({shown}) match no module of the model. Use target_modules='all-linear', or "
+        f"target_modules ({shown}) match no module of the model. Use target_modules='all-linear', "
+        "or "
         "names from model.named_modules()."
     )
-
-
-

@@ -32,7 +32,8 @@ def read_weight(module: nn.Module, name: str) -> Tensor:
         )
     if not bool(torch.isfinite(weight).all()):
         raise NonFiniteError(
-            f"the weight of layer '{name}' has values that are not finite: the checkpoint is damaged, or "
+            f"the weight of layer '{name}' has values that are not finite: the checkpoint is "
+            "damaged, or "
             "was converted to a dtype that cannot hold it."
         )
     return weight
@@ -64,7 +65,8 @@ def _floating(module: nn.Module, name: str) -> Tensor:
             return torch.as_tensor(dequantize_module_weight(module)).detach()
         except (TypeError, NotImplementedError, AttributeError) as error:
             raise AdapterError(
-                f"the weight of layer '{name}' ({type(module).__name__}) cannot be dequantized: {error}. "
+                f"the weight of layer '{name}' ({type(module).__name__}) cannot be dequantized: "
+                f"{error}. "
                 "Use a method that does not read it (EVA, LoraDA, Natural), or leave the layer out."
             ) from error
 
