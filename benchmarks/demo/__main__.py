@@ -1,8 +1,8 @@
 """``python -m benchmarks.demo``: a real model and real data become a better-started adapter.
 
-Every method is initialized from the same prompts, trained on the same problems in the same order at
-the same learning rate, scored on the same held-out problems, saved, and loaded again with stock PEFT
-in another process. Finished parts are found again under ``outputs/demo`` and not repeated.
+Every method is initialized from the same prompts, trained on the same problems in the same order
+at the same learning rate, scored on the same held-out problems, saved, and loaded again with stock
+PEFT in another process. Finished parts are found again under ``outputs/demo`` and not repeated.
 
 This shows that the line works from end to end. It is one seed and one learning rate on one small
 task, so it says little of which method is better.
@@ -17,6 +17,7 @@ import os
 import shutil
 import sys
 import time
+import warnings
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -53,9 +54,8 @@ def main() -> None:
         settings = settings.smoke()
     known = entries()
     wanted = [known[name] for name in arguments.methods]
-    folder = arguments.output or REPOSITORY / "outputs" / (
-        "demo-smoke" if arguments.smoke else "demo"
-    )
+    kind = "demo-smoke" if arguments.smoke else "demo"
+    folder = arguments.output or REPOSITORY / "outputs" / kind
 
     _say(
         f"SmolLM2-135M, task {settings.task}, {', '.join(e.label for e in wanted)}: "
@@ -138,6 +138,7 @@ def _names(text: str) -> tuple[str, ...]:
 
 def _quiet() -> None:
     """Show this program's lines and lorainit's, not every library's."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     logger = logging.getLogger("lorainit")
