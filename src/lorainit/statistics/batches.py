@@ -35,26 +35,40 @@ def row_sequences(batch: Batch, rows: int) -> list[int]:
         reference = batch.get("input_ids")
     if not isinstance(reference, Tensor) or reference.dim() != 2 or reference.shape[1] == 0:
         return [1] * rows
-    _, starts = packed_segments(batch, reference)
-    return [int(n) + 1 for n in starts.sum(1)]
+    segments, _ = packed_segments(batch, reference)
+    counts = []
+    for row in segments:
+        # Position ids padded with zeros look like sequences of one token; such have nothing to predict.
+        lengths = row.unique(return_counts=True)[1]
+        counts.append(max(1, int((lengths > 1).sum())))
+    return counts
 
 
 def first_rows(batch: Batch, rows: int, total: int) -> dict[str, Any]:
     """The batch cut to its first rows; what is not one entry a row stays as it is."""
-    return {
-        key: value[:rows]
-        if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == total
-        else value
-        for key, value in batch.items()
-    }
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value[:rows] if value.dim() > 0 and value.shape[0] == total else value
+        return value[:rows] if isinstance(value, list) and len(value) == total else value
+
+    return {key: cut(value) for key, value in batch.items()}
 
 
 def take(data: Iterable[Any], max_sequences: int | None) -> Iterator[dict[str, Any]]:
     """Batches until `max_sequences` sequences have been seen; the last one is cut to fit.
 
+    Nothing is drawn from `data` beyond the batch that fills the sample. Batches of no rows, or of
+    rows without a token, are passed over.
+
     Raises:
         DataError: something that is no dictionary of tensors.
     """
+    if not isinstance(data, Iterable):
+        raise DataError(
+            f"data must be an iterable of batches, not {type(data).__name__}. Give a DataLoader, or a "
+            "list of dictionaries."
+        )
     seen = 0
     for index, batch in enumerate(data):
         if not isinstance(batch, Mapping):
@@ -64,13 +78,11 @@ def take(data: Iterable[Any], max_sequences: int | None) -> Iterator[dict[str, A
             )
         batch = dict(batch)
         rows = batch_rows(batch)
-        if rows == 0:
+        if rows == 0 or _is_empty(batch):
             continue
         counts = row_sequences(batch, rows)
         if max_sequences is not None:
             room = max_sequences - seen
-            if room <= 0:
-                return
             kept = 0
             while kept < rows and counts[kept] <= room:
                 room -= counts[kept]
@@ -83,6 +95,13 @@ def take(data: Iterable[Any], max_sequences: int | None) -> Iterator[dict[str, A
                 return
         seen += sum(counts)
         yield batch
+        if max_sequences is not None and seen >= max_sequences:
+            return
+
+
+def _is_empty(batch: Batch) -> bool:
+    ids = batch.get("input_ids")
+    return isinstance(ids, Tensor) and ids.numel() == 0
 
 
 def to_device(value: Any, device: torch.device) -> Any:
@@ -91,6 +110,8 @@ def to_device(value: Any, device: torch.device) -> Any:
         return value.to(device, non_blocking=True)
     if isinstance(value, dict):
         return {key: to_device(item, device) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(to_device(item, device) for item in value))
     if isinstance(value, list | tuple):
         return type(value)(to_device(item, device) for item in value)
     return value
@@ -101,5 +122,5 @@ def population_of(data: object) -> int | None:
     dataset = getattr(data, "dataset", None)
     try:
         return len(dataset) if dataset is not None else None
-    except TypeError:
+    except (TypeError, NotImplementedError):
         return None

@@ -14,17 +14,34 @@ from tqdm.auto import tqdm
 from lorainit.errors import DataError, NonFiniteError, TargetError
 from lorainit.statistics import distributed
 from lorainit.statistics.accumulators import LayerSums
-from lorainit.statistics.batches import population_of, row_sequences, batch_rows, take, to_device
+from lorainit.statistics.batches import batch_rows, population_of, row_sequences, take, to_device
 from lorainit.statistics.guard import measuring, unchanged_rng
-from lorainit.statistics.losses import LossFunction, batch_loss
+from lorainit.statistics.losses import (
+    LossFunction,
+    batch_loss,
+    has_label,
+    innermost,
+    run_forward,
+)
 from lorainit.statistics.positions import batch_positions
 from lorainit.statistics.store import Statistics
 from lorainit.statistics.taps import TapState, tapped
-from lorainit.types import STATISTICS, LayerStatistics, LossReduction, TokenMask
+from lorainit.types import (
+    GRADIENT_STATISTICS,
+    STATISTICS,
+    LayerStatistics,
+    LossReduction,
+    TokenMask,
+)
 
 logger = logging.getLogger("lorainit")
 
 _FP16_LOSS_SCALE = 2.0**12
+
+_ALL_MASKED = (
+    "every label is masked: not one that the loss counts differs from -100, so there is no gradient. "
+    "Look at the collator's prompt masking, and at truncation that cuts the answers off."
+)
 
 
 @dataclass(frozen=True)
@@ -81,12 +98,21 @@ def collect(
                 "data gave no sequences: the iterable is empty, or exhausted by an earlier pass. Give a "
                 "DataLoader or a list of batches."
             )
+        if loss_fn is None and settings.needs & GRADIENT_STATISTICS:
+            _check_labels(model, batches)
         with measuring(model):
             run = _pass(model, modules, batches, settings, loss_fn, device, share_inputs=True)
             if not all(distributed.gather_objects(run.state.sharing_held())):
                 logger.info("inputs shared in one batch were not in another; collecting them apart")
                 run = _pass(model, modules, batches, settings, loss_fn, device, share_inputs=False)
     return _finish(run, settings, population, device)
+
+
+def _check_labels(model: nn.Module, batches: list[dict[str, Any]]) -> None:
+    """Every batch has labels, and not all of them are masked: known before any long work."""
+    labelled = [has_label(model, batch) for batch in batches]
+    if not any(distributed.gather_objects(any(labelled))):
+        raise DataError(_ALL_MASKED)
 
 
 @dataclass(eq=False)
@@ -132,7 +158,7 @@ def _pass(
             inputs = to_device(batch, device)
             if not state.backward:
                 with torch.no_grad():
-                    model(**{k: v for k, v in inputs.items() if k != "labels"})
+                    run_forward(model, inputs, loss_fn)
                 sequences.append(torch.tensor(rows))
                 bar.update(rows)
                 continue
@@ -189,10 +215,7 @@ def _finish(
             "in bfloat16 or float32, and look at the data."
         )
     if state.backward and tokens == 0:
-        raise DataError(
-            "every label is masked: not one of the labels differs from -100, so there is no gradient. "
-            "Look at the collator's prompt masking, and at truncation that cuts the answers off."
-        )
+        raise DataError(_ALL_MASKED)
     distributed.reduce_layers(state.layers, device)
     layers: dict[str, LayerStatistics] = {}
     unused = []
@@ -280,9 +303,9 @@ def _dtype(model: nn.Module) -> torch.dtype:
 
 def _encoder(model: nn.Module) -> nn.Module | None:
     """The encoder of an encoder-decoder model."""
-    config = getattr(model, "config", None)
-    if not getattr(config, "is_encoder_decoder", False):
+    base = innermost(model)
+    if not getattr(getattr(base, "config", None), "is_encoder_decoder", False):
         return None
-    get = getattr(model, "get_encoder", None)
+    get = getattr(base, "get_encoder", None)
     encoder = get() if callable(get) else None
     return encoder if isinstance(encoder, nn.Module) else None

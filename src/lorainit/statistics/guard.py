@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +13,18 @@ from torch import Tensor, nn
 
 @contextmanager
 def unchanged_rng(device: torch.device) -> Iterator[None]:
-    """Restore torch's generators of the CPU and of the model's device."""
+    """Restore the generators of torch (on the CPU and the model's device), NumPy and Python."""
     devices = [device] if device.type not in ("cpu", "meta") else []
-    with torch.random.fork_rng(devices=devices, device_type=device.type if devices else "cuda"):
-        yield
+    numpy = sys.modules.get("numpy")
+    python_state = random.getstate()
+    numpy_state = None if numpy is None else numpy.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=devices, device_type=device.type if devices else "cuda"):
+            yield
+    finally:
+        random.setstate(python_state)
+        if numpy is not None:
+            numpy.random.set_state(numpy_state)
 
 
 @contextmanager
@@ -37,8 +47,10 @@ def measuring(model: nn.Module) -> Iterator[None]:
         if isinstance(value, float)
         and ("dropout" in key or "drop_prob" in key or "layerdrop" in key)
     ]
-    handles = [_inputs_require_grad(model)] if checkpointed else []
-    try:
+    with ExitStack() as stack:
+        stack.callback(_put_back, required, modes, rates)
+        if checkpointed:
+            _inputs_require_grad(model, stack)
         for parameter, _ in required:
             parameter.requires_grad_(False)
         for module, _ in modes:
@@ -48,30 +60,39 @@ def measuring(model: nn.Module) -> Iterator[None]:
         for module, key, _ in rates:
             setattr(module, key, 0.0)
         yield
-    finally:
-        for handle in handles:
-            if handle is not None:
-                handle.remove()
-        for module, key, value in rates:
-            setattr(module, key, value)
-        for module, training in modes:
-            module.training = training
-        for parameter, flag in required:
-            parameter.requires_grad_(flag)
 
 
-def _inputs_require_grad(model: nn.Module) -> torch.utils.hooks.RemovableHandle | None:
-    """Reentrant checkpointing drops the graph unless what goes into a block requires a gradient."""
-    get = getattr(model, "get_input_embeddings", None)
-    try:
-        embedding = get() if callable(get) else None
-    except (AttributeError, NotImplementedError):
-        embedding = None
-    if not isinstance(embedding, nn.Module):
-        return None
+def _put_back(
+    required: list[tuple[nn.Parameter, bool]],
+    modes: list[tuple[nn.Module, bool]],
+    rates: list[tuple[nn.Module, str, float]],
+) -> None:
+    for module, key, value in rates:
+        setattr(module, key, value)
+    for module, training in modes:
+        module.training = training
+    for parameter, flag in required:
+        parameter.requires_grad_(flag)
+
+
+def _inputs_require_grad(model: nn.Module, stack: ExitStack) -> None:
+    """Reentrant checkpointing drops the graph unless what goes into a block requires a gradient.
+
+    Every part with embeddings of its own gets the hook: an encoder's may be convolutions.
+    """
 
     def hook(module: nn.Module, args: object, output: object) -> None:
         if isinstance(output, Tensor) and output.is_leaf and output.is_floating_point():
             output.requires_grad_(True)
 
-    return embedding.register_forward_hook(hook)
+    embeddings: dict[int, nn.Module] = {}
+    for part in model.modules():
+        get = getattr(part, "get_input_embeddings", None)
+        try:
+            embedding = get() if callable(get) else None
+        except (AttributeError, NotImplementedError):
+            continue
+        if isinstance(embedding, nn.Module):
+            embeddings[id(embedding)] = embedding
+    for embedding in embeddings.values():
+        stack.callback(embedding.register_forward_hook(hook).remove)

@@ -6,6 +6,7 @@ scale, whatever batch it came in.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -63,46 +64,64 @@ def batch_loss(
             f"loss_fn must return one loss per sequence, a (sequences,) tensor; it returned {shape}. "
             "Use reduction='none' in the loss and average over each sequence's own tokens."
         )
+    rows = losses.shape[0]
     labels = batch.get("labels")
-    if isinstance(labels, Tensor) and not labels.is_floating_point():
-        tokens = (labels != IGNORED).sum()
+    if isinstance(labels, Tensor) and labels.dim() > 0 and not labels.is_floating_point():
+        counted = labels != IGNORED
+        # Rows of labels that are the sequences say which of them count; others (packed rows) do not.
+        whole = counted.reshape(rows, -1).any(-1).sum() if labels.shape[0] == rows else None
+        return BatchLoss(losses, torch.tensor(rows) if whole is None else whole, counted.sum())
+    return BatchLoss(losses, torch.tensor(rows), torch.tensor(rows))
+
+
+def run_forward(
+    model: nn.Module, batch: Mapping[str, Any], loss_fn: LossFunction | None = None
+) -> None:
+    """Run the model on one batch for the sake of its hooks; labels are not needed."""
+    if loss_fn is not None:
+        loss_fn(model, batch)
     else:
-        tokens = torch.tensor(losses.shape[0])
-    return BatchLoss(losses, torch.tensor(losses.shape[0]), tokens)
+        model(**_model_inputs(model, batch))
 
 
 def label_kind(model: nn.Module, labels: Tensor) -> LabelKind:
-    """How the labels lie against the logits, from the model's class and the labels' shape."""
-    config = getattr(model, "config", None)
-    name = _model_class_name(model)
-    if labels.dim() < 2 or "SequenceClassification" in name or "ImageClassification" in name:
+    """How the labels lie against the logits, from the model's class and the labels' shape.
+
+    A subclass of a transformers model is what its parent is.
+    """
+    base = innermost(model)
+    names = " ".join(parent.__name__ for parent in type(base).__mro__)
+    if labels.dim() < 2 or "SequenceClassification" in names or "ImageClassification" in names:
         return "sample"
-    if getattr(config, "is_encoder_decoder", False):
+    if any(part in names for part in ("TokenClassification", "MaskedLM", "PreTraining")):
         return "aligned"
-    if any(part in name for part in ("TokenClassification", "MaskedLM", "PreTraining")):
+    if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
         return "aligned"
     if labels.is_floating_point():
         return "sample"
     return "causal"
 
 
-def _model_class_name(model: nn.Module) -> str:
-    """Class name of the innermost model: wrappers (PEFT, DDP, compile) are looked through."""
-    seen = model
-    if hasattr(seen, "get_base_model"):
-        seen = seen.get_base_model()
-    while isinstance(
-        inner := getattr(seen, "module", None) or getattr(seen, "_orig_mod", None), nn.Module
-    ):
-        seen = inner
-        if hasattr(seen, "get_base_model"):
-            seen = seen.get_base_model()
-    return type(seen).__name__
+def innermost(model: nn.Module) -> nn.Module:
+    """The model inside wrappers (PEFT, data parallel, compile), which know little of themselves."""
+    while True:
+        if callable(get := getattr(model, "get_base_model", None)):
+            inner = get()
+        else:
+            inner = getattr(model, "_orig_mod", None)
+            if inner is None and not hasattr(model, "config"):
+                inner = getattr(model, "module", None)
+        if not isinstance(inner, nn.Module) or inner is model:
+            return model
+        model = inner
 
 
-def _default_loss(
-    model: nn.Module, batch: Mapping[str, Any], reduction: LossReduction
-) -> BatchLoss:
+def has_label(model: nn.Module, batch: Mapping[str, Any]) -> bool:
+    """Whether the default loss of this batch counts any label.
+
+    Raises:
+        DataError: there are no labels at all.
+    """
     labels = batch.get("labels")
     if not isinstance(labels, Tensor):
         raise DataError(
@@ -110,26 +129,56 @@ def _default_loss(
             "(-100 where a token should not count), or pass loss_fn=..., a function of (model, batch) "
             "that returns one loss per sequence."
         )
+    if labels.is_floating_point():
+        return labels.numel() > 0
+    counted = labels != IGNORED
+    if labels.dim() == 2 and label_kind(model, labels) == "causal":
+        counted = counted & ~packed_segments(batch, labels)[1].to(counted.device)
+        counted = counted[:, 1:]
+    return bool(counted.any())
+
+
+def _default_loss(
+    model: nn.Module, batch: Mapping[str, Any], reduction: LossReduction
+) -> BatchLoss:
+    labels = batch["labels"]
     kind = label_kind(model, labels)
-    logits = _logits(model, batch, labels, kind)
+    logits = _logits(model, batch)
     labels = labels.to(logits.device)
     if kind == "sample":
         return _sample_loss(model, logits, labels)
+    _check_token_logits(model, logits, labels, kind)
     return _token_loss(logits, labels, batch, kind, reduction)
 
 
-def _logits(model: nn.Module, batch: Mapping[str, Any], labels: Tensor, kind: LabelKind) -> Tensor:
+def _model_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The batch without its labels; a decoder gets its inputs from them, as in training."""
     inputs = {key: value for key, value in batch.items() if key != "labels"}
-    config = getattr(model, "config", None)
-    if getattr(config, "is_encoder_decoder", False) and kind == "aligned":
-        if "decoder_input_ids" not in inputs and "decoder_inputs_embeds" not in inputs:
-            inputs["decoder_input_ids"] = _shifted_right(model, labels)
-    if hasattr(config, "use_cache"):
+    base = innermost(model)
+    labels = batch.get("labels")
+    if (
+        getattr(getattr(base, "config", None), "is_encoder_decoder", False)
+        and isinstance(labels, Tensor)
+        and label_kind(model, labels) == "aligned"
+        and _accepts(base, "decoder_input_ids")
+        and "decoder_input_ids" not in inputs
+        and "decoder_inputs_embeds" not in inputs
+    ):
+        inputs["decoder_input_ids"] = _shifted_right(base, labels)
+    if _accepts(base, "use_cache"):
         inputs.setdefault("use_cache", False)
-    outputs = model(**inputs)
+    return inputs
+
+
+def _accepts(model: nn.Module, argument: str) -> bool:
+    return argument in inspect.signature(model.forward).parameters
+
+
+def _logits(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    outputs = model(**_model_inputs(model, batch))
     logits = getattr(outputs, "logits", None)
     if logits is None:
-        logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs
+        logits = outputs.get("logits") if isinstance(outputs, Mapping) else outputs
     if isinstance(logits, tuple):
         logits = logits[0]
     if not isinstance(logits, Tensor):
@@ -140,52 +189,92 @@ def _logits(model: nn.Module, batch: Mapping[str, Any], labels: Tensor, kind: La
     return logits
 
 
-def _shifted_right(model: nn.Module, labels: Tensor) -> Tensor:
-    """Decoder inputs from labels, by the model's own rule."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+def _shifted_right(base: nn.Module, labels: Tensor) -> Tensor:
+    """Decoder inputs from labels, by the model's own rule, or by the one that all share."""
     prepare = getattr(base, "prepare_decoder_input_ids_from_labels", None)
-    if prepare is None:
+    if prepare is not None:
+        ids: Tensor = prepare(labels=labels)
+        return ids
+    start = getattr(base.config, "decoder_start_token_id", None)
+    padding = getattr(base.config, "pad_token_id", None)
+    if not isinstance(start, int) or not isinstance(padding, int):
         raise DataError(
-            f"{type(base).__name__} has no prepare_decoder_input_ids_from_labels, so decoder inputs "
-            "cannot be made from labels. Put 'decoder_input_ids' into the batches."
+            f"the configuration of {type(base).__name__} has no decoder_start_token_id and pad_token_id, "
+            "so decoder inputs cannot be made from labels. Put 'decoder_input_ids' into the batches."
         )
-    ids: Tensor = prepare(labels=labels)
-    return ids
+    first = torch.full_like(labels[:, :1], start)
+    return torch.cat([first, labels[:, :-1]], dim=1).masked_fill_(
+        torch.cat([torch.zeros_like(first, dtype=torch.bool), labels[:, :-1] == IGNORED], dim=1),
+        padding,
+    )
 
 
 def _sample_loss(model: nn.Module, logits: Tensor, labels: Tensor) -> BatchLoss:
     """One label, or one vector of labels, a sample: classification, multi-label or regression."""
-    config = getattr(model, "config", None)
-    problem = getattr(config, "problem_type", None)
-    # Half-precision logits lose digits in the softmax; wider ones stay as they are.
-    logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-    rows = logits.shape[0]
-    if problem == "regression" or (
-        problem is None
-        and labels.is_floating_point()
-        and labels.dim() <= 2
-        and logits.reshape(rows, -1).shape[-1] == labels.reshape(rows, -1).shape[-1]
-        and problem != "multi_label_classification"
-    ):
-        error = F.mse_loss(
-            logits.reshape(rows, -1), labels.reshape(rows, -1).to(logits.dtype), reduction="none"
-        )
-        losses = error.mean(-1)
-        counted = torch.ones(rows, dtype=torch.bool, device=logits.device)
-    elif problem == "multi_label_classification":
-        error = F.binary_cross_entropy_with_logits(
-            logits, labels.to(logits.dtype), reduction="none"
-        )
-        losses = error.mean(-1)
-        counted = torch.ones(rows, dtype=torch.bool, device=logits.device)
-    else:
-        flat = labels.reshape(-1)
+    logits = _widened(logits)
+    rows = labels.shape[0] if labels.dim() else 1
+    if logits.shape[0] != rows:
+        raise DataError(_misfit(model, logits, labels))
+    flat = logits.reshape(rows, -1)
+    problem = _problem(model, flat, labels)
+    if problem == "single_label_classification":
+        if labels.numel() != rows:
+            raise DataError(_misfit(model, logits, labels))
         losses = F.cross_entropy(
-            logits.reshape(flat.shape[0], -1), flat, ignore_index=IGNORED, reduction="none"
+            flat, labels.reshape(-1).long(), ignore_index=IGNORED, reduction="none"
         )
-        counted = flat != IGNORED
-    total = counted.sum()
+        total = (labels != IGNORED).sum()
+        return BatchLoss(losses, total, total)
+    wanted = labels.reshape(rows, -1).to(flat.dtype)
+    if wanted.shape != flat.shape:
+        raise DataError(_misfit(model, logits, labels))
+    if problem == "regression":
+        losses = F.mse_loss(flat, wanted, reduction="none").mean(-1)
+    else:
+        losses = F.binary_cross_entropy_with_logits(flat, wanted, reduction="none").mean(-1)
+    total = torch.tensor(rows)
     return BatchLoss(losses, total, total)
+
+
+def _problem(model: nn.Module, logits: Tensor, labels: Tensor) -> str:
+    """transformers' own rule, on whose classification models it depends what labels mean."""
+    base = innermost(model)
+    config = getattr(base, "config", None)
+    known = getattr(config, "problem_type", None)
+    if known is not None:
+        return str(known)
+    if isinstance(getattr(config, "num_labels", None), int) and logits.shape[-1] > 1:
+        floating = labels.is_floating_point()
+        return "multi_label_classification" if floating else "single_label_classification"
+    if logits.shape[-1] == 1 or labels.is_floating_point():
+        return "regression"
+    return "single_label_classification"
+
+
+def _misfit(model: nn.Module, logits: Tensor, labels: Tensor) -> str:
+    return (
+        f"labels of shape {tuple(labels.shape)} do not fit the logits of {type(innermost(model)).__name__}, "
+        f"{tuple(logits.shape)}, in a way that the default loss knows. Pass loss_fn=..., a function of "
+        "(model, batch) that returns one loss per sequence."
+    )
+
+
+def _check_token_logits(model: nn.Module, logits: Tensor, labels: Tensor, kind: LabelKind) -> None:
+    """Refuse what would be compared at the wrong places: a transcript's labels against frames."""
+    fits = labels.dim() == 2 and logits.dim() == 3 and logits.shape[0] == labels.shape[0]
+    if fits and kind == "causal":
+        # Models that put other tokens (an image's) in front give longer logits than labels.
+        fits = logits.shape[1] >= labels.shape[1]
+        fits = fits and not type(innermost(model)).__name__.endswith("CTC")
+    elif fits:
+        fits = logits.shape[1] == labels.shape[1]
+    if not fits:
+        raise DataError(_misfit(model, logits, labels))
+
+
+def _widened(logits: Tensor) -> Tensor:
+    """Half-precision logits lose digits in the softmax; wider ones stay as they are."""
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
 def _token_loss(
@@ -196,22 +285,20 @@ def _token_loss(
     reduction: LossReduction,
 ) -> BatchLoss:
     """Cross-entropy of token labels, summed or averaged inside each sequence."""
-    rows, length = labels.shape
-    if logits.shape[1] > length:
-        # Models that put other tokens (an image's) in front give longer logits than labels.
-        logits = logits[:, -length:]
+    length = labels.shape[1]
+    logits = logits[:, logits.shape[1] - length :]
     segments, starts = packed_segments(batch, labels)
+    count = int(segments.max()) + 1 if segments.numel() else labels.shape[0]
     segments = segments.to(labels.device)
     if kind == "causal":
         # A sequence's first token has nothing before it in its own sequence to be predicted from.
         labels = labels.masked_fill(starts.to(labels.device), IGNORED)
         logits, labels, segments = logits[:, :-1], labels[:, 1:], segments[:, 1:]
     flat = labels.reshape(-1)
-    logits = logits.reshape(flat.shape[0], -1)
-    logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-    losses = F.cross_entropy(logits, flat, ignore_index=IGNORED, reduction="none")
+    losses = F.cross_entropy(
+        _widened(logits.flatten(0, 1)), flat, ignore_index=IGNORED, reduction="none"
+    )
     counted = (flat != IGNORED).to(losses.dtype)
-    count = int(segments.max()) + 1 if rows else 0
     index = segments.reshape(-1)
     sums = losses.new_zeros(count).index_add(0, index, losses)
     tokens = losses.new_zeros(count).index_add(0, index, counted)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lorainit.errors import DataError
-from lorainit.statistics.losses import IGNORED, label_kind
+from lorainit.statistics.losses import IGNORED, innermost, label_kind, packed_segments
 from lorainit.types import TokenMask
 
 
@@ -67,36 +67,46 @@ def batch_positions(
     """The masks of one batch, made on the batch's own device so that nothing waits."""
     attention = batch.get("attention_mask")
     labels = batch.get("labels")
-    config = getattr(model, "config", None)
+    config = getattr(innermost(model), "config", None)
     if token_mask == "labels":
-        return BatchPositions(_label_positions(model, labels, device), None)
+        return BatchPositions(_label_positions(model, batch, device), None)
     own = _from_mask(attention, device)
     if not getattr(config, "is_encoder_decoder", False):
         return BatchPositions(own, None)
     decoder = batch.get("decoder_attention_mask")
     if decoder is None and isinstance(labels, Tensor) and labels.dim() == 2:
-        # Decoder inputs are the labels shifted by one: where a label is padding, so is its input.
-        decoder = labels != IGNORED
+        decoder = _up_to_the_last_label(labels)
     return BatchPositions(_from_mask(decoder, device), own)
 
 
-def _label_positions(model: nn.Module, labels: object, device: torch.device) -> CountedPositions:
-    """Positions that predict a label: ``t`` where ``labels[t + 1]`` is not -100."""
+def _up_to_the_last_label(labels: Tensor) -> Tensor:
+    """Decoder inputs are the labels shifted by one; what follows the last label is padding."""
+    return (labels != IGNORED).long().flip(1).cumsum(1).flip(1) > 0
+
+
+def _label_positions(
+    model: nn.Module, batch: Mapping[str, Any], device: torch.device
+) -> CountedPositions:
+    """Positions that predict a label of their own sequence, the one after them."""
+    labels = batch.get("labels")
     if not isinstance(labels, Tensor) or labels.dim() != 2 or label_kind(model, labels) != "causal":
         raise DataError(
             "token_mask='labels' counts the positions that predict a label, which only causal language "
             "models with (batch, length) labels have. Use token_mask='attention'."
         )
     predicts = torch.zeros_like(labels, dtype=torch.bool)
-    predicts[:, :-1] = labels[:, 1:] != IGNORED
+    starts = packed_segments(batch, labels)[1].to(labels.device)
+    predicts[:, :-1] = (labels != IGNORED)[:, 1:] & ~starts[:, 1:]
     mask = _from_mask(predicts, device)
     assert mask is not None
     return mask
 
 
 def _from_mask(mask: object, device: torch.device) -> CountedPositions | None:
-    if not isinstance(mask, Tensor) or mask.dim() != 2:
+    if not isinstance(mask, Tensor) or mask.dim() not in (2, 3):
         return None
+    # Multiple choice: (batch, choices, length), which models run as (batch * choices, length).
+    mask = mask.flatten(0, -2)
     flat = mask.reshape(-1) != 0
     indices = None if bool(flat.all()) else flat.nonzero().squeeze(1).to(device, non_blocking=True)
     return CountedPositions((mask.shape[0], mask.shape[1]), indices)

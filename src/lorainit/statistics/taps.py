@@ -31,6 +31,8 @@ class _Read:
     version: int
     sums: InputSums
     reads_encoder: bool
+    opens: bool
+    layers: set[str]
     counted: bool = False
 
 
@@ -42,6 +44,8 @@ class TapState:
         needs: names of the statistics to collect.
         layers: running sums by target name.
         share_inputs: let layers that read the same tensor share one sum.
+        positions: which positions of the batch count.
+        encoder_layers: names of the layers inside an encoder, whose mask is not the decoder's.
     """
 
     needs: frozenset[str]
@@ -50,6 +54,7 @@ class TapState:
     positions: BatchPositions | None = None
     _reads: list[_Read] = field(default_factory=list)
     _met: set[str] = field(default_factory=set)
+    encoder_layers: frozenset[str] = frozenset()
     _encoder_outputs: set[int] = field(default_factory=set)
 
     @property
@@ -71,25 +76,24 @@ class TapState:
     def arrived(self, name: str, x: Tensor) -> _Read:
         """Note that layer `name` reads `x`, and which sums count it.
 
-        A layer that on its very first call reads a tensor that others read first joins their sums.
-        From then on they are expected to read the same tensors; `sharing_held` checks it at the end.
+        A layer that on its very first call reads a tensor that another layer's very first call read
+        joins its sums. From then on they are expected to read the same tensors; `sharing_held` checks
+        it at the end. A layer that reads one tensor twice counts it twice.
         """
         self._reads = [read for read in self._reads if read.tensor() is not None]
         layer = self.layers[name]
-        seen = [r for r in self._reads if r.tensor() is x and r.version == x._version]
-        first, _ = name not in self._met, self._met.add(name)
-        for read in seen:
+        first = name not in self._met
+        self._met.add(name)
+        for read in self._reads:
+            if read.tensor() is not x or read.version != x._version or name in read.layers:
+                continue
+            if first and self.share_inputs and read.opens:
+                layer.inputs = read.sums
             if read.sums is layer.inputs:
+                read.layers.add(name)
                 return read
-        if first and self.share_inputs:
-            for read in seen:
-                # Only sums that this very tensor opens: others hold batches this layer did not see.
-                if read.sums.positions == 0 and not read.counted:
-                    layer.inputs = read.sums
-                    return read
-        read = _Read(
-            weakref.ref(x), x._version, layer.inputs, x.data_ptr() in self._encoder_outputs
-        )
+        reads_encoder = name in self.encoder_layers or x.data_ptr() in self._encoder_outputs
+        read = _Read(weakref.ref(x), x._version, layer.inputs, reads_encoder, first, {name})
         self._reads.append(read)
         return read
 
@@ -195,6 +199,8 @@ def tapped(
 
     with ExitStack() as stack:
         if encoder is not None:
+            inside = {id(module) for module in encoder.modules()}
+            state.encoder_layers = frozenset(n for n, m in modules.items() if id(m) in inside)
             handle = encoder.register_forward_hook(
                 lambda module, args, output: state.note_encoder_output(output)
             )
