@@ -175,13 +175,9 @@ def get_peft_model(
             if plain
             else solve_layers(served, statistics, method, precision=precision, progress=progress)
         )
-    wrapped = _wrap(model, config, adapter_name, existing, autocast_adapter_dtype)
-    try:
+    with installing.undone_on_error(model, adapter_name):
+        wrapped = _wrap(model, config, adapter_name, existing, autocast_adapter_dtype)
         installing.install(wrapped, adapter_name, solved, _settings_of(method))
-    except BaseException:
-        if not existing:
-            _unwrap(model, wrapped, adapter_name)
-        raise
     logger.info(_summary(method, sizes, left_out))
     return wrapped
 
@@ -481,14 +477,6 @@ def _wrap(
 def _settings_of(method: Method) -> dict[str, object]:
     """A method's name, and its settings where it is a dataclass."""
     return settings_of(method) if is_dataclass(method) else {"method": type(method).__name__}
-
-
-def _unwrap(model: nn.Module, wrapped: PeftModel, adapter_name: str) -> None:
-    """Undo `_wrap` after a failure: nothing is left half installed."""
-    if wrapped is model:
-        wrapped.delete_adapter(adapter_name)
-    else:
-        wrapped.unload()
 
 
 def _summary(method: Method, sizes: Mapping[str, float], left_out: Mapping[str, str]) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -63,6 +64,32 @@ def check_not_merged(model: nn.Module) -> None:
                 "base weights "
                 "are not the base model's: call model.unmerge_adapter() first."
             )
+
+
+@contextlib.contextmanager
+def undone_on_error(model: nn.Module, adapter_name: str) -> Iterator[None]:
+    """Take back an adapter that could not be created or written: layers, flags and names as before.
+
+    An adapter of this name that was there already stays.
+    """
+    known = set(model.peft_config) if isinstance(model, PeftModel) else set()
+    attributes = set(vars(model))
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    children = [(m, dict(m._modules)) for m in model.modules()]
+    try:
+        yield
+    except BaseException:
+        if isinstance(model, PeftModel) and adapter_name in set(model.peft_config) - known:
+            model.delete_adapter(adapter_name)
+        if adapter_name not in known:
+            for module, before in children:
+                module._modules.clear()
+                module._modules.update(before)
+        for name in set(vars(model)) - attributes:
+            delattr(model, name)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        raise
 
 
 def install(
