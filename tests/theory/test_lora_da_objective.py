@@ -7,9 +7,12 @@ and with ``N - in - 1`` instead of ``N`` at any N. The Fisher factors are ``Z`` 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from benchmarks.theory import (
+    LinearProblem,
     alignment,
     effective_samples,
     exact_lora_da,
@@ -24,6 +27,7 @@ from benchmarks.theory import (
     z_score,
 )
 
+from lorainit import linalg
 from lorainit.methods.lora_da import LoraDA
 from lorainit.types import LayerStatistics
 
@@ -31,7 +35,6 @@ RANK = 3
 SAMPLES = (40, 160, 640, 2560, 10240)
 PROBLEM = linear_problem()
 OUT, IN = PROBLEM.shape
-KINDS = ("projected", "weight", "risk")
 
 
 def subspaces(samples: int) -> dict[str, torch.Tensor]:
@@ -53,21 +56,37 @@ def simulated() -> dict[int, dict[str, dict[str, torch.Tensor]]]:
     return {n: simulate(PROBLEM, subspaces(n), n, repeats[n], seed=n, inside=True) for n in SAMPLES}
 
 
+@pytest.fixture
+def solved_omega(monkeypatch) -> Callable[[LoraDA, LinearProblem], torch.Tensor]:
+    """The matrix whose smallest eigenvectors `LoraDA.solve` takes, times ``sigma^2``."""
+    seen: list[torch.Tensor] = []
+    original = linalg.smallest_eigenvectors
+
+    def record(matrix: torch.Tensor, *args: object, **kwargs: object) -> object:
+        seen.append(matrix)
+        return original(matrix, *args, **kwargs)
+
+    def omega(method: LoraDA, problem: LinearProblem) -> torch.Tensor:
+        monkeypatch.setattr(linalg, "smallest_eigenvectors", record)
+        method.solve(problem.base, problem.statistics(), RANK, 1.0)
+        monkeypatch.undo()
+        return seen[-1] * torch.linalg.matrix_norm(problem.change, 2) ** 2
+
+    return omega
+
+
 @pytest.mark.parametrize("samples", [40, 2560])
-def test_omega_is_the_objective_up_to_its_scale_and_a_constant(samples: int) -> None:
+def test_omega_is_the_objective_up_to_its_scale_and_a_constant(solved_omega, samples) -> None:
     n = effective_samples(samples, IN)
-    method = exact_lora_da(n)
-    change, z_factor, y_inverse, norm = method._change(PROBLEM.base, PROBLEM.statistics())
-    omega = method._omega(change, z_factor, y_inverse, norm, PROBLEM.statistics())
-    torch.testing.assert_close(change * norm, PROBLEM.change.T, rtol=1e-10, atol=1e-12)
+    omega = solved_omega(exact_lora_da(n), PROBLEM)
+    half = solved_omega(exact_lora_da(n, beta=0.5), PROBLEM)
     constant = float(PROBLEM.change.square().sum())
     for subspace in subspaces(samples).values():
-        value = constant + float(norm**2 * torch.trace(subspace.T @ omega @ subspace))
+        value = constant + float(torch.trace(subspace.T @ omega @ subspace))
         assert value == pytest.approx(expected(subspace, n), rel=1e-10)
-    half = exact_lora_da(n, beta=0.5)._omega(
-        change, z_factor, y_inverse, norm, PROBLEM.statistics()
-    )
-    wrong = constant + float(norm**2 * torch.trace(subspace.T @ half @ subspace))
+    # A random subspace, where the variance is never negligible.
+    subspace = subspaces(samples)["random"]
+    wrong = constant + float(torch.trace(subspace.T @ half @ subspace))
     assert wrong != pytest.approx(expected(subspace, n), rel=1e-2)
 
 
@@ -177,15 +196,19 @@ def test_beta_in_the_units_of_sequences() -> None:
 def test_correlated_noise_breaks_the_diagonal_output_fisher() -> None:
     """The limit of ``diag(Sy)``: with correlated outputs the variance comes out too small."""
     problem = linear_problem(correlated=True)
-    method = exact_lora_da(100)
-    y_inverse = method._change(problem.base, problem.statistics())[2]
     trace = float(torch.trace(problem.noise_covariance))
-    assert float(y_inverse.sum()) < 0.8 * trace
-    subspace = lora_da_subspace(problem, method, RANK)
+    seen = float((1 / problem.statistics().output_second_moment_diagonal).sum())
+    assert seen < 0.8 * trace
+    subspace = lora_da_subspace(problem, exact_lora_da(100), RANK)
     errors = simulate(problem, {"lora_da": subspace}, 113, 1000, seed=2)["lora_da"]["projected"]
     bias, variance = projection_terms(problem, subspace)
     assert abs(z_score(errors, bias + variance / 100)) < 4
-    assert abs(z_score(errors, bias + variance / 100 * float(y_inverse.sum()) / trace)) > 8
+    assert abs(z_score(errors, bias + variance / 100 * seen / trace)) > 8
+    # And the start is not the Newton step, projected.
+    factors = exact_lora_da(100).solve(problem.base, problem.statistics(), RANK, 1.0)
+    start, newton = factors.B @ factors.A, problem.change @ subspace @ subspace.T
+    cosine = (start * newton).sum() / (start.norm() * newton.norm())
+    assert cosine < 0.999
 
 
 # --- the finding: training inside the subspace is another problem -----------------------------
