@@ -1,0 +1,1 @@
+"""The honest benchmark: every method, the same learning-rate search, seeds, and intervals."""

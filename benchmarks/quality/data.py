@@ -1,0 +1,216 @@
+"""Task texts as fixed-length token arrays: made once, then read without a tokenizer.
+
+``python -m benchmarks.quality.data`` writes one compressed file a task to the cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.common.cache import cache_folder
+from benchmarks.common.tasks import Example
+
+TASKS: tuple[str, ...] = (
+    "chain_sum",
+    "family_relationships",
+    "letter_counting",
+    "simple_equations",
+    "gsm_symbolic",
+    "calendar_arithmetic",
+)
+"""The reasoning tasks of the benchmark."""
+
+SIZES = {"train": 6144, "validation": 512, "test": 1024}
+
+
+@dataclass(frozen=True, eq=False)
+class Pool:
+    """Right-padded sequences and where their labels stand.
+
+    Attributes:
+        tokens: ``(n, length)`` int64.
+        lengths: ``(n,)`` tokens that are not padding.
+        positions: ``(n, slots)``: the position whose logits predict the slot's target.
+        targets: ``(n, slots)`` tokens to predict.
+        weights: ``(n, slots)`` one where the slot is used, else zero.
+    """
+
+    tokens: Tensor
+    lengths: Tensor
+    positions: Tensor
+    targets: Tensor
+    weights: Tensor
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
+    def to(self, device: torch.device | str) -> Pool:
+        return Pool(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
+
+    def first(self, count: int) -> Pool:
+        return Pool(*(getattr(self, name)[:count] for name in self.__dataclass_fields__))
+
+    def batches(self, rows: Sequence[int], batch_size: int) -> list[dict[str, Tensor]]:
+        """Keyword batches with mask and labels, each padded to its own longest sequence."""
+        found = []
+        for start in range(0, len(rows), batch_size):
+            pick = torch.as_tensor(rows[start : start + batch_size], device=self.tokens.device)
+            lengths, tokens = self.lengths[pick], self.tokens[pick]
+            longest = int(lengths.max())
+            labels = torch.full_like(tokens, -100)
+            used = self.weights[pick] > 0
+            row = torch.arange(len(pick), device=tokens.device)[:, None].expand_as(used)
+            labels[row[used], self.positions[pick][used] + 1] = self.targets[pick][used]
+            mask = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
+            found.append(
+                {
+                    "input_ids": tokens[:, :longest],
+                    "attention_mask": mask[:, :longest].long(),
+                    "labels": labels[:, :longest],
+                }
+            )
+        return found
+
+
+def pool_of(tokens: Tensor, lengths: Tensor, prompts: Tensor, slots: int) -> Pool:
+    """A pool from padded tokens, sequence lengths and prompt lengths."""
+    slot = torch.arange(slots)
+    counts = (lengths - prompts)[:, None]
+    used = slot < counts
+    positions = (prompts[:, None] - 1 + slot).clamp(max=tokens.shape[1] - 2)
+    targets = tokens.gather(1, positions + 1)
+    zero = torch.zeros_like(positions)
+    return Pool(
+        tokens,
+        lengths,
+        torch.where(used, positions, zero),
+        torch.where(used, targets, zero),
+        used.float(),
+    )
+
+
+def pools_from_examples(
+    splits: dict[str, list[Example]], pad: int, *, multiple: int = 8
+) -> dict[str, Pool]:
+    """All splits at one length and one number of label slots."""
+    everything = [e for examples in splits.values() for e in examples]
+    length = -(-max(map(len, everything)) // multiple) * multiple
+    slots = max(len(e) - e.prompt_length for e in everything)
+    pools = {}
+    for name, examples in splits.items():
+        tokens = torch.full((len(examples), length), pad, dtype=torch.long)
+        for row, example in enumerate(examples):
+            tokens[row, : len(example)] = torch.tensor(example.input_ids)
+        lengths = torch.tensor([len(e) for e in examples])
+        prompts = torch.tensor([e.prompt_length for e in examples])
+        pools[name] = pool_of(tokens, lengths, prompts, slots)
+    return pools
+
+
+def load_pools(task: str, folder: Path) -> dict[str, Pool]:
+    """The splits of a task from its prepared file."""
+    path = folder / f"{task}.npz"
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} is not there: make it with `python -m benchmarks.quality.data --out {folder}`"
+        )
+    with np.load(path) as file:
+        slots = int(file["slots"])
+        return {
+            split: pool_of(
+                *(torch.from_numpy(file[f"{split}_{k}"].astype(np.int64)) for k in _KEYS), slots
+            )
+            for split in SIZES
+        }
+
+
+_KEYS = ("tokens", "lengths", "prompts")
+
+
+def prepare(task: str, folder: Path) -> Path:
+    """Generate, tokenize and store a task, unless its file is there.
+
+    The one percent of sequences that are longest are passed over: one fixed length serves all.
+    """
+    path = folder / f"{task}.npz"
+    if path.exists():
+        return path
+    from benchmarks.common.models import load_smollm2_tokenizer
+    from benchmarks.common.tasks import check_disjoint, make_examples, make_split
+
+    tokenizer = load_smollm2_tokenizer()
+    sample = make_examples(task, "train", 512, tokenizer=tokenizer)
+    limit = sorted(map(len, sample))[int(0.99 * len(sample))]
+    limit = -(-limit // 8) * 8
+    splits = {
+        name: make_examples(task, name, size, tokenizer=tokenizer, max_length=limit)  # type: ignore[arg-type]
+        for name, size in SIZES.items()
+    }
+    check_disjoint(**{name: make_split(task, name, size) for name, size in SIZES.items()})  # type: ignore[arg-type]
+    everything = [e for examples in splits.values() for e in examples]
+    arrays: dict[str, np.ndarray] = {
+        "slots": np.array(max(len(e) - e.prompt_length for e in everything))
+    }
+    for name, examples in splits.items():
+        tokens = np.full((len(examples), limit), tokenizer.pad_token_id, dtype=np.uint16)
+        for row, example in enumerate(examples):
+            tokens[row, : len(example)] = example.input_ids
+        arrays[f"{name}_tokens"] = tokens
+        arrays[f"{name}_lengths"] = np.array([len(e) for e in examples], dtype=np.uint16)
+        arrays[f"{name}_prompts"] = np.array([e.prompt_length for e in examples], dtype=np.uint16)
+    folder.mkdir(parents=True, exist_ok=True)
+    handle, scratch = tempfile.mkstemp(dir=folder, suffix=".part")
+    with os.fdopen(handle, "wb") as file:
+        np.savez_compressed(file, **arrays)
+    os.replace(scratch, path)
+    return path
+
+
+def training_rows(pool_size: int, samples: int, seed: int) -> Tensor:
+    """``(samples,)`` rows of the training pool that a seed fine-tunes on, in its first order."""
+    if samples > pool_size:
+        raise ValueError(f"{samples} training samples were asked for; the pool has {pool_size}")
+    generator = torch.Generator().manual_seed(10_007 + seed)
+    return torch.randperm(pool_size, generator=generator)[:samples]
+
+
+def batch_order(pool_size: int, samples: int, seed: int, steps: int, batch_size: int) -> Tensor:
+    """``(steps, batch)`` rows of the training pool, every epoch reshuffled."""
+    rows = training_rows(pool_size, samples, seed)
+    generator = torch.Generator().manual_seed(20_011 + seed)
+    parts, have = [rows], samples
+    while have < steps * batch_size:
+        parts.append(rows[torch.randperm(samples, generator=generator)])
+        have += samples
+    return torch.cat(parts)[: steps * batch_size].reshape(steps, batch_size)
+
+
+def default_folder() -> Path:
+    return cache_folder() / "quality"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS))
+    parser.add_argument("--out", type=Path, default=default_folder())
+    arguments = parser.parse_args()
+    for task in arguments.tasks:
+        path = prepare(task, arguments.out)
+        pools = load_pools(task, arguments.out)
+        shape = tuple(pools["train"].tokens.shape)
+        slots = pools["train"].targets.shape[1]
+        size = path.stat().st_size / 1e6
+        print(f"{task}: train {shape}, {slots} label slots, {size:.1f} MB", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,336 @@
+"""A Llama decoder that trains several LoRA adapters at once over one frozen base.
+
+``E`` adapters of one shape share every base product: activations are ``(E, rows, width)``, the base
+weight multiplies all rows in one GEMM, and each adapter adds its own ``s x A_e^T B_e^T`` by batched
+products. Gradients of one adapter never meet another's, so the result is that of ``E`` separate
+runs. Layers that read one tensor (q/k/v; gate/up) are one product.
+
+An anchored start ``W x + s (B A - B0 A0) x`` is an adapter of twice the rank whose second half,
+``(A0, -B0)``, is frozen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Start:
+    """One adapter's factors by layer name: ``A`` ``(r, in)``, ``B`` ``(out, r)`` and the anchor."""
+
+    factors: Mapping[str, tuple[Tensor, Tensor]]
+    anchors: Mapping[str, tuple[Tensor, Tensor]]
+
+    @property
+    def anchored(self) -> bool:
+        return bool(self.anchors)
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of any layer."""
+        return max(a.shape[0] for a, _ in self.factors.values())
+
+
+class Group:
+    """The layers that read one tensor: views into the flat buffers of all adapters.
+
+    Attributes:
+        names: of the layers, in the order of the base product's columns.
+        spans: the columns of each.
+        A: ``(E, layers * k, in)``.
+        B: one ``(E, k, out)`` a layer, transposed against PEFT's.
+    """
+
+    def __init__(self, names: list[str], widths: list[int], inputs: int) -> None:
+        self.names, self.widths, self.inputs = names, widths, inputs
+        edges = [sum(widths[:i]) for i in range(len(widths) + 1)]
+        self.spans = list(zip(edges[:-1], edges[1:], strict=True))
+        self.scaling = 1.0
+        self.A: Tensor
+        self.grad_A: Tensor
+        self.B: list[Tensor] = []
+        self.grad_B: list[Tensor] = []
+
+
+class _StackedLinear(torch.autograd.Function):
+    """``x W^T + s (x A^T) B^T``; the adapters' gradients are written where the optimizer reads."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, group: Group) -> Tensor:
+        y = (x.reshape(-1, x.shape[-1]) @ weight.mT).view(*x.shape[:-1], -1)
+        z = torch.bmm(x, group.A.mT)
+        k = group.B[0].shape[1]
+        for i, (low, high) in enumerate(group.spans):
+            y[..., low:high].baddbmm_(z[..., i * k : (i + 1) * k], group.B[i], alpha=group.scaling)
+        ctx.save_for_backward(x, z)
+        ctx.weight, ctx.group = weight, group
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        x, z = ctx.saved_tensors
+        group: Group = ctx.group
+        dy = dy.contiguous()
+        k, s = group.B[0].shape[1], group.scaling
+        dz = torch.empty_like(z)
+        for i, (low, high) in enumerate(group.spans):
+            part, out = dy[..., low:high], dz[..., i * k : (i + 1) * k]
+            torch.baddbmm(out, part, group.B[i].mT, beta=0, alpha=s, out=out)
+            gradient = group.grad_B[i]
+            zi = z[..., i * k : (i + 1) * k].mT
+            torch.baddbmm(gradient, zi, part, beta=0, alpha=s, out=gradient)
+        torch.bmm(dz.mT, x, out=group.grad_A)
+        dx = (dy.view(-1, dy.shape[-1]) @ ctx.weight).view_as(x)
+        dx.baddbmm_(dz, group.A)
+        return dx, None, None
+
+
+def _rotate(
+    qkv: Tensor, cos: Tensor, sin: Tensor, rows: int, heads: int, kv_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values ``(rows, heads, length, head_dim)`` from the merged projection."""
+    length, width = cos.shape
+    split = qkv.reshape(rows, length, heads + 2 * kv_heads, width)
+    both = split[:, :, : heads + kv_heads].float()
+    half = width // 2
+    turned = torch.cat((-both[..., half:], both[..., :half]), dim=-1)
+    both = (both * cos[:, None] + turned * sin[:, None]).to(qkv.dtype)
+    repeats = heads // kv_heads
+
+    def repeated(x: Tensor) -> Tensor:
+        shape = (rows, length, kv_heads, repeats, width)
+        return x[:, :, :, None].expand(shape).reshape(rows, length, heads, width).transpose(1, 2)
+
+    query = both[:, :, :heads].transpose(1, 2)
+    return query, repeated(both[:, :, heads:]), repeated(split[:, :, heads + kv_heads :])
+
+
+def _gated(merged: Tensor) -> Tensor:
+    gate, up = merged.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def _add_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The residual sum, and its root-mean-square normalization times the weight."""
+    total = x + y
+    wide = total.float()
+    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return total, weight * normed.to(x.dtype)
+
+
+def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    wide = x.float()
+    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * normed.to(x.dtype)
+
+
+class StackedLlama:
+    """The frozen base of a ``LlamaForCausalLM``, with its own copy of the weights.
+
+    Args:
+        model: read, never changed; grouped-query attention, no biases.
+        dtype: of weights and activations.
+        fuse: compile the elementwise parts (accelerators).
+    """
+
+    def __init__(self, model: torch.nn.Module, dtype: torch.dtype, *, fuse: bool) -> None:
+        config = model.config
+        self.dtype, self.config = dtype, config
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.eps = config.rms_norm_eps
+        self.device = next(model.parameters()).device
+        self.embedding = model.get_input_embeddings().weight.detach().to(dtype)
+        self.head = model.get_output_embeddings().weight.detach().to(dtype)
+        self.rotary = model.model.rotary_emb
+        self.final_norm = model.model.norm.weight.detach().to(dtype)
+        compiled: Callable[..., Any] = (
+            (lambda f: torch.compile(f, dynamic=False)) if fuse else (lambda f: f)
+        )
+        self.rotate, self.gated = compiled(_rotate), compiled(_gated)
+        self.add_norm, self.norm = compiled(_add_norm), compiled(_norm)
+        self.layers: list[dict[str, Tensor]] = []
+        self.shapes: list[tuple[list[str], list[int], int]] = []
+        for index, layer in enumerate(model.model.layers):
+            attention, mlp = layer.self_attn, layer.mlp
+            parts = {
+                "qkv": (attention, ["q_proj", "k_proj", "v_proj"], "self_attn"),
+                "out": (attention, ["o_proj"], "self_attn"),
+                "gate_up": (mlp, ["gate_proj", "up_proj"], "mlp"),
+                "down": (mlp, ["down_proj"], "mlp"),
+            }
+            weights = {
+                "norm1": layer.input_layernorm.weight.detach().to(dtype),
+                "norm2": layer.post_attention_layernorm.weight.detach().to(dtype),
+            }
+            for key, (module, names, parent) in parts.items():
+                members = [getattr(module, name).weight.detach() for name in names]
+                weights[key] = torch.cat([w.to(dtype) for w in members])
+                full = [f"model.layers.{index}.{parent}.{name}" for name in names]
+                self.shapes.append((full, [len(w) for w in members], members[0].shape[1]))
+            self.layers.append(weights)
+
+    def rotation(self, length: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, each ``(length, head_dim)`` float32."""
+        at = torch.arange(length, device=self.device)[None]
+        cos, sin = self.rotary(torch.zeros(1, device=self.device), at)
+        return cos[0].float(), sin[0].float()
+
+    def hidden(
+        self, tokens: Tensor, adapters: Adapters, rotation: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens ``(E, batch, length)`` to the last residual sum's two parts, unnormalized."""
+        stack, batch, length = tokens.shape
+        x = F.embedding(tokens.reshape(stack, -1), self.embedding)
+        if torch.is_grad_enabled():
+            x.requires_grad_()
+        rows = stack * batch
+        groups = iter(adapters.groups)
+        for i, layer in enumerate(self.layers):
+            if i == 0:
+                h = self.norm(x, layer["norm1"], self.eps)
+            else:
+                x, h = self.add_norm(x, y, layer["norm1"], self.eps)
+            qkv = _StackedLinear.apply(h, layer["qkv"], next(groups))
+            q, k, v = self.rotate(qkv, *rotation, rows, self.heads, self.kv_heads)
+            attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            attended = attended.transpose(1, 2).reshape(stack, batch * length, -1)
+            y = _StackedLinear.apply(attended, layer["out"], next(groups))
+            x, h = self.add_norm(x, y, layer["norm2"], self.eps)
+            merged = _StackedLinear.apply(h, layer["gate_up"], next(groups))
+            y = _StackedLinear.apply(self.gated(merged), layer["down"], next(groups))
+        return x, y
+
+    def token_losses(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        targets: Tensor,
+        adapters: Adapters,
+        rotation: tuple[Tensor, Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """Cross-entropy and correctness of every label slot, each ``(E, batch, slots)``.
+
+        Right padding needs no mask: it stands after every position that is read.
+        """
+        stack, batch, length = tokens.shape
+        x, y = self.hidden(tokens, adapters, rotation)
+        start = torch.arange(batch, device=tokens.device)[:, None] * length
+        index = (positions + start).reshape(stack, -1, 1).expand(-1, -1, x.shape[-1])
+        _, picked = self.add_norm(x.gather(1, index), y.gather(1, index), self.final_norm, self.eps)
+        logits = (picked.reshape(-1, picked.shape[-1]) @ self.head.mT).float()
+        flat = targets.reshape(-1)
+        losses = F.cross_entropy(logits, flat, reduction="none")
+        right = logits.detach().argmax(-1) == flat
+        return losses.view(targets.shape), right.view(targets.shape)
+
+
+class Adapters:
+    """Flat float32 weights ``(E, P)`` of all adapters, views of them for compute, and AdamW.
+
+    Args:
+        base: gives the layers' shapes.
+        stack: ``E``.
+        rank: rows of the trained half; layers of a lower rank are padded with zeros, which stay.
+        anchored: whether there is a frozen half.
+        scaling: ``s``, one for the whole adapter.
+    """
+
+    def __init__(
+        self, base: StackedLlama, stack: int, rank: int, *, anchored: bool, scaling: float
+    ) -> None:
+        self.stack, self.rank, self.anchored = stack, rank, anchored
+        k = 2 * rank if anchored else rank
+        total = sum(len(n) * k * i + k * sum(w) for n, w, i in base.shapes)
+        device = base.device
+        self.weights = torch.zeros(stack, total, device=device)
+        self.first = torch.zeros_like(self.weights)
+        self.second = torch.zeros_like(self.weights)
+        self.compute = self.weights
+        if base.dtype != torch.float32:
+            self.compute = self.weights.to(base.dtype)
+        self.gradient = torch.zeros_like(self.compute)
+        live = torch.zeros(total)
+        self.groups: list[Group] = []
+        self._places: dict[str, tuple[int, int, int, int]] = {}
+        offset = 0
+        for names, widths, inputs in base.shapes:
+            group = Group(names, widths, inputs)
+            group.scaling = scaling
+            size = len(names) * k * inputs
+            view = slice(offset, offset + size)
+            group.A = self.compute[:, view].view(stack, -1, inputs)
+            group.grad_A = self.gradient[:, view].view(stack, -1, inputs)
+            place = offset
+            offset += size
+            for name, width in zip(names, widths, strict=True):
+                self._places[name] = (place, inputs, offset, width)
+                live[place : place + rank * inputs] = 1
+                live[offset : offset + rank * width] = 1
+                place += k * inputs
+                view = slice(offset, offset + k * width)
+                group.B.append(self.compute[:, view].view(stack, k, width))
+                group.grad_B.append(self.gradient[:, view].view(stack, k, width))
+                offset += k * width
+            self.groups.append(group)
+        self.live = live.to(device) if anchored else None
+
+    def load(self, index: int, start: Start) -> None:
+        """Write one adapter's start and forget its optimizer state."""
+        row = self.weights[index].zero_()
+        self.first[index].zero_()
+        self.second[index].zero_()
+        for pairs, shift in ((start.factors, 0), (start.anchors, self.rank)):
+            sign = -1.0 if shift else 1.0
+            for name, (a, b) in pairs.items():
+                at_a, inputs, at_b, width = self._places[name]
+                r = a.shape[0]
+                at_a, at_b = at_a + shift * inputs, at_b + shift * width
+                row[at_a : at_a + r * inputs] = a.reshape(-1).to(row)
+                row[at_b : at_b + r * width] = sign * b.mT.reshape(-1).to(row)
+        self.refresh()
+
+    def factors(self, index: int, name: str) -> tuple[Tensor, Tensor]:
+        """``A`` ``(rank, in)`` and ``B`` ``(out, rank)`` of one layer of one adapter, copied."""
+        at_a, inputs, at_b, width = self._places[name]
+        row = self.weights[index]
+        a = row[at_a : at_a + self.rank * inputs].view(self.rank, inputs)
+        b = row[at_b : at_b + self.rank * width].view(self.rank, width)
+        return a.clone(), b.mT.clone()
+
+    def refresh(self) -> None:
+        """Round the weights to the compute dtype."""
+        if self.compute is not self.weights:
+            self.compute.copy_(self.weights)
+
+
+def adamw(
+    weights: Tensor,
+    gradient: Tensor,
+    first: Tensor,
+    second: Tensor,
+    scale: Tensor,
+    rate: Tensor,
+    step: Tensor,
+) -> None:
+    """One AdamW step in place, without weight decay; betas 0.9 and 0.999, epsilon 1e-8.
+
+    Args:
+        weights: ``(E, P)``, like its moments `first` and `second`.
+        gradient: ``(E, P)``, any floating dtype.
+        scale: ``(E, 1)`` or ``(E, P)``: times the gradient (clipping, the mask of frozen halves).
+        rate: ``(E, 1)`` learning rates of this step.
+        step: 0-dim float, counted from one.
+    """
+    g = gradient.float() * scale
+    m = first + 0.1 * (g - first)
+    v = 0.999 * second + 0.001 * g * g
+    first.copy_(m)
+    second.copy_(v)
+    size = (v / (1 - 0.999**step)).sqrt() + 1e-8
+    weights.sub_(rate / (1 - 0.9**step) * m / size)

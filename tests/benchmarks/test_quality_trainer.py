@@ -1,0 +1,124 @@
+"""The stacked trainer against PEFT, autograd and torch's AdamW, one run at a time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from benchmarks.common.tasks import IGNORED, Example
+from benchmarks.quality.data import batch_order, pools_from_examples
+from benchmarks.quality.initialise import start_of
+from benchmarks.quality.plain import score_plain, train_plain
+from benchmarks.quality.stacked import StackedLlama
+from benchmarks.quality.trainer import Job, StackTrainer
+from peft import LoraConfig
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import lorainit
+
+END, PAD, VOCABULARY = 1, 0, 24
+
+
+def examples(count: int, seed: int) -> list[Example]:
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for i in range(count):
+        prompt = torch.randint(2, VOCABULARY, (3 + i % 4,), generator=generator).tolist()
+        answer = [prompt[0]] * (1 + prompt[0] % 3) + [END]
+        found.append(Example((*prompt, *answer), (*([IGNORED] * len(prompt)), *answer)))
+    return found
+
+
+def base_model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        pad_token_id=PAD,
+        bos_token_id=None,
+        eos_token_id=END,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def pools():
+    splits = {"train": examples(64, 1), "validation": examples(40, 2)}
+    return pools_from_examples(splits, PAD)
+
+
+CONFIG = LoraConfig(r=4, lora_alpha=6, use_rslora=True, target_modules="all-linear")
+RUNS = [
+    (lorainit.Vanilla(), 1e-2, 0),
+    (lorainit.Orthogonal(), 3e-3, 1),
+    (lorainit.PiSSA(), 1e-3, 2),
+]
+
+
+def wrapped(method, seed):
+    torch.manual_seed(seed)
+    return lorainit.get_peft_model(base_model(), CONFIG, method=method, progress=False)
+
+
+@pytest.mark.parametrize("anchored", [False, True])
+def test_a_stack_trains_as_separate_runs_do(pools, anchored):
+    runs = [run for run in RUNS if anchored or not isinstance(run[0], lorainit.PiSSA)]
+    steps, batch = 12, 8
+    base = StackedLlama(base_model(), torch.float32, fuse=False)
+    trainer = StackTrainer(
+        base,
+        stack=4,
+        rank=4,
+        anchored=anchored,
+        scaling=6 / 4**0.5,
+        train=pools["train"],
+        batch_size=batch,
+        max_steps=16,
+        warmup=0.1,
+        clip=0.5,
+        evaluation_rows=16,
+        graphs=False,
+        fuse=False,
+    )
+    jobs, expected = [], []
+    for method, rate, seed in runs:
+        order = batch_order(64, 48, seed, steps, batch)
+        model = wrapped(method, seed)
+        jobs.append(Job(start_of(model), rate, order))
+        before = score_plain(model, pools["validation"])
+        losses = train_plain(model, pools["train"], order, learning_rate=rate, warmup=0.1, clip=0.5)
+        expected.append((before, losses, score_plain(model, pools["validation"])))
+    outcomes = trainer.run(
+        jobs,
+        curve=pools["validation"],
+        curve_at=[0, steps],
+        scores={"validation": pools["validation"]},
+        start_scores={"validation": pools["validation"]},
+    )
+    assert len(outcomes) == len(runs)
+    for outcome, (before, losses, after) in zip(outcomes, expected, strict=True):
+        torch.testing.assert_close(outcome.train_loss, losses, rtol=2e-4, atol=2e-4)
+        torch.testing.assert_close(outcome.start_scores["validation"][0], before[0])
+        torch.testing.assert_close(outcome.scores["validation"][0], after[0], rtol=1e-3, atol=1e-3)
+        assert (outcome.scores["validation"][1].bool() == after[1]).float().mean() > 0.97
+        assert outcome.curve[0] == pytest.approx(float(before[0].mean()), rel=1e-5)
+        assert outcome.finite
+
+
+def test_a_frozen_half_stays(pools):
+    base = StackedLlama(base_model(), torch.float32, fuse=False)
+    trainer = StackTrainer(
+        base, stack=1, rank=4, anchored=True, scaling=1.0, train=pools["train"], batch_size=4,
+        max_steps=3, warmup=0.0, clip=1.0, evaluation_rows=8, graphs=False, fuse=False,
+    )  # fmt: skip
+    start = start_of(wrapped(lorainit.PiSSA(), 0))
+    trainer.run([Job(start, 1e-2, batch_order(64, 64, 0, 3, 4))])
+    live = trainer.adapters.live.bool()
+    fresh = trainer.adapters.weights.clone()
+    trainer.adapters.load(0, start)
+    moved = fresh != trainer.adapters.weights
+    assert not moved[:, ~live].any()
+    assert moved[:, live].float().mean() > 0.99
