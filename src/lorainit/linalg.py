@@ -13,6 +13,8 @@ results, float32 for quick ones. Precision and failure rules, for every function
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -217,13 +219,35 @@ def smallest_eigenvectors(
     n = matrix.shape[-1]
     if n > DENSE_LIMIT and 4 * (k + _OVERSAMPLING) < n:
         goal = _tolerance(matrix, tolerance)
-        found = _krylov_eigenvectors(matrix, k, goal)
+        found = _krylov_eigenvectors(matrix.matmul, matrix, k, goal, norm=_column_norm(matrix))
         if found is None and lower_bound is not None:
             found = _shifted_inverse_iteration(matrix, k, lower_bound, goal)
         if found is not None:
             return found[0], fix_signs(found[1])
     values, vectors = eigh(matrix)
     return values[..., :k], fix_signs(vectors[..., :k])
+
+
+def smallest_of_operator(
+    apply: Callable[[Tensor], Tensor], like: Tensor, k: int, *, norm: Tensor
+) -> tuple[Tensor, Tensor] | None:
+    """As `smallest_eigenvectors`, of a matrix that is cheaper to apply than to form.
+
+    Args:
+        apply: what the symmetric ``(..., n, n)`` matrix does to a block ``(..., n, width)``.
+        like: any ``(..., n, m)`` tensor of the matrix's batch, size, dtype and device.
+        k: how many.
+        norm: ``(...)``, the matrix's spectral norm, or somewhat less.
+
+    Returns:
+        Eigenvalues ``(..., k)`` ascending and eigenvectors ``(..., n, k)``; None where a dense
+        solver is as quick, or where the iteration does not meet its tolerance: form the matrix.
+    """
+    n = like.shape[-2]
+    if n <= DENSE_LIMIT or 4 * (k + _OVERSAMPLING) >= n:
+        return None
+    found = _krylov_eigenvectors(apply, like, k, _tolerance(like, None), norm=norm)
+    return None if found is None else (found[0], fix_signs(found[1]))
 
 
 def largest_eigenvectors(
@@ -353,40 +377,54 @@ def _shifted_inverse_iteration(
     factor, info = torch.linalg.cholesky_ex(add_to_diagonal(matrix, -shift))
     if bool(info.any()):
         return None
-    return _krylov_eigenvectors(matrix, k, tolerance, inverse=factor, scale=scale)
+    return _krylov_eigenvectors(
+        matrix.matmul,
+        matrix,
+        k,
+        tolerance,
+        norm=_column_norm(matrix),
+        inverse=factor,
+        scale=scale,
+    )
 
 
 def _krylov_eigenvectors(
-    matrix: Tensor,
+    apply: Callable[[Tensor], Tensor],
+    like: Tensor,
     k: int,
     tolerance: float,
     *,
+    norm: Tensor,
     inverse: Tensor | None = None,
     scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor] | None:
     """Smallest eigenpairs by Rayleigh-Ritz over a growing block Krylov space; None if it fails.
 
     Args:
-        matrix: ``(..., n, n)``, symmetric.
+        apply: what a symmetric ``(..., n, n)`` matrix does to a block ``(..., n, width)``.
+        like: any ``(..., n, m)`` tensor of the matrix's batch, size, dtype and device.
         k: how many.
         tolerance: of the residuals, relative to `scale` or the largest absolute value sought.
+        norm: ``(...)``, the matrix's spectral norm, or somewhat less.
         inverse: Cholesky factor whose inverse makes the space, in place of the matrix.
         scale: ``(...)``, what residuals are at least compared with.
     """
-    width = k + _OVERSAMPLING
-    block = torch.linalg.qr(_start_block(matrix, matrix.shape[-1], width)).Q
-    basis, image = block, matrix @ block
+    width, n = k + _OVERSAMPLING, like.shape[-2]
+    block = torch.linalg.qr(_start_block(like, n, width)).Q
+    basis, image = block, apply(block)
+    # No residual can be asked to be below the rounding of the matrix itself.
+    rounding = 8 * torch.finfo(like.dtype).eps * norm
     for _ in range(_MAX_ITERATIONS):
         values, rotation = eigh(basis.mT @ image)
         values, wanted = values[..., :k], rotation[..., :k]
         vectors = basis @ wanted
         residual = (image @ wanted - vectors * values.unsqueeze(-2)).norm(dim=-2).amax(-1)
-        bound = values.abs().amax(-1).clamp_min(torch.finfo(matrix.dtype).tiny)
+        bound = values.abs().amax(-1).clamp_min(torch.finfo(like.dtype).tiny)
         if scale is not None:
             bound = torch.maximum(bound, scale)
-        if bool((residual <= tolerance * bound).all()):
+        if bool((residual <= torch.maximum(tolerance * bound, rounding)).all()):
             return values, vectors
-        if basis.shape[-1] + width > min(_MAX_WIDTHS * width, matrix.shape[-1]):
+        if basis.shape[-1] + width > min(_MAX_WIDTHS * width, n):
             # Restart from the best of the space, or it grows without end.
             rotation = rotation[..., : 2 * width]
             basis, image = basis @ rotation, image @ rotation
@@ -396,8 +434,14 @@ def _krylov_eigenvectors(
         grown = fresh if inverse is None else torch.cholesky_solve(block, inverse)
         block = _orthonormal_to(basis, grown)
         basis = torch.cat([basis, block], dim=-1)
-        image = torch.cat([image, matrix @ block], dim=-1)
+        image = torch.cat([image, apply(block)], dim=-1)
     return None
+
+
+def _column_norm(matrix: Tensor) -> Tensor:
+    """The largest norm of a column: at most the spectral norm, and not far below."""
+    norms: Tensor = torch.linalg.vector_norm(matrix, dim=-2)
+    return norms.amax(-1)
 
 
 def _orthonormal_to(basis: Tensor, block: Tensor) -> Tensor:

@@ -91,55 +91,56 @@ class LoraDA:
         """
         del scaling
         linalg.check_rank(rank, *weight.shape[-2:])
-        change, z_factor, y_inverse, norm = self._change(weight, statistics)
+        change, z_factor, y_inverse, norm = self._change(statistics)
         if self.beta == 0:
             subspace = linalg.top_singular(change, rank)[0]
         else:
-            omega = self._omega(change, z_factor, y_inverse, norm, statistics)
-            lower = torch.full_like(norm, -self.bias_weight)
-            subspace = linalg.smallest_eigenvectors(omega, rank, lower_bound=lower)[1]
+            variance = self.beta * y_inverse.sum(-1) / norm.square()
+            variance = variance / self._population(statistics, norm)
+            subspace = self._subspace(change, z_factor, variance, rank)
         dtype = linalg.compute_dtype(weight, statistics.gradient)
         root = self.gamma**0.5
         a = (subspace.mT / root).to(dtype)
         b = (change.mT @ subspace / root).to(dtype)
         return Factors(a.to(weight.device), b.to(weight.device), anchored=False)
 
-    def _change(
-        self, weight: Tensor, statistics: LayerStatistics
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """``D`` at spectral norm one, ``(..., in, out)``, Cholesky of ``Z``, ``1/y``, ``sigma``."""
-        dtype = linalg.compute_dtype(weight, statistics.gradient)
-        gradient = linalg.check_finite(statistics.gradient.to(dtype), "the gradient")
-        second = statistics.input_second_moment.to(dtype)
-        diagonal = statistics.output_second_moment_diagonal.to(dtype)
+    def _change(self, statistics: LayerStatistics) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """``D`` at norm one ``(..., in, out)``, Cholesky of ``Z``, ``1/y``, ``sigma``: float64."""
+        gradient = linalg.check_finite(statistics.gradient, "the gradient")
+        # Damping is far below a factor's scale: what float32 factors, it may factor badly.
+        gradient = linalg.double_precision(gradient)
+        second = linalg.double_precision(statistics.input_second_moment)
+        diagonal = linalg.double_precision(statistics.output_second_moment_diagonal)
         z_damping = linalg.damping_value(
             second.diagonal(dim1=-2, dim2=-1), self.damping, self.damping_mode
         )
         y_damping = linalg.damping_value(diagonal, self.damping, self.damping_mode)
         z_factor = linalg.damped_cholesky(second, z_damping, "the input second moment")
-        # The factor may have come back in float64: the rest of the work stays with it.
-        gradient, diagonal = gradient.to(z_factor), diagonal.to(z_factor)
-        y_inverse = 1.0 / (diagonal + y_damping.to(z_factor).unsqueeze(-1))
+        y_inverse = 1.0 / (diagonal + y_damping.unsqueeze(-1))
         change = -torch.cholesky_solve(gradient.mT, z_factor) * y_inverse.unsqueeze(-2)
         norm = linalg.largest_singular_value(change)
         # A zero gradient asks for no change; its direction is then the variance term's alone.
         norm = torch.where(norm > 0, norm, torch.ones_like(norm))
         return change / norm[..., None, None], z_factor, y_inverse, norm
 
-    def _omega(
-        self,
-        change: Tensor,
-        z_factor: Tensor,
-        y_inverse: Tensor,
-        norm: Tensor,
-        statistics: LayerStatistics,
-    ) -> Tensor:
-        """``Omega`` of the class docstring, ``(..., in, in)``."""
-        population = self._population(statistics, norm)
-        variance = self.beta * y_inverse.sum(-1) / (population * norm.square())
-        inverse = torch.cholesky_inverse(z_factor)
-        omega = variance[..., None, None] * inverse
-        return omega - self.bias_weight * (change @ change.mT)
+    def _subspace(self, change: Tensor, z_factor: Tensor, variance: Tensor, rank: int) -> Tensor:
+        """``A0`` ``(..., in, rank)``; ``variance`` ``(...)`` is the factor of ``Z^-1``."""
+        weight = variance[..., None, None]
+
+        def apply(block: Tensor) -> Tensor:
+            missed = self.bias_weight * (change @ (change.mT @ block))
+            return weight * torch.cholesky_solve(block, z_factor) - missed
+
+        # |D D^T| is one; the inverse of Z is at least the inverse of its smallest pivot.
+        pivot = z_factor.diagonal(dim1=-2, dim2=-1).amin(-1)
+        size = (variance / pivot.square()).clamp_min(self.bias_weight)
+        found = linalg.smallest_of_operator(apply, change, rank, norm=size)
+        if found is not None:
+            return found[1]
+        omega = weight * torch.cholesky_inverse(z_factor)
+        omega = omega - self.bias_weight * (change @ change.mT)
+        lower = torch.full_like(variance, -self.bias_weight)
+        return linalg.smallest_eigenvectors(omega, rank, lower_bound=lower)[1]
 
     def _population(self, statistics: LayerStatistics, like: Tensor) -> Tensor:
         known = self.population if self.population is not None else statistics.population

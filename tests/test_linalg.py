@@ -1,0 +1,281 @@
+"""Linear algebra against dense float64, on spectra that iterations find hard."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from lorainit import linalg
+from lorainit.errors import FactorizationError, NonFiniteError, RankError
+
+N = 800
+assert N > linalg.DENSE_LIMIT
+
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 2e-4}
+DTYPES = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=["float64", "float32"])
+
+
+def orthogonal(n: int, k: int | None = None, seed: int = 0) -> Tensor:
+    rng = torch.Generator().manual_seed(seed)
+    return torch.linalg.qr(torch.randn(n, k or n, generator=rng, dtype=torch.float64)).Q
+
+
+def sine(found: Tensor, wanted: Tensor) -> float:
+    """Largest sine between two spans of orthonormal columns; the first is made orthonormal."""
+    found = torch.linalg.qr(found.double()).Q
+    return float(torch.linalg.matrix_norm(found - wanted @ (wanted.mT @ found), 2).max())
+
+
+def bulk(n: int) -> Tensor:
+    return torch.linspace(1.0, 3.0, n, dtype=torch.float64)
+
+
+def ones(n: int) -> Tensor:
+    return torch.ones(n, dtype=torch.float64)
+
+
+# The first six values are sought, and all are at least -1.
+SPECTRA = {
+    "separated": torch.cat([torch.linspace(-1, 0, 6, dtype=torch.float64), bulk(N - 6)]),
+    "clustered": torch.cat([-0.5 + 1e-6 * torch.arange(6, dtype=torch.float64), bulk(N - 6)]),
+    "repeated": torch.cat([-0.7 * ones(6), bulk(N - 6)]),
+    "zero": torch.cat([0.0 * ones(6), bulk(N - 6)]),
+    "two levels": torch.cat([-0.9 * ones(6), ones(N - 6)]),
+    "reaching far up": torch.cat(
+        [torch.linspace(-1, -0.5, 6, dtype=torch.float64), torch.logspace(0, 3, N - 6).double()]
+    ),
+}
+
+
+@DTYPES
+@pytest.mark.parametrize("name", list(SPECTRA))
+def test_smallest_eigenvectors(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values and span, by iteration: the dense solver is out of reach."""
+    tolerance = TOLERANCE[dtype] * (20 if name == "reaching far up" else 1)
+    q, values = orthogonal(N), SPECTRA[name]
+    matrix = ((q * values) @ q.mT).to(dtype)
+    matrix = (matrix + matrix.mT) / 2
+    dense = linalg.eigh
+
+    def small_only(block: Tensor) -> tuple[Tensor, Tensor]:
+        assert block.shape[-1] < N, "the iteration gave up"
+        return dense(block)
+
+    monkeypatch.setattr(linalg, "eigh", small_only)
+    lower = torch.tensor(-1.0, dtype=dtype)
+    # Zero eigenvalues give residuals nothing to compare with but the bound, so start there.
+    found, vectors = (
+        linalg._shifted_inverse_iteration(matrix, 6, lower, linalg._tolerance(matrix, None))
+        if name == "zero"
+        else linalg.smallest_eigenvectors(matrix, 6, lower_bound=lower)
+    ) or (None, None)
+    assert found is not None
+    assert vectors is not None
+    assert float((found.double() - values[:6]).abs().max()) < tolerance
+    assert sine(vectors, q[:, :6]) < tolerance
+    assert torch.allclose(vectors.mT @ vectors, torch.eye(6, dtype=dtype), atol=1e-5)
+
+
+@DTYPES
+def test_more_repeated_eigenvalues_than_a_block_holds(dtype: torch.dtype) -> None:
+    """Any six of forty equal directions will do: they must be eigenvectors and orthonormal."""
+    q = orthogonal(N)
+    values = torch.cat([-ones(40), bulk(N - 40)])
+    matrix = ((q * values) @ q.mT).to(dtype)
+    found, vectors = linalg.smallest_eigenvectors(
+        matrix, 6, lower_bound=-torch.ones((), dtype=dtype)
+    )
+    residual = matrix @ vectors - vectors * found
+    assert float(residual.norm(dim=0).max()) < 1e-5
+    assert sine(vectors, q[:, :40]) < TOLERANCE[dtype]
+    assert torch.allclose(vectors.mT @ vectors, torch.eye(6, dtype=dtype), atol=1e-5)
+
+
+def test_shifted_inverse_where_the_matrix_itself_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decades above the values sought, Krylov of the matrix fails, of the inverse does not."""
+    q = orthogonal(N)
+    values = torch.cat([torch.linspace(-1, -0.5, 6), torch.logspace(0, 6, N - 6)]).double()
+    matrix = (q * values) @ q.mT
+    used = []
+    plain = linalg._krylov_eigenvectors
+
+    def spy(*args: object, **kwargs: object) -> object:
+        found = plain(*args, **kwargs)  # type: ignore[arg-type]
+        used.append(
+            ("inverse" if kwargs.get("inverse") is not None else "direct", found is not None)
+        )
+        return found
+
+    monkeypatch.setattr(linalg, "_krylov_eigenvectors", spy)
+    lower = torch.tensor(-1.0, dtype=torch.float64)
+    _, vectors = linalg.smallest_eigenvectors((matrix + matrix.mT) / 2, 6, lower_bound=lower)
+    assert used == [("direct", False), ("inverse", True)]
+    assert sine(vectors, q[:, :6]) < 1e-6
+
+
+def test_wrong_lower_bound_is_not_trusted() -> None:
+    """A shift inside the spectrum cannot be factored: the dense solver answers."""
+    q, values = orthogonal(N), SPECTRA["separated"]
+    matrix = (q * values) @ q.mT
+    assert linalg._shifted_inverse_iteration(matrix, 6, torch.tensor(0.5).double(), 1e-10) is None
+
+
+DECAYS = {
+    "separated": torch.cat([torch.linspace(3, 2, 6), torch.linspace(1, 0, N - 6)]).double(),
+    "clustered": torch.cat(
+        [2 + 1e-6 * torch.arange(6).flip(0), torch.linspace(1, 0, N - 6)]
+    ).double(),
+    "repeated": torch.cat([2 * torch.ones(6), torch.linspace(1, 0, N - 6)]).double(),
+    "rank six": torch.cat([torch.linspace(3, 2, 6), torch.zeros(N - 6)]).double(),
+    "long tail": torch.arange(1, N + 1).double() ** -1.0,
+}
+
+
+@DTYPES
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("name", list(DECAYS))
+def test_top_singular_by_iteration(
+    name: str, wide: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    u, s, v = orthogonal(N + 50, N), DECAYS[name], orthogonal(N, seed=1)
+    if wide:
+        u, v = v, u
+    matrix = ((u * s) @ v.mT).to(dtype)
+    found = linalg._block_krylov_svd(matrix, 6, linalg._tolerance(matrix, None))
+    assert found is not None
+    again = linalg.top_singular(matrix, 6)
+    for got in (found, again):
+        assert float((got[1].double() - s[:6]).abs().max()) < TOLERANCE[dtype]
+        assert sine(got[0], u[:, :6]) < TOLERANCE[dtype]
+        assert sine(got[2], v[:, :6]) < TOLERANCE[dtype]
+    rebuilt = (again[0] * again[1]) @ again[2].mT
+    assert float((rebuilt.double() - (u[:, :6] * s[:6]) @ v[:, :6].mT).norm()) < TOLERANCE[dtype]
+    assert float((linalg.largest_singular_value(matrix) - s[0]).abs()) < TOLERANCE[dtype]
+
+
+@DTYPES
+def test_largest_eigenvectors_by_iteration(dtype: torch.dtype) -> None:
+    q, values = orthogonal(N), DECAYS["long tail"]
+    matrix = ((q * values) @ q.mT).to(dtype)
+    found, vectors = linalg.largest_eigenvectors(matrix, 6)
+    assert float((found.double() - values[:6]).abs().max()) < TOLERANCE[dtype]
+    assert sine(vectors, q[:, :6]) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("which", ["smallest", "largest", "singular"])
+def test_dense_finishes_what_does_not_converge(which: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One iteration is never enough for a flat spectrum; the answer is right all the same."""
+    monkeypatch.setattr(linalg, "_MAX_ITERATIONS", 1)
+    q = orthogonal(N)
+    values = torch.linspace(1.0, 2.0, N, dtype=torch.float64)
+    matrix = (q * values) @ q.mT
+    if which == "smallest":
+        assert linalg.smallest_of_operator(matrix.matmul, matrix, 6, norm=values[-1]) is None
+        vectors = linalg.smallest_eigenvectors(matrix, 6, lower_bound=torch.tensor(0.9))[1]
+        wanted = q[:, :6]
+    else:
+        assert linalg._block_krylov_svd(matrix, 6, 1e-10) is None
+        vectors = (
+            linalg.largest_eigenvectors(matrix, 6)[1]
+            if which == "largest"
+            else linalg.top_singular(matrix, 6)[2]
+        )
+        wanted = q[:, -6:]
+    assert sine(vectors, wanted) < 1e-8
+
+
+def test_stack_of_iterations_is_its_parts() -> None:
+    q = torch.stack([orthogonal(N, seed=seed) for seed in (1, 2)])
+    values = torch.stack([SPECTRA["separated"], SPECTRA["clustered"]])
+    stack = (q * values.unsqueeze(-2)) @ q.mT
+    together = linalg.smallest_eigenvectors(stack, 6)[1]
+    for index in range(2):
+        assert sine(together[index], q[index, :, :6]) < 1e-8
+
+
+# --- dense parts ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(30, 50), (50, 30), (40, 40)])
+@pytest.mark.parametrize("rank", [0, 7, 30])
+def test_float32_svd_by_gram(shape: tuple[int, int], rank: int) -> None:
+    """Against LAPACK in float64, rank-deficient and zero matrices included."""
+    rng = torch.Generator().manual_seed(0)
+    left = torch.randn(2, shape[0], rank, generator=rng)
+    matrix = left @ torch.randn(2, rank, shape[1], generator=rng)
+    u, s, v = linalg.svd(matrix)
+    wanted = torch.linalg.svdvals(matrix.double())
+    scale = max(float(wanted.max()), 1.0)
+    assert float((s - wanted).abs().max()) < 1e-6 * scale
+    assert float(((u * s.unsqueeze(-2)) @ v.mT - matrix).norm()) < 1e-5 * scale
+    eye = torch.eye(s.shape[-1])
+    for vectors in (u, v):
+        assert torch.allclose(vectors.mT @ vectors, eye.expand(2, -1, -1), atol=1e-5)
+    bottom = linalg.bottom_singular(matrix, 4)
+    assert torch.allclose(bottom[1], s[..., -4:])
+
+
+def test_signs_do_not_depend_on_the_input_sign_or_dtype() -> None:
+    matrix = orthogonal(20)[:, :12] * torch.arange(12, 0, -1)
+    one = linalg.top_singular(matrix, 3)
+    other = linalg.top_singular(-matrix, 3)
+    low = linalg.top_singular(matrix.float(), 3)
+    assert torch.allclose(one[2], other[2])
+    assert torch.allclose(one[0], -other[0])
+    assert torch.allclose(one[0].float(), low[0], atol=1e-5)
+    largest = one[2].abs().argmax(dim=0, keepdim=True)
+    assert bool((one[2].gather(0, largest) > 0).all())
+
+
+def test_orthonormal_rows_keeps_the_product() -> None:
+    left, right = torch.randn(2, 9, 3).double(), torch.randn(2, 12, 3).double()
+    rows, content = linalg.orthonormal_rows(left, right)
+    assert torch.allclose(content @ rows, left @ right.mT)
+    assert torch.allclose(rows @ rows.mT, torch.eye(3).double().expand(2, -1, -1))
+    gram = content.mT @ content
+    assert torch.allclose(gram, torch.diag_embed(gram.diagonal(dim1=-2, dim2=-1)), atol=1e-10)
+
+
+def test_damping() -> None:
+    diagonal = torch.tensor([[1.0, 3.0], [0.0, 0.0]])
+    relative = linalg.damping_value(diagonal, 0.1, "relative")
+    assert float(relative[0]) == pytest.approx(0.2)
+    assert 0 < float(relative[1]) < 1e-20
+    assert torch.equal(linalg.damping_value(diagonal, 0.1, "absolute"), torch.full((2,), 0.1))
+
+
+def test_cholesky_goes_on_in_float64_where_float32_fails() -> None:
+    """Rank five of thirty, damped below float32's rounding: float64 factors it, and rightly."""
+    x = orthogonal(30, 5).float() * 100
+    matrix, damping = x @ x.mT, torch.tensor(3e-3)
+    assert int(torch.linalg.cholesky_ex(linalg.add_to_diagonal(matrix, 0 * damping)).info) > 0
+    strict = torch.tensor(1e-4)
+    assert int(torch.linalg.cholesky_ex(linalg.add_to_diagonal(matrix, strict)).info) > 0
+    factor = linalg.damped_cholesky(matrix, damping, "the test matrix")
+    wanted = linalg.add_to_diagonal(matrix.double(), damping.double())
+    assert float((factor.double() @ factor.double().mT - wanted).norm()) < 1e-2
+
+
+def test_cholesky_that_fails_twice_is_an_error() -> None:
+    matrix = -torch.eye(4)
+    with pytest.raises(FactorizationError, match="the test matrix is not positive definite"):
+        linalg.damped_cholesky(matrix, torch.tensor(1e-3), "the test matrix")
+
+
+def test_what_is_not_finite_is_an_error() -> None:
+    bad = torch.full((3, 3), float("nan"))
+    with pytest.raises(NonFiniteError, match="the test matrix"):
+        linalg.check_finite(bad, "the test matrix")
+    for solver in (linalg.eigh, linalg.svd, lambda m: linalg.svd(m.double())):
+        with pytest.raises(FactorizationError, match="did not converge"):
+            solver(bad)
+
+
+@pytest.mark.parametrize(("rank", "factor"), [(0, 1), (5, 1), (3, 2)])
+def test_check_rank(rank: int, factor: int) -> None:
+    with pytest.raises(RankError, match="min\\(out, in\\) = 4"):
+        linalg.check_rank(rank, 4, 9, factor=factor)
+    linalg.check_rank(2, 4, 9, factor=2)
