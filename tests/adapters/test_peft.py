@@ -444,3 +444,13 @@ def test_hidden_state_dict_has_no_name_of_ours(tmp_path: Path) -> None:
 
 def test_errors_of_this_room_are_the_packages_own() -> None:
     assert issubclass(AdapterError, LorainitError)
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_factors_are_contiguous(kind: str) -> None:
+    """A fused optimizer pairs a factor with its state by memory order, also after reloading."""
+    wrapped = start(llama(), METHODS[kind])
+    start(wrapped, METHODS["zero-b"], adapter_name="default")
+    again = start(llama(), METHODS[kind])
+    for model in (wrapped, again):
+        assert all(p.is_contiguous() for p in model.parameters() if p.requires_grad)

@@ -37,8 +37,12 @@ class _AnchoredFactor(nn.Module):
     def __init__(self, start: Tensor, anchor: Tensor | None = None) -> None:
         super().__init__()
         anchor = start if anchor is None else anchor
-        self.trained = nn.Parameter(start.detach().clone())
-        self.register_buffer("anchor", anchor.detach().clone(), persistent=False)
+        # Contiguous, whatever the solver's layout: a reloaded factor is, and fused optimizers pair
+        # its elements with their saved state by memory order.
+        layout = torch.contiguous_format
+        self.trained = nn.Parameter(start.detach().clone(memory_format=layout))
+        copy = anchor.detach().clone(memory_format=layout)
+        self.register_buffer("anchor", copy, persistent=False)
 
     @property
     def rank(self) -> int:

@@ -273,7 +273,7 @@ def _like(value: Tensor, like: Tensor, layer: LoraLayer) -> Tensor:
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     rows, columns = weight.shape
     linear = nn.Linear(columns, rows, bias=False, device="meta")
-    linear.weight = nn.Parameter(weight.clone())
+    linear.weight = nn.Parameter(weight.clone(memory_format=torch.contiguous_format))
     if bias is not None:
         linear.bias = nn.Parameter(bias.detach().clone())
     return linear
