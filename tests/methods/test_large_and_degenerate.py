@@ -1,0 +1,71 @@
+"""Layers above the size where iterations take over, and layers that got no signal."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from lorainit import linalg
+from lorainit.methods import METHODS, LoraDA
+from tests.methods.common import OUT, RANK, angle, layer, product, relative, solve
+
+
+@pytest.mark.parametrize("method", [LoraDA(), LoraDA(beta=3.0), LoraDA.paper()], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_lora_da_by_iteration_is_the_dense_one(
+    method: LoraDA, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """800 inputs, never forming Omega, against the eigenvectors of an explicit Omega."""
+    weight, statistics = layer(out=40, inner=800, dtype=dtype)
+    given: list[bool] = []
+    iterate = linalg.smallest_of_operator
+
+    def spy(*args: object, **kwargs: object) -> tuple[Tensor, Tensor] | None:
+        found = iterate(*args, **kwargs)  # type: ignore[arg-type]
+        given.append(found is not None)
+        return found
+
+    monkeypatch.setattr(linalg, "smallest_of_operator", spy)
+    found = solve(method, weight, statistics)
+    assert given == [True]
+    change, factor, y_inverse, norm = method._change(statistics)
+    omega = method.beta * y_inverse.sum() / (500.0 * norm**2) * torch.cholesky_inverse(factor)
+    omega = omega - method.bias_weight * change @ change.mT
+    wanted = torch.linalg.eigh(omega)[1][:, :RANK]
+    tolerance = 1e-7 if dtype == torch.float64 else 1e-5
+    assert angle(found.A.mT, wanted) < tolerance
+    assert relative(product(found, 1.0), change.mT @ wanted @ wanted.mT / method.gamma) < tolerance
+
+
+@pytest.mark.parametrize("name", ["pissa", "eva", "lora-one", "natural"])
+def test_other_methods_by_iteration_are_the_dense_ones(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, statistics = layer(out=400, inner=450)
+    dense = solve(name, weight, statistics)
+    monkeypatch.setattr(linalg, "DENSE_LIMIT", 100)
+    iterated = solve(name, weight, statistics)
+    assert not torch.equal(iterated.A, dense.A)
+    assert relative(iterated.A, dense.A) < 1e-6
+    assert relative(product(iterated), product(dense)) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", list(METHODS))
+def test_layer_without_any_gradient(name: str, dtype: torch.dtype) -> None:
+    """An expert that no token reached backwards: finite factors, no displacement, rows to train."""
+    weight, statistics = layer(dtype=dtype)
+    silent = dataclasses.replace(
+        statistics,
+        gradient_sum=torch.zeros_like(statistics.gradient_sum),  # type: ignore[arg-type]
+        output_second_moment_sum=torch.zeros(OUT, OUT, dtype=dtype),
+    )
+    found = solve(name, weight, silent)
+    assert bool(found.A.isfinite().all())
+    assert bool(found.B.isfinite().all())
+    assert float(found.A.norm()) > 0
+    if not found.anchored:
+        assert float(product(found).norm()) < 1e-6
