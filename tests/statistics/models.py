@@ -34,7 +34,8 @@ def llama(dtype: torch.dtype = torch.float32, seed: int = 0, **settings: Any) ->
         num_key_value_heads=2,
         max_position_embeddings=64,
         pad_token_id=0,
-        attn_implementation="eager",
+        # Eager attention's softmax is float32, whatever the model is.
+        attn_implementation="sdpa",
         **settings,
     )
     return _ready(hf.LlamaForCausalLM(config), dtype)

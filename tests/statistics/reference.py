@@ -170,14 +170,14 @@ def _add(
     weight = module.weight
     gradients = [torch.zeros_like(y) for y in outputs]
     for loss in losses:
-        (of_weight,) = torch.autograd.grad(loss, [weight], retain_graph=True)
+        (slope,) = torch.autograd.grad(loss, [weight], retain_graph=True, allow_unused=True)
+        of_weight = torch.zeros_like(weight) if slope is None else slope
         entry.G = entry.G + (of_weight.mT if isinstance(module, Conv1D) else of_weight)
         # Another sequence's rows are exactly zero: the gradients of single losses can be added.
-        for total, part in zip(
-            gradients,
-            torch.autograd.grad(loss, outputs, retain_graph=True, allow_unused=True),
-            strict=True,
-        ):
+        if not outputs:
+            continue
+        parts = torch.autograd.grad(loss, outputs, retain_graph=True, allow_unused=True)
+        for total, part in zip(gradients, parts, strict=True):
             if part is not None:
                 total += part
     mask = counted(name, batch)

@@ -161,7 +161,9 @@ class _Tap(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         (g,) = grads
         state, name, read = ctx.call
-        x = ctx.saved_tensors[0] if ctx.saved_tensors else None
+        # Read once: checkpointing without reentry recomputes for the first read, and forbids another.
+        saved = ctx.saved_tensors
+        x = saved[0] if saved else None
         with torch.autocast(g.device.type, enabled=False):
             state.count(name, read, x, g.detach())
         return g, None, None, None, None, None
