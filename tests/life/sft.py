@@ -1,0 +1,127 @@
+"""An SFTTrainer run on a dataset of completions or of chats, with a tokenizer made on the spot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+import lorainit
+from tests.adapters import tiny
+
+STEPS = 6
+CUT = 3
+WORDS = [f"w{i}" for i in range(40)]
+TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}<a> {% generation %}{{ message['content'] }} <eos>"
+    "{% endgeneration %}{% else %}<u> {{ message['content'] }} {% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<a> {% endif %}"
+)
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Words of a fixed list, split at spaces."""
+    specials = ["<pad>", "<eos>", "<u>", "<a>", "<unk>"]
+    vocabulary = {word: i for i, word in enumerate(specials + WORDS)}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        additional_special_tokens=["<u>", "<a>"],
+        chat_template=TEMPLATE,
+    )
+
+
+def texts() -> list[tuple[str, str]]:
+    """Sixteen ragged questions and answers."""
+    return [
+        (" ".join(WORDS[(i + j) % 40] for j in range(2 + i % 5)), f"{WORDS[i]} {WORDS[2 * i]}")
+        for i in range(16)
+    ]
+
+
+def dataset(form: str) -> Dataset:
+    """``"completion"``: prompt and completion; ``"chat"``: messages."""
+    if form == "completion":
+        return Dataset.from_list([{"prompt": q + " ", "completion": a} for q, a in texts()])
+    return Dataset.from_list(
+        [
+            {
+                "messages": [
+                    {"role": "user", "content": q},
+                    {"role": "assistant", "content": a},
+                ]
+            }
+            for q, a in texts()
+        ]
+    )
+
+
+class _Stop(TrainerCallback):
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        if state.global_step >= CUT:
+            control.should_training_stop = True
+        return control
+
+
+def trainer(model: Any, folder: Path, form: str, *, stop: bool = False) -> SFTTrainer:
+    arguments = SFTConfig(
+        output_dir=str(folder),
+        max_steps=STEPS,
+        per_device_train_batch_size=4,
+        learning_rate=1e-2,
+        logging_steps=1,
+        save_steps=CUT,
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        completion_only_loss=True if form == "completion" else None,
+        assistant_only_loss=form == "chat",
+        dataset_num_proc=None,
+        seed=7,
+    )
+    return SFTTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=dataset(form),
+        processing_class=tokenizer(),
+        callbacks=[_Stop()] if stop else [],
+    )
+
+
+def batches(form: str, folder: Path) -> list[dict[str, Tensor]]:
+    """What SFTTrainer itself feeds the model: its dataset, its collator, before any training."""
+    loader = trainer(tiny.llama(), folder, form).get_train_dataloader()
+    return [dict(batch) for batch in loader]
+
+
+def started(kind: str, form: str, folder: Path) -> Any:
+    """As a user's script starts it: statistics of the trainer's own batches."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    return lorainit.get_peft_model(
+        tiny.llama(),
+        tiny.config(),
+        method=tiny.METHODS[kind],
+        data=batches(form, folder),
+        progress=False,
+    )
+
+
+def run(model: Any, folder: Path, form: str, **settings: Any) -> list[float]:
+    resume = settings.pop("resume", False)
+    running = trainer(model, folder, form, **settings)
+    running.train(resume_from_checkpoint=resume)
+    return [entry["loss"] for entry in running.state.log_history if "loss" in entry]
