@@ -58,7 +58,6 @@ def make_trainer(
         warmup=experiment.warmup,
         clip=experiment.clip,
         graphs=graphs,
-        fuse=graphs,
     )
 
 

@@ -40,7 +40,7 @@ _NAMES = {
 def unpack(raw: Tensor) -> Tensor:
     """Weights in float32 from rows of blocks: Q4_1 and Q8_0 in uint8, others as they are.
 
-    A Q4_1 block is 20 bytes: half-precision scale and offset, then 32 nibbles, the low ones first. A
+    A Q4_1 block is 20 bytes: half-precision scale and offset, then 32 nibbles, low ones first. A
     Q8_0 block is 34: a half-precision scale, then 32 signed bytes.
     """
     if raw.dtype != torch.uint8:

@@ -11,7 +11,8 @@ An anchored start ``W x + s (B A - B0 A0) x`` is an adapter of twice the rank wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,7 +51,7 @@ class Group:
     def __init__(self, names: list[str], widths: list[int], inputs: int) -> None:
         self.names, self.widths, self.inputs = names, widths, inputs
         edges = [sum(widths[:i]) for i in range(len(widths) + 1)]
-        self.spans = list(zip(edges[:-1], edges[1:], strict=True))
+        self.spans = list(itertools.pairwise(edges))
         self.scaling = 1.0
         self.A: Tensor
         self.grad_A: Tensor
@@ -136,7 +137,7 @@ class StackedLlama:
     Args:
         model: read, never changed; grouped-query attention, no biases.
         dtype: of weights and activations.
-        fuse: compile the elementwise parts (accelerators).
+        fuse: elementwise parts as fused kernels (accelerators).
     """
 
     def __init__(self, model: torch.nn.Module, dtype: torch.dtype, *, fuse: bool) -> None:
@@ -149,11 +150,12 @@ class StackedLlama:
         self.head = model.get_output_embeddings().weight.detach().to(dtype)
         self.rotary = model.model.rotary_emb
         self.final_norm = model.model.norm.weight.detach().to(dtype)
-        compiled: Callable[..., Any] = (
-            (lambda f: torch.compile(f, dynamic=False)) if fuse else (lambda f: f)
-        )
-        self.rotate, self.gated = compiled(_rotate), compiled(_gated)
-        self.add_norm, self.norm = compiled(_add_norm), compiled(_norm)
+        self.rotate, self.gated, self.add_norm, self.update = _rotate, _gated, _add_norm, adamw
+        if fuse:
+            from benchmarks.quality import fused
+
+            self.rotate, self.gated = fused.rotate, fused.gated
+            self.add_norm, self.update = fused.add_norm, fused.adamw
         self.layers: list[dict[str, Tensor]] = []
         self.shapes: list[tuple[list[str], list[int], int]] = []
         for index, layer in enumerate(model.model.layers):
@@ -187,13 +189,14 @@ class StackedLlama:
         """Tokens ``(E, batch, length)`` to the last residual sum's two parts, unnormalized."""
         stack, batch, length = tokens.shape
         x = F.embedding(tokens.reshape(stack, -1), self.embedding)
-        if torch.is_grad_enabled():
-            x.requires_grad_()
         rows = stack * batch
         groups = iter(adapters.groups)
-        for i, layer in enumerate(self.layers):
-            if i == 0:
-                h = self.norm(x, layer["norm1"], self.eps)
+        y: Tensor | None = None
+        for layer in self.layers:
+            if y is None:
+                h = _norm(x, layer["norm1"], self.eps)
+                # Nothing before this point is trained; the products want an input with a gradient.
+                h.requires_grad_(torch.is_grad_enabled())
             else:
                 x, h = self.add_norm(x, y, layer["norm1"], self.eps)
             qkv = _StackedLinear.apply(h, layer["qkv"], next(groups))
@@ -311,9 +314,11 @@ class Adapters:
 
 def adamw(
     weights: Tensor,
+    compute: Tensor,
     gradient: Tensor,
     first: Tensor,
     second: Tensor,
+    live: Tensor | None,
     scale: Tensor,
     rate: Tensor,
     step: Tensor,
@@ -322,15 +327,19 @@ def adamw(
 
     Args:
         weights: ``(E, P)``, like its moments `first` and `second`.
+        compute: the same rounded to the compute dtype, or `weights` itself.
         gradient: ``(E, P)``, any floating dtype.
-        scale: ``(E, 1)`` or ``(E, P)``: times the gradient (clipping, the mask of frozen halves).
+        live: ``(P,)`` zero where a frozen half stands; None where there is none.
+        scale: ``(E, 1)``, times the gradient (clipping).
         rate: ``(E, 1)`` learning rates of this step.
-        step: 0-dim float, counted from one.
+        step: one float, counted from one.
     """
     g = gradient.float() * scale
-    m = first + 0.1 * (g - first)
-    v = 0.999 * second + 0.001 * g * g
-    first.copy_(m)
-    second.copy_(v)
-    size = (v / (1 - 0.999**step)).sqrt() + 1e-8
-    weights.sub_(rate / (1 - 0.9**step) * m / size)
+    if live is not None:
+        g = g * live
+    first.add_(0.1 * (g - first))
+    second.mul_(0.999).add_(0.001 * g * g)
+    size = (second / (1 - 0.999**step)).sqrt() + 1e-8
+    weights.sub_(rate / (1 - 0.9**step) * first / size)
+    if compute is not weights:
+        compute.copy_(weights)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.quality.data import Pool
-from benchmarks.quality.stacked import Adapters, StackedLlama, Start, adamw
+from benchmarks.quality.stacked import Adapters, StackedLlama, Start
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +78,6 @@ class StackTrainer:
         clip: see ``Experiment``.
         evaluation_rows: sequences that one evaluation forward takes.
         graphs: capture steps as CUDA graphs.
-        fuse: compile the optimizer's elementwise part.
     """
 
     def __init__(
@@ -96,14 +95,12 @@ class StackTrainer:
         clip: float,
         evaluation_rows: int = 128,
         graphs: bool,
-        fuse: bool,
     ) -> None:
         device = base.device
         self.base, self.stack, self.warmup, self.clip = base, stack, warmup, clip
         self.train = train.to(device)
         self.adapters = Adapters(base, stack, rank, anchored=anchored, scaling=scaling)
         self.rotation = base.rotation(train.tokens.shape[1])
-        self.update = torch.compile(adamw, dynamic=False) if fuse else adamw
         self.order = torch.zeros(max_steps, stack, batch_size, dtype=torch.long, device=device)
         self.factors = torch.zeros(max_steps, device=device)
         self.rates = torch.zeros(stack, 1, device=device)
@@ -149,16 +146,17 @@ class StackTrainer:
             norm = torch.linalg.vector_norm(gradient, dim=1, keepdim=True, dtype=torch.float32)
             scale = (self.clip / (norm + 1e-6)).clamp(max=1.0)
             rate = self.rates * self.factors.index_select(0, self.step)
-            self.update(
+            self.base.update(
                 adapters.weights,
-                gradient,
+                adapters.compute,
+                adapters.gradient,
                 adapters.first,
                 adapters.second,
+                adapters.live,
                 scale,
                 rate,
-                (self.step[0] + 1).float(),
+                (self.step + 1).float(),
             )
-            adapters.refresh()
             self.step += 1
 
     @torch.no_grad()

@@ -81,7 +81,6 @@ def test_a_stack_trains_as_separate_runs_do(pools, anchored):
         clip=0.5,
         evaluation_rows=16,
         graphs=False,
-        fuse=False,
     )
     jobs, expected = [], []
     for method, rate, seed in runs:
@@ -112,7 +111,7 @@ def test_a_frozen_half_stays(pools):
     base = StackedLlama(base_model(), torch.float32, fuse=False)
     trainer = StackTrainer(
         base, stack=1, rank=4, anchored=True, scaling=1.0, train=pools["train"], batch_size=4,
-        max_steps=3, warmup=0.0, clip=1.0, evaluation_rows=8, graphs=False, fuse=False,
+        max_steps=3, warmup=0.0, clip=1.0, evaluation_rows=8, graphs=False,
     )  # fmt: skip
     start = start_of(wrapped(lorainit.PiSSA(), 0))
     trainer.run([Job(start, 1e-2, batch_order(64, 64, 0, 3, 4))])

@@ -1,0 +1,117 @@
+"""Results as JSON records, one a run, named by their experiment; failures apart.
+
+A run appends to ``records.jsonl`` and ``failures.jsonl`` of its output folder, so that a call that
+is stopped loses nothing; ``python -m benchmarks.quality.merge`` makes one file a record of them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import subprocess
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+
+import lorainit
+from benchmarks.quality.experiment import Experiment
+
+RESULTS = Path(__file__).resolve().parents[1] / "results" / "quality"
+
+Record = dict[str, Any]
+
+
+def read_records(folders: Iterable[Path], name: str = "records") -> dict[str, Record]:
+    """Every record below the folders, by id: single files, and lines of ``{name}.jsonl``."""
+    found: dict[str, Record] = {}
+    for folder in folders:
+        if not folder.exists():
+            continue
+        for path in sorted(folder.rglob(f"{name}.jsonl")):
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    record = json.loads(line)
+                except ValueError:
+                    continue  # the last line of a call that was stopped in the middle of it
+                found[record["id"]] = record
+        if name == "records":
+            for path in sorted(folder.rglob("*.json")):
+                if len(path.stem) == 16:
+                    record = json.loads(path.read_text(encoding="utf-8"))
+                    found[record["id"]] = record
+    return found
+
+
+def append(folder: Path, record: Record, name: str = "records") -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f"{name}.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(clean(record), sort_keys=True) + "\n")
+
+
+def write_single(folder: Path, record: Record) -> Path:
+    """One file a record, ``{folder}/{stage}/{id}.json``; written aside and renamed."""
+    target = folder / str(record.get("stage", "other")) / f"{record['id']}.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, scratch = tempfile.mkstemp(dir=target.parent, suffix=".part")
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        file.write(json.dumps(clean(record), sort_keys=True) + "\n")
+    os.replace(scratch, target)
+    return target
+
+
+def clean(value: Any) -> Any:
+    """JSON without NaN, floats with five significant digits."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}") if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): clean(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [clean(inner) for inner in value]
+    return value
+
+
+def head(experiment: Experiment, stage: str) -> Record:
+    """The part of a record that is known before it runs."""
+    return {
+        "id": experiment.id,
+        "stage": stage,
+        "task": experiment.task,
+        "method": experiment.method,
+        "label": experiment.label,
+        "seed": experiment.seed,
+        "learning_rate": experiment.learning_rate,
+        "rank": experiment.rank,
+        "experiment": experiment.to_json(),
+    }
+
+
+def provenance(commit: str | None, device: torch.device) -> Record:
+    """Versions, commit and device."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {
+        "commit": commit or _commit(),
+        "device": name,
+        "versions": {
+            "lorainit": lorainit.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "peft": peft.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def _commit() -> str | None:
+    here = Path(__file__).parent
+    command = ["git", "-C", str(here), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

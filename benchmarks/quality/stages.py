@@ -1,0 +1,164 @@
+"""Which experiments a stage is made of; later stages read the records of earlier ones."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from benchmarks.quality.data import TASKS
+from benchmarks.quality.experiment import LEARNING_RATES, Experiment
+from benchmarks.quality.records import Record
+
+METHODS: tuple[str, ...] = (
+    "vanilla",
+    "orthogonal",
+    "pissa",
+    "milora",
+    "olora",
+    "eva",
+    "corda",
+    "lora-ga",
+    "lora-one",
+    "filet",
+    "filet:paper=true",
+    "lora-da",
+    "lora-da:paper=true",
+    "natural",
+)
+"""As ``name`` or ``name:key=value;key=value``, values in JSON."""
+
+SEEDS = (0, 1, 2, 3, 4)
+SHORT_STEPS = 64
+BASELINE = "vanilla"
+
+
+def parse_method(text: str) -> tuple[str, dict[str, Any]]:
+    """``"natural:steps=4;length=0.1"`` to a name and settings."""
+    name, _, rest = text.partition(":")
+    settings = {}
+    for pair in filter(None, rest.split(";")):
+        key, _, value = pair.partition("=")
+        try:
+            settings[key] = json.loads(value)
+        except ValueError:
+            settings[key] = value
+    return name, settings
+
+
+def search(
+    methods: Sequence[str] = METHODS,
+    tasks: Sequence[str] = TASKS,
+    rates: Sequence[float] = LEARNING_RATES,
+    **common: Any,
+) -> list[Experiment]:
+    """Stage (i): every learning rate of the grid, one seed, half the steps."""
+    common.setdefault("steps", SHORT_STEPS)
+    found = []
+    for task in tasks:
+        for text in methods:
+            name, settings = parse_method(text)
+            found += [Experiment(task, name, rate, settings=settings, **common) for rate in rates]
+    return found
+
+
+def best_rates(
+    records: Iterable[Record], count: int, *, by: str = "loss", **match: Any
+) -> dict[tuple[str, str], list[float]]:
+    """The best learning rates of each ``(task, label)`` on the validation split, best first.
+
+    ``by="loss"`` ranks by mean validation loss over seeds, ``"exact"`` by exact match, loss
+    breaking ties. `match` keeps only records whose experiment has these values.
+    """
+    scores: dict[tuple[str, str], dict[float, list[tuple[float, float]]]] = defaultdict(
+        lambda: defaultdict(list)
+    )
+    for record in records:
+        experiment = record["experiment"]
+        if any(experiment[key] != value for key, value in match.items()):
+            continue
+        validation = record["validation"]
+        loss = math.inf if validation["loss"] is None else validation["loss"]
+        exact = validation["exact"] or 0.0
+        scores[record["task"], record["label"]][record["learning_rate"]].append((loss, exact))
+    best = {}
+    for key, rates in scores.items():
+
+        def badness(rate: float, rates: Mapping[float, list[tuple[float, float]]] = rates) -> Any:
+            pairs = rates[rate]
+            loss = sum(p[0] for p in pairs) / len(pairs)
+            exact = sum(p[1] for p in pairs) / len(pairs)
+            return loss if by == "loss" else (-exact, loss)
+
+        best[key] = sorted(rates, key=badness)[:count]
+    return best
+
+
+def seeds(
+    records: Iterable[Record],
+    methods: Sequence[str] = METHODS,
+    tasks: Sequence[str] = TASKS,
+    seed_values: Sequence[int] = SEEDS,
+    *,
+    rates: int = 2,
+    **common: Any,
+) -> list[Experiment]:
+    """Stage (ii): all seeds at each method's best rates of stage (i), the whole budget."""
+    best = best_rates(
+        [r for r in records if r["stage"] == "search"], rates, rank=common.get("rank", 8)
+    )
+    return _at_rates(best, methods, tasks, seed_values, [common])
+
+
+def sweep(
+    records: Iterable[Record],
+    over: str,
+    values: Sequence[int],
+    methods: Sequence[str],
+    tasks: Sequence[str],
+    seed_values: Sequence[int],
+    *,
+    rates: int = 2,
+) -> list[Experiment]:
+    """Stage (iii): one budget changed at a time, at each method's best rates of stage (i).
+
+    `over`: ``"rank"``, ``"train_samples"`` or ``"statistics_samples"``. Few training samples get
+    the steps of at most eight epochs, at least sixteen steps.
+    """
+    best = best_rates([r for r in records if r["stage"] == "search"], rates)
+    changes = []
+    for value in values:
+        change = {over: value}
+        if over == "train_samples":
+            change["steps"] = max(16, min(128, 8 * value // 32))
+        changes.append(change)
+    return _at_rates(best, methods, tasks, seed_values, changes)
+
+
+def _at_rates(
+    best: Mapping[tuple[str, str], list[float]],
+    methods: Sequence[str],
+    tasks: Sequence[str],
+    seed_values: Sequence[int],
+    changes: Sequence[Mapping[str, Any]],
+) -> list[Experiment]:
+    found = []
+    for task in tasks:
+        for change in changes:
+            for text in methods:
+                name, settings = parse_method(text)
+                first = Experiment(task, name, 1.0, settings=settings, **change)
+                if (task, first.label) not in best:
+                    raise ValueError(
+                        f"no learning rate of '{first.label}' on {task} is known: run the stage "
+                        "'search' for it first, and name the folder of its records"
+                    )
+                rates = best[task, first.label]
+                found += [
+                    first.at(learning_rate=rate, seed=seed)
+                    for seed in seed_values
+                    for rate in rates
+                ]
+    return found

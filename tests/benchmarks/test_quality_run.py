@@ -1,0 +1,120 @@
+"""The harness end to end on a tiny model: records, resuming, failures, time limit, merging."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from benchmarks.quality import data as quality_data
+from benchmarks.quality.experiment import Experiment, curve_steps
+from benchmarks.quality.records import read_records, write_single
+from benchmarks.quality.run import Bench, Clock, OutOfTime
+from benchmarks.quality.stages import best_rates, parse_method, search, seeds
+
+from tests.benchmarks.test_quality_trainer import PAD, base_model, examples
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A prepared task."""
+    folder = tmp_path_factory.mktemp("data")
+    arrays = {"slots": np.array(4)}
+    for i, (split, size) in enumerate((("train", 64), ("validation", 24), ("test", 24))):
+        found = examples(size, i)
+        tokens = np.full((size, 16), PAD, dtype=np.uint16)
+        for row, example in enumerate(found):
+            tokens[row, : len(example)] = example.input_ids
+        arrays[f"{split}_tokens"] = tokens
+        arrays[f"{split}_lengths"] = np.array([len(e) for e in found], dtype=np.uint16)
+        arrays[f"{split}_prompts"] = np.array([e.prompt_length for e in found], dtype=np.uint16)
+    np.savez_compressed(folder / "tiny.npz", **arrays)
+    return folder
+
+
+SMALL = {"rank": 2, "steps": 6, "batch_size": 4, "train_samples": 32, "statistics_samples": 16}
+
+
+def bench(folder, out, **arguments):
+    return Bench(
+        base_model(), folder, out, "search", stack=4, evaluation_rows=16, commit="none", **arguments
+    )
+
+
+def test_a_stage_is_recorded_resumed_and_merged(folder, tmp_path):
+    methods = ["vanilla", "pissa", "lora-da", "lora-ga:gamma=4.0"]
+    experiments = search(methods, ["tiny"], (1e-3, 1e-2), precision="fp32", **SMALL)
+    before = [p.clone() for p in base_model().parameters()]
+    one = bench(folder, tmp_path)
+    assert one.run(experiments[:3], set()) == 3
+    assert one.run(experiments, set(read_records([tmp_path]))) == 5
+    for ours, theirs in zip(one.model.parameters(), before, strict=True):
+        assert torch.equal(ours, theirs)
+    records = read_records([tmp_path])
+    assert set(records) == {e.id for e in experiments}
+    record = records[experiments[4].id]
+    for key in ("method", "task", "seed", "learning_rate", "rank", "versions", "commit", "device"):
+        assert key in record
+    assert len(record["train_loss"]) == 6
+    assert record["heldout"]["steps"] == curve_steps(6)
+    assert set(record["heldout_at_percent"]) == {"0", "1", "2", "5", "10", "25", "50", "100"}
+    assert record["init_seconds"] > 0
+    assert Experiment.from_json(record["experiment"]).id == record["id"]
+    for found in records.values():
+        write_single(tmp_path / "merged", found)
+    assert read_records([tmp_path / "merged"]) == records
+    following = seeds(records.values(), methods, ["tiny"], [0, 1], rates=1, **SMALL)
+    assert len(following) == 8
+
+
+def test_runs_alone_and_in_a_stack_agree(folder, tmp_path):
+    experiments = search(
+        ["vanilla", "orthogonal"], ["tiny"], (1e-3, 1e-2), precision="fp32", **SMALL
+    )
+    bench(folder, tmp_path / "together").run(experiments, set())
+    together = read_records([tmp_path / "together"])
+    bench(folder, tmp_path / "alone").run(experiments[2:3], set())
+    (alone,) = read_records([tmp_path / "alone"]).values()
+    a, b = (r["test"]["loss"] for r in (alone, together[alone["id"]]))
+    assert a == pytest.approx(b, rel=1e-4)
+
+
+def test_failures_stand_apart_and_time_ends_cleanly(folder, tmp_path):
+    too_much = Experiment("tiny", "vanilla", 1e-3, **(SMALL | {"rank": 40}))
+    fine = Experiment("tiny", "vanilla", 1e-3, precision="fp32", **SMALL)
+    assert bench(folder, tmp_path).run([too_much, fine], set()) == 1
+    assert set(read_records([tmp_path])) == {fine.id}
+    (failure,) = read_records([tmp_path], "failures").values()
+    assert failure["id"] == too_much.id
+    assert "RankError" in failure["error"]
+    with pytest.raises(OutOfTime):
+        bench(folder, tmp_path, clock=Clock(0.0)).run([fine.at(seed=1)], set())
+
+
+def test_an_experiments_name_is_its_content():
+    one = Experiment("chain_sum", "natural", 1e-3, settings={"damping": 0.1})
+    assert one.id == Experiment.from_json(json.loads(json.dumps(one.to_json()))).id
+    assert one.id != one.at(seed=1).id
+    assert one.label == "natural(damping=0.1)"
+    assert parse_method("lora-da:paper=true;beta=0.1") == ("lora-da", {"paper": True, "beta": 0.1})
+
+
+def test_the_best_rates_are_those_of_the_validation_split():
+    records = [
+        {
+            "task": "t", "label": "m", "learning_rate": rate, "stage": "search",
+            "experiment": {"rank": 8}, "validation": {"loss": loss, "exact": exact},
+            "test": {"loss": rate, "exact": 1.0},
+        }
+        for rate, loss, exact in ((1e-3, 2.0, 0.1), (1e-2, 1.0, 0.2), (1e-1, None, None))
+    ]  # fmt: skip
+    assert best_rates(records, 2) == {("t", "m"): [1e-2, 1e-3]}
+
+
+def test_statistics_are_drawn_from_what_is_trained_on():
+    rows = quality_data.training_rows(100, 40, seed=3)
+    order = quality_data.batch_order(100, 40, 3, steps=30, batch_size=4)
+    assert torch.equal(order.reshape(-1)[:40], rows)
+    for epoch in order.reshape(-1).split(40):
+        assert set(epoch.tolist()) == set(rows.tolist())
