@@ -25,15 +25,17 @@ from lorainit.errors import (
     DataError,
     LorainitError,
     MissingStatisticError,
+    NonFiniteError,
     RankError,
     StatisticsFileError,
 )
 from lorainit.methods.vanilla import Vanilla
 from lorainit.statistics import CollectSettings, LossFunction, Statistics, collect
 from lorainit.statistics.collect import input_device
-from lorainit.statistics.guard import unchanged_rng
+from lorainit.statistics.guard import unchanged_rng, unchanged_rng_on_error
 from lorainit.types import (
     Factors,
+    LayerSpec,
     LayerStatistics,
     LossReduction,
     Method,
@@ -175,9 +177,12 @@ def get_peft_model(
             if plain
             else solve_layers(served, statistics, method, precision=precision, progress=progress)
         )
-    with installing.undone_on_error(model, adapter_name):
+    device = input_device(model)
+    with unchanged_rng_on_error(device), installing.undone_on_error(model, adapter_name):
         wrapped = _wrap(model, config, adapter_name, existing, autocast_adapter_dtype)
         installing.install(wrapped, adapter_name, solved, _settings_of(method))
+    if not plain:
+        left_out |= installing.left_at_default(wrapped, adapter_name, solved, left_out)
     logger.info(_summary(method, sizes, left_out))
     return wrapped
 
@@ -237,6 +242,7 @@ def _solve_chunk(
             stacked = method.solve(
                 torch.stack(wide), LayerStatistics.stack(moved), spec.rank, spec.scaling
             )
+            _check_factors(stacked, spec, (len(chunk),))
             return [stacked[i] for i in range(len(chunk))]
         except (LorainitError, torch.OutOfMemoryError):
             if wide[0].is_cuda:
@@ -249,9 +255,26 @@ def _solve_chunk(
 
 def _solve_one(target: Target, weight: Tensor, layer: LayerStatistics, method: Method) -> Factors:
     try:
-        return method.solve(weight, layer, target.spec.rank, target.spec.scaling)
+        pair = method.solve(weight, layer, target.spec.rank, target.spec.scaling)
+        _check_factors(pair, target.spec, ())
+        return pair
     except LorainitError as error:
         raise type(error)(f"layer '{target.name}': {error}") from error
+
+
+def _check_factors(pair: Factors, spec: LayerSpec, leading: tuple[int, ...]) -> None:
+    """A method of the user's own may return anything."""
+    have = tuple(pair.A.shape), tuple(pair.B.shape)
+    want = (*leading, spec.rank, spec.in_features), (*leading, spec.out_features, spec.rank)
+    if have != want:
+        raise AdapterError(
+            f"the method gave A, B of shapes {have}; the layer wants {want}. "
+            "Correct the method's solve."
+        )
+    if not bool(torch.isfinite(pair.A).all() and torch.isfinite(pair.B).all()):
+        raise NonFiniteError(
+            "the method gave factors that are not finite. Look at the statistics, or raise damping."
+        )
 
 
 def _for_solving(
@@ -294,6 +317,12 @@ def _check_arguments(
     statistics: object,
     adapter_name: str,
 ) -> None:
+    taken = isinstance(adapter_name, str) and hasattr(nn.ModuleDict(), adapter_name)
+    if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name or taken:
+        raise AdapterError(
+            f"adapter_name {adapter_name!r} cannot name a module: give a text without dots that is no "
+            "method of torch.nn.ModuleDict, such as 'default'."
+        )
     if peft_config is None:
         if not (isinstance(model, PeftModel) and adapter_name in model.peft_config):
             raise AdapterError(
@@ -344,6 +373,8 @@ def _configuration(
                 f"configuration says r={peft_config.r}, lora_alpha={peft_config.lora_alpha}. Give another "
                 "adapter_name, or delete_adapter first."
             )
+        if peft_config is not None:
+            _check_same_targets(model, config, peft_config, adapter_name)
         return config
     assert peft_config is not None
     config = copy.deepcopy(peft_config)
@@ -354,6 +385,21 @@ def _configuration(
         )
         config.init_lora_weights = True
     return config
+
+
+def _check_same_targets(
+    model: PeftModel, config: LoraConfig, wanted: LoraConfig, adapter_name: str
+) -> None:
+    """An adapter that exists has its layers already; another set cannot be asked for."""
+    have, want = (set(match_targets(model, c).layers) for c in (config, wanted))
+    if have != want:
+        name = min(have ^ want)
+        raise AdapterError(
+            f"adapter '{adapter_name}' exists with other target_modules than the configuration's: "
+            f"layer '{name}' is {'missing in' if name in want else 'not one of'} "
+            f"{'it' if name in want else 'the latter'}. Give another adapter_name, or delete_adapter "
+            "first."
+        )
 
 
 def _with_possible_ranks(
@@ -374,7 +420,7 @@ def _with_possible_ranks(
             f"min(out, in) = {limit} ({len(limits)} such layers). Lower r, give these layers a "
             "rank_pattern, or pass cap_rank=True."
         )
-    with_ranks(config, limits)
+    with_ranks(config, limits, [*targets.layers, *targets.left_out])
     return match_targets(model, config)
 
 
@@ -444,13 +490,25 @@ def _collect(
     loss_fn: LossFunction | None,
 ) -> Statistics:
     """Statistics of the base model, adapters switched off, with its fingerprints."""
-    off = model.disable_adapter() if isinstance(model, PeftModel) else contextlib.nullcontext()
+    off = _adapters_off(model) if isinstance(model, PeftModel) else contextlib.nullcontext()
     modules = {name: target.module for name, target in targets.layers.items()}
     with off:
         found = collect(model, modules, data, settings, loss_fn)
     with torch.no_grad():
         found.fingerprints = {name: fingerprint(modules[name], name) for name in found}
     return found
+
+
+@contextlib.contextmanager
+def _adapters_off(model: PeftModel) -> Iterator[None]:
+    """PEFT's own context lets every active adapter learn afterwards, frozen before or not."""
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
 
 
 def _wrap(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import subprocess
 import sys
 import textwrap
@@ -95,7 +96,7 @@ def base_weights(model: nn.Module) -> dict[str, Tensor]:
     """Copies of all parameters and buffers that are the base model's, by its own names."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     return {
-        name.replace(".base_layer.", ".").replace(".original_module.", "."): tensor.detach().clone()
+        re.sub(r"(\.base_layer|\.original_module)+\.", ".", name): tensor.detach().clone()
         for name, tensor in base.state_dict().items()
         if "lora_" not in name and "modules_to_save" not in name
     }

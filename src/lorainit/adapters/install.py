@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lorainit.adapters.anchor import AnchoredA, AnchoredB
 from lorainit.adapters.origin import Origin, remember
-from lorainit.adapters.patterns import pin_layer, scale_ranks
+from lorainit.adapters.patterns import scale_ranks, scaled, spell_out
 from lorainit.errors import AdapterError
 from lorainit.types import Factors
 
@@ -142,6 +142,29 @@ def install(
             model.peft_config[adapter_name], layers, adapter_name, 2.0 if anchored else 0.5
         )
     remember(model, adapter_name, Origin(anchored, dict(settings or {})))
+
+
+def left_at_default(
+    model: PeftModel, adapter_name: str, served: Collection[str], said: Collection[str]
+) -> dict[str, str]:
+    """Layers of the adapter that PEFT made beyond the targets, with the reason, for the user.
+
+    PEFT turns names of fused experts and routers into parameters that it adapts on its own.
+
+    Args:
+        model: holds the adapter.
+        adapter_name: of the adapter.
+        served: names of the layers that were written.
+        said: names, or their ends, that are known to be left out already.
+    """
+    found = {}
+    for name, layer in adapter_layers(model, adapter_name).items():
+        full = _name_in_patterns(name, layer)
+        if name in served or any(full == end or full.endswith("." + end) for end in said):
+            continue
+        kind = "a parameter of" if isinstance(layer, ParamWrapper) else "a"
+        found[full] = f"{kind} {type(layer.get_base_layer()).__name__}, no linear layer"
+    return found
 
 
 def anchor_loaded(model: PeftModel, adapter_name: str) -> None:
@@ -298,19 +321,23 @@ def _set_rank_scale(
     config: LoraConfig, layers: Mapping[str, LoraLayer], adapter_name: str, factor: float
 ) -> None:
     """Tell PEFT the rank it sees, with every scaling as it was; other kinds of layers stay."""
-    others = {
-        _name_in_patterns(name, layer): (layer.r[adapter_name], layer.lora_alpha[adapter_name])
-        for name, layer in layers.items()
-        if not is_linear(layer, adapter_name)
-    }
-    scale_ranks(config, factor)
-    for name, (rank, alpha) in others.items():
-        pin_layer(config, name, rank, alpha)
     alpha_factor = factor**0.5 if config.use_rslora else factor
     for layer in layers.values():
         if is_linear(layer, adapter_name):
             layer.r[adapter_name] = round(layer.r[adapter_name] * factor)
-            layer.lora_alpha[adapter_name] *= alpha_factor
+            layer.lora_alpha[adapter_name] = scaled(layer.lora_alpha[adapter_name], alpha_factor)
+    scale_ranks(config, factor)
+    if not all(is_linear(layer, adapter_name) for layer in layers.values()):
+        spell_out(
+            config,
+            {
+                _name_in_patterns(name, layer): (
+                    layer.r[adapter_name],
+                    layer.lora_alpha[adapter_name],
+                )
+                for name, layer in layers.items()
+            },
+        )
 
 
 def _name_in_patterns(name: str, layer: LoraLayer) -> str:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from peft import LoraConfig
+from peft.utils.other import get_pattern_key
 
 
 def exact_pattern(name: str) -> str:
@@ -20,30 +21,63 @@ def alpha_for(config: LoraConfig, rank: int) -> float:
     return int(alpha) if float(alpha).is_integer() else float(alpha)
 
 
-def with_ranks(config: LoraConfig, ranks: Mapping[str, int]) -> None:
-    """Give single layers their own rank, in place, at the configuration's global scaling."""
-    for name, rank in ranks.items():
-        pin_layer(config, name, rank, alpha_for(config, rank))
+def with_ranks(config: LoraConfig, ranks: Mapping[str, int], names: Iterable[str]) -> None:
+    """Give single layers their own rank, in place, at the configuration's global scaling.
 
-
-def pin_layer(config: LoraConfig, name: str, rank: int, alpha: float) -> None:
-    """Give one layer its rank and alpha, in place, before any broader pattern matches it."""
-    key = exact_pattern(name)
-    config.rank_pattern = {key: rank} | {k: v for k, v in config.rank_pattern.items() if k != key}
-    config.alpha_pattern = {key: alpha} | {
-        k: v for k, v in config.alpha_pattern.items() if k != key
+    Args:
+        config: of the adapter.
+        ranks: by module name.
+        names: of every module that the configuration matches, these among them or not.
+    """
+    layers = {
+        name: (
+            int(_find(config.rank_pattern, name, config.r)),
+            _find(config.alpha_pattern, name, config.lora_alpha),
+        )
+        for name in names
     }
+    layers |= {name: (rank, alpha_for(config, rank)) for name, rank in ranks.items()}
+    spell_out(config, layers)
+
+
+def spell_out(config: LoraConfig, layers: Mapping[str, tuple[int, float]]) -> None:
+    """Give every layer its rank and alpha by its own name, in place.
+
+    No pattern that matches any of them is left beside: PEFT takes the first that matches, and sorts
+    them by their letters when it saves.
+    """
+    ranks = {n: rank for n, (rank, _) in layers.items() if rank != config.r}
+    alphas = {n: alpha for n, (_, alpha) in layers.items() if alpha != config.lora_alpha}
+    config.rank_pattern = _exactly(ranks, config.rank_pattern, layers)
+    config.alpha_pattern = _exactly(alphas, config.alpha_pattern, layers)
+
+
+def _exactly(
+    values: Mapping[str, float], old: Mapping[str, float], names: Collection[str]
+) -> dict[str, float]:
+    kept = {
+        key: value
+        for key, value in old.items()
+        if not any(get_pattern_key([key], name) == key != name for name in names)
+        and key not in names
+    }
+    return {exact_pattern(name): value for name, value in values.items()} | kept
+
+
+def _find(pattern: Mapping[str, float], name: str, default: float) -> float:
+    return pattern.get(get_pattern_key(list(pattern), name), default)
+
+
+def scaled(alpha: float, factor: float) -> float:
+    """An alpha times a factor, whole where it is whole but for rounding."""
+    value = alpha * factor
+    return round(value) if abs(value - round(value)) < 1e-9 else value
 
 
 def scale_ranks(config: LoraConfig, factor: float) -> None:
     """Multiply every rank, and alpha so that no scaling changes, in place."""
-    alpha_factor = factor**0.5 if config.use_rslora else factor
-
-    def scaled(alpha: float) -> float:
-        value = alpha * alpha_factor
-        return round(value) if abs(value - round(value)) < 1e-9 else value
-
+    by = factor**0.5 if config.use_rslora else factor
     config.r = round(config.r * factor)
-    config.lora_alpha = scaled(config.lora_alpha)
+    config.lora_alpha = scaled(config.lora_alpha, by)
     config.rank_pattern = {k: round(v * factor) for k, v in config.rank_pattern.items()}
-    config.alpha_pattern = {k: scaled(v) for k, v in config.alpha_pattern.items()}
+    config.alpha_pattern = {k: scaled(v, by) for k, v in config.alpha_pattern.items()}

@@ -92,7 +92,7 @@ def match_targets(model: nn.Module, peft_config: LoraConfig) -> Targets:
         spec = _spec(config, name, shape)
         layers[name] = Target(spec, inner)
     for parameter in getattr(config, "target_parameters", None) or ():
-        left_out[parameter] = "target_parameters are not served yet"
+        left_out[parameter] = "a parameter, as of fused experts, not a layer"
     if not layers:
         raise TargetError(_nothing_matched(config, left_out))
     return Targets(layers, left_out)
