@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,16 +19,17 @@ def all_linear(**settings: Any) -> LoraConfig:
     return LoraConfig(r=2, target_modules="all-linear", **settings)
 
 
-def _ready(model: nn.Module, dtype: torch.dtype) -> Any:
-    return model.to(dtype).eval()
+def _made(build: Callable[[], nn.Module], dtype: torch.dtype, seed: int = 0) -> Any:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build().to(dtype).eval()
 
 
 def llama(dtype: torch.dtype = torch.float32, seed: int = 0, **settings: Any) -> Any:
     """Two layers, grouped queries: q and o 16 x 16, k and v 8 x 16."""
-    torch.manual_seed(seed)
     config = hf.LlamaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=16,
+        hidden_size=settings.pop("hidden_size", 16),
         intermediate_size=24,
         num_hidden_layers=2,
         num_attention_heads=4,
@@ -38,12 +40,11 @@ def llama(dtype: torch.dtype = torch.float32, seed: int = 0, **settings: Any) ->
         attn_implementation="sdpa",
         **settings,
     )
-    return _ready(hf.LlamaForCausalLM(config), dtype)
+    return _made(lambda: hf.LlamaForCausalLM(config), dtype, seed)
 
 
 def gpt2(dtype: torch.dtype = torch.float32, head: str = "LMHeadModel", **settings: Any) -> Any:
     """Conv1D layers, which keep their weight as (in, out)."""
-    torch.manual_seed(0)
     config = hf.GPT2Config(
         vocab_size=VOCABULARY,
         n_embd=16,
@@ -56,11 +57,10 @@ def gpt2(dtype: torch.dtype = torch.float32, head: str = "LMHeadModel", **settin
         attn_implementation="eager",
         **settings,
     )
-    return _ready(getattr(hf, f"GPT2{head}")(config), dtype)
+    return _made(lambda: getattr(hf, f"GPT2{head}")(config), dtype)
 
 
 def bert(dtype: torch.dtype = torch.float32, head: str = "", **settings: Any) -> Any:
-    torch.manual_seed(0)
     config = hf.BertConfig(
         vocab_size=VOCABULARY,
         hidden_size=16,
@@ -71,11 +71,10 @@ def bert(dtype: torch.dtype = torch.float32, head: str = "", **settings: Any) ->
         attn_implementation="eager",
         **settings,
     )
-    return _ready(getattr(hf, f"BertFor{head}")(config), dtype)
+    return _made(lambda: getattr(hf, f"BertFor{head}")(config), dtype)
 
 
 def t5(dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
-    torch.manual_seed(0)
     config = hf.T5Config(
         vocab_size=VOCABULARY,
         d_model=16,
@@ -87,11 +86,10 @@ def t5(dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
         pad_token_id=0,
         **settings,
     )
-    return _ready(hf.T5ForConditionalGeneration(config), dtype)
+    return _made(lambda: hf.T5ForConditionalGeneration(config), dtype)
 
 
 def vit(dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
-    torch.manual_seed(0)
     config = hf.ViTConfig(
         image_size=8,
         patch_size=4,
@@ -104,11 +102,10 @@ def vit(dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
         attn_implementation="eager",
         **settings,
     )
-    return _ready(hf.ViTForImageClassification(config), dtype)
+    return _made(lambda: hf.ViTForImageClassification(config), dtype)
 
 
 def whisper(dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
-    torch.manual_seed(0)
     config = hf.WhisperConfig(
         vocab_size=VOCABULARY,
         d_model=16,
@@ -129,7 +126,7 @@ def whisper(dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
         attn_implementation="eager",
         **settings,
     )
-    return _ready(hf.WhisperForConditionalGeneration(config), dtype)
+    return _made(lambda: hf.WhisperForConditionalGeneration(config), dtype)
 
 
 class Perceptron(nn.Module):
@@ -137,11 +134,12 @@ class Perceptron(nn.Module):
 
     def __init__(self, *, as_dict: bool = False, bias: bool = True, depth: int = 2) -> None:
         super().__init__()
-        torch.manual_seed(0)
         sizes = [5, *([7] * (depth - 1)), 3]
-        self.layers = nn.ModuleList(
-            nn.Linear(a, b, bias=bias) for a, b in zip(sizes[:-1], sizes[1:], strict=True)
-        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.layers = nn.ModuleList(
+                nn.Linear(a, b, bias=bias) for a, b in itertools.pairwise(sizes)
+            )
         self.as_dict = as_dict
 
     def forward(self, x: Tensor, **_: Any) -> Any:
@@ -155,7 +153,7 @@ class Perceptron(nn.Module):
 
 
 def sequences(count: int = 7, seed: int = 1, shortest: int = 4, longest: int = 11) -> list[Batch]:
-    """Ragged sequences of tokens, each with a prompt that has no labels, and at least two labels."""
+    """Ragged sequences of tokens, each a prompt without labels and at least two labels."""
     generator = torch.Generator().manual_seed(seed)
     found = []
     for _ in range(count):

@@ -57,6 +57,11 @@ class CollectSettings:
     progress: bool = True
 
     def __post_init__(self) -> None:
+        if not self.needs:
+            raise ValueError(
+                "needs is empty, so there is nothing to collect. Pass method.needs, or some of: "
+                f"{', '.join(sorted(STATISTICS))}."
+            )
         unknown = set(self.needs) - STATISTICS
         if unknown:
             raise ValueError(
@@ -164,6 +169,8 @@ def _pass(
                 continue
             with torch.enable_grad():
                 result = batch_loss(model, inputs, settings.loss_reduction, loss_fn)
+                if loss_fn is not None:
+                    _check_count(result.per_sequence, index, rows, batch_rows(batch))
                 loss = result.per_sequence.sum()
                 if not bool(torch.isfinite(loss.detach())):
                     skipped += _non_finite_batch(index, result.per_sequence, settings)
@@ -174,7 +181,7 @@ def _pass(
                         "the loss does not depend on any target layer: none of the targets ran in the "
                         "forward pass, or the loss was computed under torch.no_grad()."
                     )
-                (loss * scale if scale != 1.0 else loss).backward()
+                torch.autograd.backward(loss * scale if scale != 1.0 else loss)
             sequences.append(result.sequences)
             tokens.append(result.label_tokens)
             losses.append(loss.detach())
@@ -187,6 +194,15 @@ def _pass(
         scale,
         float(sum(float(v) for v in losses)) if losses else None,
     )
+
+
+def _check_count(losses: Tensor, index: int, sequences: int, rows: int) -> None:
+    """A loss function of the user's own might return one loss per token."""
+    if losses.shape[0] not in (sequences, rows):
+        raise DataError(
+            f"loss_fn returned {losses.shape[0]} losses for batch {index}, which has {sequences} "
+            "sequences. It must return one loss per sequence: average over each sequence's tokens."
+        )
 
 
 def _non_finite_batch(index: int, losses: Tensor, settings: CollectSettings) -> int:

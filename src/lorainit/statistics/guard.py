@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -14,17 +14,46 @@ from torch import Tensor, nn
 @contextmanager
 def unchanged_rng(device: torch.device) -> Iterator[None]:
     """Restore the generators of torch (on the CPU and the model's device), NumPy and Python."""
-    devices = [device] if device.type not in ("cpu", "meta") else []
+    restore = _random_state(device)
+    try:
+        yield
+    finally:
+        restore()
+
+
+@contextmanager
+def unchanged_rng_on_error(device: torch.device) -> Iterator[None]:
+    """The same, only where the work fails: what succeeds may have drawn."""
+    restore = _random_state(device)
+    try:
+        yield
+    except BaseException:
+        restore()
+        raise
+
+
+def _random_state(device: torch.device) -> Callable[[], None]:
+    """What puts every generator back to where it is now."""
     numpy = sys.modules.get("numpy")
     python_state = random.getstate()
     numpy_state = None if numpy is None else numpy.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=devices, device_type=device.type if devices else "cuda"):
-            yield
-    finally:
+    cpu_state = torch.get_rng_state()
+    own = None
+    if device.type not in ("cpu", "meta"):
+        own = torch.get_device_module(device)
+        # MPS has one generator, and no argument for it.
+        place = () if device.type == "mps" else (device,)
+        device_state = own.get_rng_state(*place)
+
+    def restore() -> None:
         random.setstate(python_state)
         if numpy is not None:
             numpy.random.set_state(numpy_state)
+        torch.set_rng_state(cpu_state)
+        if own is not None:
+            own.set_rng_state(device_state, *place)
+
+    return restore
 
 
 @contextmanager

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,11 @@ from torch import Tensor
 
 from lorainit._version import __version__
 from lorainit.errors import StatisticsFileError
+from lorainit.statistics import records
 from lorainit.types import LayerStatistics
 
 _FORMAT = "lorainit-statistics"
 _FORMAT_VERSION = 1
-_FINGERPRINT = "fingerprint/"
-_LAYER = "layer/"
 
 
 class Statistics(Mapping[str, LayerStatistics]):
@@ -88,13 +89,8 @@ class Statistics(Mapping[str, LayerStatistics]):
         layers = {}
         for name, layer in self._layers.items():
             values = {f: getattr(layer, f) for f in LayerStatistics.TENSORS}
-            tensors = {f: None if t is None else move(t) for f, t in values.items()}
-            layers[name] = LayerStatistics(
-                **tensors,
-                **{f: getattr(layer, f) for f in LayerStatistics.COUNTS},
-                loss_reduction=layer.loss_reduction,
-                population=layer.population,
-            )
+            tensors: dict[str, Any] = {f: move(t) for f, t in values.items() if t is not None}
+            layers[name] = replace(layer, **tensors)
         return Statistics(layers, self.metadata, self.fingerprints)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -105,16 +101,8 @@ class Statistics(Mapping[str, LayerStatistics]):
         """
         path = Path(path)
         tensors, places = self._unique_tensors()
-        layers = {
-            name: {
-                "tensors": places[name],
-                **{field: float(getattr(layer, field)) for field in LayerStatistics.COUNTS},
-                "loss_reduction": layer.loss_reduction,
-                "population": None if layer.population is None else float(layer.population),
-            }
-            for name, layer in self._layers.items()
-        }
-        tensors |= {_FINGERPRINT + name: t for name, t in self.fingerprints.items()}
+        layers = {name: records.layer_record(self[name], places[name]) for name in self}
+        tensors |= {records.FINGERPRINT + name: t for name, t in self.fingerprints.items()}
         header = {
             "format": _FORMAT,
             "version": str(_FORMAT_VERSION),
@@ -133,7 +121,8 @@ class Statistics(Mapping[str, LayerStatistics]):
                 "there; free some space or choose another place, and save again."
             ) from error
         finally:
-            aside.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                aside.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Statistics:
@@ -149,29 +138,24 @@ class Statistics(Mapping[str, LayerStatistics]):
             with safe_open(path, framework="pt", device=str(device)) as file:
                 header = file.metadata() or {}
                 _check_header(path, header)
-                layers = json.loads(header["layers"])
-                metadata = json.loads(header["metadata"])
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
             if isinstance(error, StatisticsFileError):
                 raise
             raise StatisticsFileError(
-                f"'{path}' cannot be read as a statistics file ({error}): it is truncated or damaged. "
-                "Collect the statistics again."
+                f"'{path}' cannot be read as a statistics file ({error}): it is truncated or "
+                "damaged. Collect the statistics again."
             ) from error
         try:
-            loaded = {name: _layer(entry, tensors) for name, entry in layers.items()}
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            layers = records.read_layers(header["layers"], tensors)
+            metadata = records.read_metadata(header["metadata"])
+            prints = records.read_fingerprints(tensors, layers)
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise StatisticsFileError(
-                f"'{path}': its table of layers does not fit its tensors ({error!r}). "
-                "Collect the statistics again."
+                f"'{path}': its table of layers is damaged or does not fit its tensors "
+                f"({type(error).__name__}: {str(error)[:200]}). Collect the statistics again."
             ) from error
-        prints = {
-            key.removeprefix(_FINGERPRINT): tensor
-            for key, tensor in tensors.items()
-            if key.startswith(_FINGERPRINT)
-        }
-        return cls(loaded, metadata, prints)
+        return cls(layers, metadata, prints)
 
     def _unique_tensors(self) -> tuple[dict[str, Tensor], dict[str, dict[str, str]]]:
         """Tensors by key, a shared one under its first layer's key only; and each layer's keys."""
@@ -184,7 +168,7 @@ class Statistics(Mapping[str, LayerStatistics]):
                 tensor = getattr(layer, field)
                 if tensor is None:
                     continue
-                key = known.setdefault(id(tensor), f"{_LAYER}{name}/{field}")
+                key = known.setdefault(id(tensor), f"{records.LAYER}{name}/{field}")
                 tensors[key] = tensor
                 places[name][field] = key
         return tensors, places
@@ -202,19 +186,3 @@ def _check_header(path: Path, header: Mapping[str, str]) -> None:
             f"{header.get('lorainit')}; this is {__version__}, which reads up to {_FORMAT_VERSION}. "
             "Upgrade lorainit."
         )
-
-
-def _layer(entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> LayerStatistics:
-    places = entry["tensors"]
-    unknown = set(places) - set(LayerStatistics.TENSORS)
-    if unknown:
-        raise ValueError(f"unknown tensors {sorted(unknown)}")
-    if entry["loss_reduction"] not in ("sequence", "token"):
-        raise ValueError(f"unknown loss reduction {entry['loss_reduction']!r}")
-    population = entry["population"]
-    return LayerStatistics(
-        **{field: tensors[key] for field, key in places.items()},
-        **{field: float(entry[field]) for field in LayerStatistics.COUNTS},
-        loss_reduction=entry["loss_reduction"],
-        population=None if population is None else float(population),
-    )
