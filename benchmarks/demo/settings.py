@@ -39,7 +39,7 @@ class Settings:
     alpha: int = 16
     steps: int = 40
     batch_size: int = 8
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-3
     warmup_steps: int = 3
     held_out: int = 128
     score_steps: tuple[int, ...] = (5, 15)
