@@ -344,6 +344,12 @@ def fix_signs(vectors: Tensor) -> Tensor:
     return vectors * _column_signs(vectors)
 
 
+def fix_pair_signs(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Paired columns with the signs of ``v`` fixed as in `fix_signs`, and those of ``u`` with them."""
+    signs = _column_signs(v)
+    return u * signs, v * signs
+
+
 def _fix_pair_signs(u: Tensor, s: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     signs = _column_signs(v)
     return u * signs, s, v * signs

@@ -170,7 +170,7 @@ def lora_one_output_scale() -> float:
 
 # --- the Fisher factors ---------------------------------------------------------------------
 
-X_DAMPED, Y_DAMPED = damped(SX, 0.01), damped(SY, 0.01)
+X_DAMPED, Y_DAMPED = damped(SX, Natural().damping), damped(SY, Natural().damping)
 
 
 def quadratic(step: Tensor) -> float:

@@ -7,6 +7,9 @@ from typing import get_args
 
 from lorainit.types import DampingMode
 
+ROW_NORM = 3**-0.5
+"""Expected norm of a row of ``A`` as LoRA draws it: uniform in ``+-1/sqrt(in)``, ``in`` entries."""
+
 
 def require_number(name: str, value: float, *, above: float = 0.0, inclusive: bool = True) -> None:
     """Raise ValueError unless `value` is finite and at least (or above) the bound."""

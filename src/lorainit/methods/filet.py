@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from lorainit import linalg
-from lorainit.methods._settings import require_choice, require_number
+from lorainit.methods._settings import ROW_NORM, require_choice, require_number
 from lorainit.types import Factors, LayerStatistics
 
-_ROW_NORM = 3**-0.5
 _RELATIVE_FLOOR = 1e-2
 
 
@@ -94,8 +93,10 @@ class FILet:
         """``U`` ``(..., out, k)``, ``V`` ``(..., in, k)`` with unit columns, which are usable."""
         if self.candidates == "svd":
             u, s, v = linalg.svd(weight)
-            v = linalg.fix_signs(v)
-            return weight @ v / s.clamp_min(torch.finfo(s.dtype).tiny).unsqueeze(-2), v, s > 0
+            u, v = linalg.fix_pair_signs(u, v)
+            # Below this a singular value is rounding, and its pair says nothing of the weight.
+            rounding = torch.finfo(s.dtype).eps * max(weight.shape[-2:]) * s[..., :1]
+            return u, v, s > rounding
         gram = weight.mT @ weight
         v, v_norm = _unit_columns(gram)
         u, u_norm = _unit_columns(weight @ v)
@@ -114,7 +115,7 @@ class FILet:
             return energy.clamp_min(self.scale_floor).sqrt()
         mean = energy.mean(-1, keepdim=True).clamp_min(torch.finfo(energy.dtype).tiny)
         sizes: Tensor = (energy / mean).clamp_min(_RELATIVE_FLOOR).sqrt()
-        return sizes * (_ROW_NORM * math.sqrt(scaling))
+        return sizes * (ROW_NORM * math.sqrt(scaling))
 
 
 def fisher_energy(u: Tensor, v: Tensor, second_in: Tensor, second_out: Tensor) -> Tensor:

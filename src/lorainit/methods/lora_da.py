@@ -8,13 +8,13 @@ ICML 2026, arXiv 2510.24561. Checked against the authors' release (github zqy012
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from lorainit import linalg
-from lorainit.methods._settings import require_damping, require_number
+from lorainit.methods._settings import ROW_NORM, require_choice, require_damping, require_number
 from lorainit.types import DampingMode, Factors, LayerStatistics
 
 
@@ -44,6 +44,9 @@ class LoraDA:
             singular; that is an error here, where the authors' release goes on.
         population: ``N``, the size of the fine-tuning set; None takes what the statistics know: the
             length of the data set, or the number of sequences counted.
+        scale: ``"paper"``: the factors above. ``"calibrated"``: ``A`` has rows of a default LoRA
+            row's norm, ``1/sqrt(3)``, and ``B A`` has the length along ``(A0 B0)^T`` at which
+            held-back sequences have the least loss, measured by `get_peft_model`.
 
     Deviations from the release: eigenvectors to a residual tolerance instead of ten LOBPCG
     iterations, the spectral norm to that tolerance instead of 16 power iterations, relative damping
@@ -56,6 +59,7 @@ class LoraDA:
     damping: float = 1e-3
     damping_mode: DampingMode = "relative"
     population: float | None = None
+    scale: Literal["paper", "calibrated"] = "paper"
 
     needs: ClassVar[frozenset[str]] = frozenset(
         {"gradient", "input_second_moment", "output_second_moment_diagonal"}
@@ -66,8 +70,14 @@ class LoraDA:
         require_number("bias_weight", self.bias_weight, inclusive=False)
         require_number("gamma", self.gamma, inclusive=False)
         require_damping(self.damping, self.damping_mode)
+        require_choice("scale", self.scale, ("paper", "calibrated"))
         if self.population is not None:
             require_number("population", self.population, inclusive=False)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the length is to be measured."""
+        return self.scale == "calibrated"
 
     @classmethod
     def paper(cls) -> LoraDA:
@@ -86,8 +96,8 @@ class LoraDA:
             scaling: not used: the release leaves the adapter's scaling on top.
 
         Returns:
-            ``A`` ``(..., rank, in)`` with orthogonal rows of norm ``1/sqrt(gamma)``,
-            ``B`` ``(..., out, rank)``; not anchored.
+            ``A`` ``(..., rank, in)`` with orthogonal rows of norm ``1/sqrt(gamma)`` (``1/sqrt(3)``
+            if calibrated, and ``B`` that much longer), ``B`` ``(..., out, rank)``; not anchored.
         """
         del scaling
         linalg.check_rank(rank, *weight.shape[-2:])
@@ -99,9 +109,11 @@ class LoraDA:
             variance = variance / self._population(statistics, norm)
             subspace = self._subspace(change, z_factor, variance, rank)
         dtype = linalg.compute_dtype(weight, statistics.gradient)
-        root = self.gamma**0.5
-        a = (subspace.mT / root).to(dtype)
-        b = (change.mT @ subspace / root).to(dtype)
+        a_size, b_size = self.gamma**-0.5, self.gamma**-0.5
+        if self.calibrated:
+            a_size, b_size = ROW_NORM, 1 / ROW_NORM
+        a = (subspace.mT * a_size).to(dtype)
+        b = (change.mT @ subspace * b_size).to(dtype)
         return Factors(a.to(weight.device), b.to(weight.device), anchored=False)
 
     def _change(self, statistics: LayerStatistics) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -9,13 +9,13 @@ preconditioned optimizer is not part of this package). Checked against the autho
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from lorainit import linalg
-from lorainit.methods._settings import require_number
+from lorainit.methods._settings import ROW_NORM, require_choice, require_number
 from lorainit.types import Factors, LayerStatistics
 
 
@@ -34,6 +34,9 @@ class LoraOne:
         gamma: both factors are divided by its root.
         output_scale: multiply both factors by ``out^(1/4)`` too. The release's configuration
             (``scale: stable``) does; the formula of the paper does not.
+        scale: ``"paper"``: the factors above. ``"calibrated"``: ``A = V^T / sqrt(3)``, rows of a
+            default LoRA row's norm, and ``B A`` has the length at which held-back sequences have the
+            least loss, measured by `get_peft_model`.
 
     Deviations from the release: singular triplets to a residual tolerance instead of a randomized
     SVD with the global generator. A layer whose gradient is zero gets ``B = 0`` and orthogonal rows
@@ -42,11 +45,18 @@ class LoraOne:
 
     gamma: float = 128.0
     output_scale: bool = False
+    scale: Literal["paper", "calibrated"] = "paper"
 
     needs: ClassVar[frozenset[str]] = frozenset({"gradient"})
 
     def __post_init__(self) -> None:
         require_number("gamma", self.gamma, inclusive=False)
+        require_choice("scale", self.scale, ("paper", "calibrated"))
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the length is to be measured."""
+        return self.scale == "calibrated"
 
     @classmethod
     def paper(cls) -> LoraOne:
@@ -75,6 +85,9 @@ class LoraOne:
         u, s, v = linalg.top_singular(-gradient, rank)
         first = s[..., :1]
         share = s / torch.where(first > 0, first, torch.ones_like(first))
+        if self.calibrated:
+            a, b = v.mT * ROW_NORM, u * share.unsqueeze(-2) / ROW_NORM
+            return Factors(a.to(weight.device), b.to(weight.device), anchored=False)
         size = (rows**0.25 if self.output_scale else 1.0) / self.gamma**0.5
         a, b = linalg.split_evenly(u, share, v)
         a = torch.where(first.unsqueeze(-1) > 0, a, v.mT)

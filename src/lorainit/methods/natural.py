@@ -9,17 +9,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from lorainit import linalg
-from lorainit.methods._settings import require_damping, require_number
+from lorainit.methods._settings import ROW_NORM, require_damping, require_number
+from lorainit.methods.metric import KroneckerMetric
 from lorainit.types import DampingMode, Factors, LayerStatistics
 
 
 @dataclass(frozen=True)
 class Natural:
-    r"""A preconditioned gradient step, cut to rank r where the predictions feel the cut least.
+    r"""Preconditioned gradient steps, cut to rank r where the predictions feel the cut least.
 
     With ``X = Sx + lambda_x I`` and ``Y = Sy + lambda_y I``, among all steps of rank ``rank``
     ``Delta`` minimises the quadratic model ``<G, Delta> + |Y^(1/2) Delta X^(1/2)|_F^2 / 2``::
@@ -31,25 +31,31 @@ class Natural:
     leaves ``Delta`` as it is. Then ``s B A = length * Delta``, with the rows of ``A`` the right
     singular vectors of ``Delta`` times `row_norm`. Not anchored: the model starts displaced.
 
+    The length is one number for the model. `get_peft_model` measures it by forward passes on
+    sequences held back from the statistics, together with how many of the directions the step uses:
+    directions with little signal cost more than they bring, and wait in ``A`` with a zero column of
+    ``B``. With ``steps > 1`` statistics are taken again at the displaced point, and the sum of the
+    steps is cut back to the rank in the metric of the newest ones.
+
     Args:
         damping: added to the diagonals of both factors, see `damping_mode`.
-        damping_mode: ``"relative"``: times the mean of each factor's own diagonal; ``"absolute"``:
-        as
+        damping_mode: ``"relative"``: times the mean of each factor's own diagonal; ``"absolute"``: as
             it is, for both.
         row_norm: norm of every row of ``A``. An optimizer like Adam moves both factors by like
             amounts, so it sets how fast the subspace turns beside how fast its content changes; the
             default is the norm of a default LoRA row.
-        length: ``s B A`` in units of ``Delta``. None: to be found by calibration; `solve` then
-        gives
-            one ``Delta``, which only a search may use as it is: the unit follows the loss reduction
-            (a loss ``c`` times larger makes ``Delta`` ``1 / c`` times as long), and the layers'
-            steps, right one by one, add up.
+        length: ``s B A`` in units of ``Delta``. None (default): measured by `get_peft_model`; `solve`
+            alone then gives one ``Delta``, which only a search may use as it is: the unit follows the
+            loss reduction (a loss ``c`` times larger makes ``Delta`` ``1 / c`` times as long), and
+            the layers' steps, right one by one, add up.
+        steps: how often statistics are taken and a step is made; more than one needs data.
     """
 
-    damping: float = 0.01
+    damping: float = 0.1
     damping_mode: DampingMode = "relative"
-    row_norm: float = 3**-0.5
+    row_norm: float = ROW_NORM
     length: float | None = None
+    steps: int = 1
 
     needs: ClassVar[frozenset[str]] = frozenset(
         {"gradient", "input_second_moment", "output_second_moment"}
@@ -60,6 +66,10 @@ class Natural:
         require_number("row_norm", self.row_norm, inclusive=False)
         if self.length is not None:
             require_number("length", self.length, inclusive=False)
+        if not isinstance(self.steps, int) or self.steps < 1:
+            raise ValueError(f"steps must be a whole number, at least 1, got {self.steps!r}")
+        if self.steps > 1 and self.length is not None:
+            raise ValueError("several steps are measured one by one: leave length at None")
 
     @classmethod
     def paper(cls) -> Natural:
@@ -84,15 +94,48 @@ class Natural:
         linalg.check_rank(rank, *weight.shape[-2:])
         require_number("scaling", scaling, inclusive=False)
         dtype = linalg.compute_dtype(weight, statistics.gradient)
-        whitened, x_root, y_root = self._whiten(statistics)
-        u, s, v = (part.to(x_root) for part in linalg.top_singular(-whitened.to(dtype), rank))
-        left = torch.linalg.solve_triangular(y_root.mT, u * s.unsqueeze(-2), upper=True)
-        right = torch.linalg.solve_triangular(x_root.mT, v, upper=True)
-        rows, content = linalg.orthonormal_rows(left, right)
-        size = (1.0 if self.length is None else self.length) / (self.row_norm * scaling)
-        a = (rows * self.row_norm).to(device=weight.device, dtype=dtype)
-        b = (content * size).to(device=weight.device, dtype=dtype)
-        return Factors(a, b, anchored=False)
+        left, right = self.step(statistics, rank)[1]
+        left = left if self.length is None else left * self.length
+        a, b = self.factors(left, right, scaling)
+        return Factors(a.to(weight.device, dtype), b.to(weight.device, dtype), anchored=False)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the length is to be measured."""
+        return self.length is None
+
+    def step(
+        self, statistics: LayerStatistics, rank: int
+    ) -> tuple[KroneckerMetric, tuple[Tensor, Tensor]]:
+        """The metric, and one ``Delta`` as ``left @ right``, strongest directions first.
+
+        Args:
+            statistics: of one layer or a stack of layers.
+            rank: of the step.
+
+        Returns:
+            The metric; ``left`` ``(..., out, rank)`` and ``right`` ``(..., rank, in)``.
+        """
+        metric, whitened = self._whiten(statistics)
+        dtype = linalg.compute_dtype(statistics.gradient)
+        u, s, v = linalg.top_singular(-whitened.to(dtype), rank)
+        left, right = (u * s.unsqueeze(-2)).to(whitened), v.mT.to(whitened)
+        return metric, metric.out_of(left, right)
+
+    def factors(self, left: Tensor, right: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+        """``A``, ``B`` with ``scaling * B A = left right`` and orthogonal rows of norm `row_norm`.
+
+        A zero column of ``left`` keeps its row of ``right`` in the span of ``A``.
+        """
+        rows, content = linalg.orthonormal_rows(left, right.mT)
+        return rows * self.row_norm, content / (self.row_norm * scaling)
+
+    def metric(self, statistics: LayerStatistics) -> KroneckerMetric:
+        """Roots of both damped second moments, in float64 where the device has it."""
+        return KroneckerMetric(
+            self._root(statistics.input_second_moment, "the input second moment"),
+            self._root(statistics.output_second_moment, "the output second moment"),
+        )
 
     def singular_values(self, statistics: LayerStatistics, max_rank: int) -> Tensor:
         """Leading singular values of ``M``: what a direction is worth, comparable across layers.
@@ -108,19 +151,16 @@ class Natural:
         """
         linalg.check_rank(max_rank, *statistics.gradient.shape[-2:])
         dtype = linalg.compute_dtype(statistics.gradient)
-        return linalg.top_singular(self._whiten(statistics)[0].to(dtype), max_rank)[1]
+        return linalg.top_singular(self._whiten(statistics)[1].to(dtype), max_rank)[1]
 
-    def _whiten(self, statistics: LayerStatistics) -> tuple[Tensor, Tensor, Tensor]:
-        """``Ly^-1 G Lx^-T`` ``(..., out, in)`` and the lower roots ``Lx``, ``Ly``, in float64.
+    def _whiten(self, statistics: LayerStatistics) -> tuple[KroneckerMetric, Tensor]:
+        """The metric, and the gradient in its coordinates.
 
         The roots multiply rounding by up to ``n / damping``, so they are never left to float32.
         """
-        x_root = self._root(statistics.input_second_moment, "the input second moment")
-        y_root = self._root(statistics.output_second_moment, "the output second moment")
+        metric = self.metric(statistics)
         gradient = linalg.double_precision(linalg.check_finite(statistics.gradient, "the gradient"))
-        half = torch.linalg.solve_triangular(y_root, gradient, upper=False)
-        whitened = torch.linalg.solve_triangular(x_root.mT, half, upper=True, left=False)
-        return whitened, x_root, y_root
+        return metric, metric.whiten_gradient(gradient)
 
     def _root(self, second: Tensor, what: str) -> Tensor:
         """Lower Cholesky factor of a damped second moment, in float64."""

@@ -17,7 +17,7 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 def sum_dtype(operand: torch.dtype) -> torch.dtype:
-    """dtype of a sum of products of operands of this dtype."""
+    """Dtype of a sum of products of operands of this dtype."""
     return torch.float64 if operand == torch.float64 else torch.float32
 
 

@@ -38,7 +38,7 @@ def row_sequences(batch: Batch, rows: int) -> list[int]:
     segments, _ = packed_segments(batch, reference)
     counts = []
     for row in segments:
-        # Position ids padded with zeros look like sequences of one token; such have nothing to predict.
+        # Zeros that pad position ids look like sequences of one token, which predict nothing.
         lengths = row.unique(return_counts=True)[1]
         counts.append(max(1, int((lengths > 1).sum())))
     return counts
@@ -66,14 +66,16 @@ def take(data: Iterable[Any], max_sequences: int | None) -> Iterator[dict[str, A
     """
     if not isinstance(data, Iterable):
         raise DataError(
-            f"data must be an iterable of batches, not {type(data).__name__}. Give a DataLoader, or a "
+            f"data must be an iterable of batches, not {type(data).__name__}. Give a DataLoader, "
+            "or a "
             "list of dictionaries."
         )
     seen = 0
     for index, batch in enumerate(data):
         if not isinstance(batch, Mapping):
             raise DataError(
-                f"batch {index} is a {type(batch).__name__}, not a dictionary of the model's keyword "
+                f"batch {index} is a {type(batch).__name__}, not a dictionary of the model's "
+                "keyword "
                 "arguments. Give a DataLoader whose collate function returns dictionaries."
             )
         batch = dict(batch)
@@ -124,3 +126,43 @@ def population_of(data: object) -> int | None:
         return len(dataset) if dataset is not None else None
     except (TypeError, NotImplementedError):
         return None
+
+
+def split_batches(
+    batches: list[dict[str, Any]], share: float
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows kept, and about `share` of all rows held back: every so many-th, whatever the batching.
+
+    Raises:
+        DataError: too few rows for both, or a share that is not between 0 and 1.
+    """
+    if not 0 < share < 1:
+        raise DataError(f"calibration_share must be between 0 and 1, got {share}")
+    every = max(2, round(1 / share))
+    kept: list[dict[str, Any]] = []
+    held: list[dict[str, Any]] = []
+    seen = 0
+    for batch in batches:
+        rows = batch_rows(batch)
+        index = torch.arange(seen, seen + rows)
+        seen += rows
+        back = index % every == every - 1
+        for part, mask in ((kept, ~back), (held, back)):
+            if bool(mask.any()):
+                part.append(_rows_where(batch, mask, rows))
+    if not held or not kept:
+        raise DataError(
+            f"data has {seen} rows, too few to hold back {share:.0%} for measuring the length of "
+            "the "
+            f"start: give at least {every}, or a method with a fixed length."
+        )
+    return kept, held
+
+
+def _rows_where(batch: Batch, mask: Tensor, rows: int) -> dict[str, Any]:
+    return {
+        key: value[mask.to(value.device)]
+        if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == rows
+        else value
+        for key, value in batch.items()
+    }

@@ -39,7 +39,8 @@ logger = logging.getLogger("lorainit")
 _FP16_LOSS_SCALE = 2.0**12
 
 _ALL_MASKED = (
-    "every label is masked: not one that the loss counts differs from -100, so there is no gradient. "
+    "every label is masked: not one that the loss counts differs from -100, so there is no "
+    "gradient. "
     "Look at the collator's prompt masking, and at truncation that cuts the answers off."
 )
 
@@ -76,7 +77,8 @@ class CollectSettings:
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(
-                    f"{name} must be one of {', '.join(map(repr, choices))}, got {getattr(self, name)!r}"
+                    f"{name} must be one of {', '.join(map(repr, choices))}, got "
+                    f"{getattr(self, name)!r}"
                 )
         if self.max_sequences is not None and self.max_sequences < 1:
             raise ValueError(f"max_sequences must be at least 1 or None, got {self.max_sequences}")
@@ -88,19 +90,24 @@ def collect(
     data: Iterable[Any],
     settings: CollectSettings,
     loss_fn: LossFunction | None = None,
+    *,
+    population: float | None = None,
 ) -> Statistics:
     """Collect the statistics of `modules` (base layers by target name) from `data`.
+
+    `population` is the size of the fine-tuning set, where `data` does not know it.
 
     Hooks are gone, and ``requires_grad``, modes, ``.grad`` and the random state are as they were,
     when this returns or raises.
     """
     device = input_device(model)
-    population = population_of(data)
+    population = population_of(data) if population is None else population
     with unchanged_rng(device):
         batches = list(take(data, distributed.share_of(settings.max_sequences)))
         if not any(distributed.gather_objects(bool(batches))):
             raise DataError(
-                "data gave no sequences: the iterable is empty, or exhausted by an earlier pass. Give a "
+                "data gave no sequences: the iterable is empty, or exhausted by an earlier pass. "
+                "Give a "
                 "DataLoader or a list of batches."
             )
         if loss_fn is None and settings.needs & GRADIENT_STATISTICS:
@@ -178,7 +185,8 @@ def _pass(
                     continue
                 if not loss.requires_grad:
                     raise TargetError(
-                        "the loss does not depend on any target layer: none of the targets ran in the "
+                        "the loss does not depend on any target layer: none of the targets ran "
+                        "in the "
                         "forward pass, or the loss was computed under torch.no_grad()."
                     )
                 torch.autograd.backward(loss * scale if scale != 1.0 else loss)
@@ -210,7 +218,8 @@ def _non_finite_batch(index: int, losses: Tensor, settings: CollectSettings) -> 
     bad = (~torch.isfinite(losses)).nonzero().flatten().tolist()
     if settings.on_nonfinite == "raise":
         raise NonFiniteError(
-            f"the loss of batch {index} is not finite (sequences {bad} in it). Look at that batch, load "
+            f"the loss of batch {index} is not finite (sequences {bad} in it). Look at that "
+            "batch, load "
             "the model in bfloat16 or float32 instead of float16, or pass on_nonfinite='skip'."
         )
     logger.warning("batch %d skipped: the loss of its sequences %s is not finite", index, bad)
@@ -218,7 +227,7 @@ def _non_finite_batch(index: int, losses: Tensor, settings: CollectSettings) -> 
 
 
 def _finish(
-    run: _Run, settings: CollectSettings, population: int | None, device: torch.device
+    run: _Run, settings: CollectSettings, population: float | None, device: torch.device
 ) -> Statistics:
     """Reduce over processes, check, and hand over."""
     state = run.state
@@ -227,7 +236,8 @@ def _finish(
     )
     if sequences == 0 and skipped:
         raise NonFiniteError(
-            f"the loss of every batch is not finite ({int(skipped)} sequences skipped). Load the model "
+            f"the loss of every batch is not finite ({int(skipped)} sequences skipped). Load the "
+            "model "
             "in bfloat16 or float32, and look at the data."
         )
     if state.backward and tokens == 0:
@@ -268,14 +278,17 @@ def _check_unused(
         return
     if not layers:
         raise TargetError(
-            f"none of the {len(unused)} target layers ran in the forward pass (first: '{unused[0]}'). "
+            f"none of the {len(unused)} target layers ran in the forward pass (first: "
+            f"'{unused[0]}'). "
             "Check that the batches reach this part of the model."
         )
     if settings.on_unused == "raise":
         shown = ", ".join(f"'{n}'" for n in unused[:5]) + (", ..." if len(unused) > 5 else "")
         raise TargetError(
-            f"{len(unused)} target layer(s) never ran, or got no gradient: {shown}. Leave them out with "
-            "exclude_modules, give data that reaches them, or pass on_unused='default' to start them "
+            f"{len(unused)} target layer(s) never ran, or got no gradient: {shown}. Leave them "
+            "out with "
+            "exclude_modules, give data that reaches them, or pass on_unused='default' to start "
+            "them "
             "as PEFT does."
         )
 
@@ -293,7 +306,8 @@ def _check_layers(layers: Mapping[str, LayerStatistics]) -> None:
                 checked[key] = bool(torch.isfinite(tensor).all())
             if not checked[key]:
                 raise NonFiniteError(
-                    f"layer '{name}': {field} is not finite. Its activations or gradients overflow in "
+                    f"layer '{name}': {field} is not finite. Its activations or gradients "
+                    "overflow in "
                     "the model's dtype: load the model in bfloat16 or float32."
                 )
 

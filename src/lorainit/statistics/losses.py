@@ -52,8 +52,8 @@ def batch_loss(
 ) -> BatchLoss:
     """Run the model on one batch; the default loss, or the user's.
 
-    A user's `loss_fn` decides its own reduction inside a sequence; under ``"token"`` it should return
-    sums, which are divided at the end by the labels of ``batch["labels"]`` that are not -100.
+    A user's `loss_fn` decides its own reduction inside a sequence; under ``"token"`` it should
+    return sums, which are divided at the end by the labels of ``batch["labels"]`` that are not -100.
     """
     if loss_fn is None:
         return _default_loss(model, batch, reduction)
@@ -61,14 +61,15 @@ def batch_loss(
     if not isinstance(losses, Tensor) or losses.dim() != 1:
         shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
         raise DataError(
-            f"loss_fn must return one loss per sequence, a (sequences,) tensor; it returned {shape}. "
+            "loss_fn must return one loss per sequence, a (sequences,) tensor; it returned "
+            f"{shape}. "
             "Use reduction='none' in the loss and average over each sequence's own tokens."
         )
     rows = losses.shape[0]
     labels = batch.get("labels")
     if isinstance(labels, Tensor) and labels.dim() > 0 and not labels.is_floating_point():
         counted = labels != IGNORED
-        # Rows of labels that are the sequences say which of them count; others (packed rows) do not.
+        # Rows of labels say which sequences count, unless several are packed into a row.
         whole = counted.reshape(rows, -1).any(-1).sum() if labels.shape[0] == rows else None
         return BatchLoss(losses, torch.tensor(rows) if whole is None else whole, counted.sum())
     return BatchLoss(losses, torch.tensor(rows), torch.tensor(rows))
@@ -125,8 +126,10 @@ def has_label(model: nn.Module, batch: Mapping[str, Any]) -> bool:
     labels = batch.get("labels")
     if not isinstance(labels, Tensor):
         raise DataError(
-            "a batch has no tensor under 'labels', so there is no loss to take gradients of. Add labels "
-            "(-100 where a token should not count), or pass loss_fn=..., a function of (model, batch) "
+            "a batch has no tensor under 'labels', so there is no loss to take gradients of. Add "
+            "labels "
+            "(-100 where a token should not count), or pass loss_fn=..., a function of (model, "
+            "batch) "
             "that returns one loss per sequence."
         )
     if labels.is_floating_point():
@@ -183,8 +186,10 @@ def _logits(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         logits = logits[0]
     if not isinstance(logits, Tensor):
         raise DataError(
-            f"the model's output ({type(outputs).__name__}) has no logits, so the default loss cannot "
-            "be taken. Pass loss_fn=..., a function of (model, batch) that returns one loss per sequence."
+            f"the model's output ({type(outputs).__name__}) has no logits, so the default loss "
+            "cannot "
+            "be taken. Pass loss_fn=..., a function of (model, batch) that returns one loss per "
+            "sequence."
         )
     return logits
 
@@ -199,8 +204,10 @@ def _shifted_right(base: nn.Module, labels: Tensor) -> Tensor:
     padding = getattr(base.config, "pad_token_id", None)
     if not isinstance(start, int) or not isinstance(padding, int):
         raise DataError(
-            f"the configuration of {type(base).__name__} has no decoder_start_token_id and pad_token_id, "
-            "so decoder inputs cannot be made from labels. Put 'decoder_input_ids' into the batches."
+            f"the configuration of {type(base).__name__} has no decoder_start_token_id and "
+            "pad_token_id, "
+            "so decoder inputs cannot be made from labels. Put 'decoder_input_ids' into the "
+            "batches."
         )
     first = torch.full_like(labels[:, :1], start)
     return torch.cat([first, labels[:, :-1]], dim=1).masked_fill_(
@@ -237,7 +244,7 @@ def _sample_loss(model: nn.Module, logits: Tensor, labels: Tensor) -> BatchLoss:
 
 
 def _problem(model: nn.Module, logits: Tensor, labels: Tensor) -> str:
-    """transformers' own rule, on whose classification models it depends what labels mean."""
+    """What labels mean: by the rule of transformers, for models of its kind and others."""
     base = innermost(model)
     config = getattr(base, "config", None)
     known = getattr(config, "problem_type", None)
@@ -253,8 +260,10 @@ def _problem(model: nn.Module, logits: Tensor, labels: Tensor) -> str:
 
 def _misfit(model: nn.Module, logits: Tensor, labels: Tensor) -> str:
     return (
-        f"labels of shape {tuple(labels.shape)} do not fit the logits of {type(innermost(model)).__name__}, "
-        f"{tuple(logits.shape)}, in a way that the default loss knows. Pass loss_fn=..., a function of "
+        f"labels of shape {tuple(labels.shape)} do not fit the logits of "
+        f"{type(innermost(model)).__name__}, "
+        f"{tuple(logits.shape)}, in a way that the default loss knows. Pass loss_fn=..., a "
+        "function of "
         "(model, batch) that returns one loss per sequence."
     )
 

@@ -1,7 +1,7 @@
 """Which positions of a layer's input are counted: padding never is.
 
-A decoder's and an encoder's layers each have a mask of their own. Where a layer's input does not lie
-like the batch's mask (one vector a sample, image patches), all its positions count.
+A decoder's and an encoder's layers each have a mask of their own. Where a layer's input does not
+lie like the batch's mask (one vector a sample, image patches), all its positions count.
 """
 
 from __future__ import annotations
@@ -91,7 +91,8 @@ def _label_positions(
     labels = batch.get("labels")
     if not isinstance(labels, Tensor) or labels.dim() != 2 or label_kind(model, labels) != "causal":
         raise DataError(
-            "token_mask='labels' counts the positions that predict a label, which only causal language "
+            "token_mask='labels' counts the positions that predict a label, which only causal "
+            "language "
             "models with (batch, length) labels have. Use token_mask='attention'."
         )
     predicts = torch.zeros_like(labels, dtype=torch.bool)

@@ -29,8 +29,8 @@ class Statistics(Mapping[str, LayerStatistics]):
 
     Attributes:
         metadata: what they were made of: needs, token mask, loss reduction, counts, model class.
-        fingerprints: a few entries of each layer's base weight, ``(<= 32,)`` float32, by which a file
-            that was made for another model is told apart.
+        fingerprints: a few entries of each layer's base weight, ``(<= 32,)`` float32, by which a
+            file that was made for another model is told apart.
     """
 
     def __init__(
@@ -117,7 +117,8 @@ class Statistics(Mapping[str, LayerStatistics]):
             os.replace(aside, path)
         except (OSError, SafetensorError) as error:
             raise OSError(
-                f"statistics could not be written to '{path}': {error}. What was there before is still "
+                f"statistics could not be written to '{path}': {error}. What was there before is "
+                "still "
                 "there; free some space or choose another place, and save again."
             ) from error
         finally:
@@ -177,12 +178,14 @@ class Statistics(Mapping[str, LayerStatistics]):
 def _check_header(path: Path, header: Mapping[str, str]) -> None:
     if header.get("format") != _FORMAT:
         raise StatisticsFileError(
-            f"'{path}' is a safetensors file, but not one of lorainit's statistics. Give the file that "
+            f"'{path}' is a safetensors file, but not one of lorainit's statistics. Give the "
+            "file that "
             "Statistics.save wrote."
         )
     if int(header["version"]) > _FORMAT_VERSION:
         raise StatisticsFileError(
             f"'{path}' has format version {header['version']}, written by lorainit "
-            f"{header.get('lorainit')}; this is {__version__}, which reads up to {_FORMAT_VERSION}. "
+            f"{header.get('lorainit')}; this is {__version__}, which reads up to "
+            f"{_FORMAT_VERSION}. "
             "Upgrade lorainit."
         )

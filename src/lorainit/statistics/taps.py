@@ -77,8 +77,8 @@ class TapState:
         """Note that layer `name` reads `x`, and which sums count it.
 
         A layer that on its very first call reads a tensor that another layer's very first call read
-        joins its sums. From then on they are expected to read the same tensors; `sharing_held` checks
-        it at the end. A layer that reads one tensor twice counts it twice.
+        joins its sums. From then on they are expected to read the same tensors; `sharing_held`
+        checks it at the end. A layer that reads one tensor twice counts it twice.
         """
         self._reads = [read for read in self._reads if read.tensor() is not None]
         layer = self.layers[name]
@@ -161,7 +161,7 @@ class _Tap(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         (g,) = grads
         state, name, read = ctx.call
-        # Read once: checkpointing without reentry recomputes for the first read, and forbids another.
+        # Read once: checkpointing without reentry recomputes for one read, and forbids another.
         saved = ctx.saved_tensors
         x = saved[0] if saved else None
         with torch.autocast(g.device.type, enabled=False):
@@ -184,7 +184,8 @@ def tapped(
             x = args[0] if args else kwargs.get("input", kwargs.get("x"))
             if not isinstance(x, Tensor) or not isinstance(output, Tensor):
                 raise DataError(
-                    f"layer '{name}' ({type(module).__name__}) does not map one tensor to one tensor, so "
+                    f"layer '{name}' ({type(module).__name__}) does not map one tensor to one "
+                    "tensor, so "
                     "no statistics can be taken of it. Leave it out with exclude_modules."
                 )
             if not state.backward:

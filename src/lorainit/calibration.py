@@ -1,0 +1,126 @@
+"""The length of a step, measured: a search along a line by forward passes alone.
+
+Where a method gives a direction, its length is one number for the whole model. The search brackets a
+minimum by growing or shrinking, then closes in by parabolas through the three best points, in the
+logarithm of the length. Along a natural step the loss often has more than one minimum, so the search
+scans a few lengths on both sides before it walks. It never returns a length whose loss is above the
+loss at zero.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+LossAt = Callable[[float], float]
+"""The loss at a length; may be not finite, which counts as infinitely bad."""
+
+_GROWTH = 4.0
+_SCAN = 2
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search along a line found.
+
+    Attributes:
+        length: of the least loss that was measured; zero if none was below the start's.
+        loss: at that length.
+        start_loss: at length zero.
+        trials: every ``(length, loss)`` measured, in order.
+    """
+
+    length: float
+    loss: float
+    start_loss: float
+    trials: tuple[tuple[float, float], ...]
+
+
+def search_length(
+    loss_at: LossAt,
+    first: float,
+    *,
+    precision: float = 0.1,
+    max_trials: int = 24,
+    start_loss: float | None = None,
+) -> SearchResult:
+    """Search for the length with the least loss.
+
+    Args:
+        loss_at: the loss at a length.
+        first: where to begin, of the right order if possible; positive.
+        precision: close in until the bracket is this wide, relative to the length.
+        max_trials: at most so many evaluations.
+        start_loss: the loss at zero, where it is known already.
+
+    Returns:
+        The best length measured, with all trials.
+
+    Raises:
+        ValueError: `first` is not positive and finite, or the loss at zero is not finite.
+    """
+    if not (math.isfinite(first) and first > 0):
+        raise ValueError(f"the first length to try must be positive and finite, got {first!r}")
+    start = loss_at(0.0) if start_loss is None else start_loss
+    if not math.isfinite(start):
+        raise ValueError(f"the loss before any step is {start}: look at the data and the model")
+    trials: dict[float, float] = {}
+
+    def measure(length: float) -> float:
+        if length not in trials:
+            value = loss_at(length)
+            trials[length] = value if math.isfinite(value) else math.inf
+        return trials[length]
+
+    middle = _best_on_grid(measure, first, start, max_trials, trials)
+    low, high = middle / _GROWTH, middle * _GROWTH
+    while len(trials) < max_trials and high / low > 1 + precision and trials[middle] < start:
+        trial = _next_trial(low, middle, high, trials)
+        if measure(trial) < trials[middle]:
+            low, middle, high = (low, trial, middle) if trial < middle else (middle, trial, high)
+        else:
+            low, high = (trial, high) if trial < middle else (low, trial)
+    length, loss = min(trials.items(), key=lambda item: item[1])
+    if loss >= start:
+        length, loss = 0.0, start
+    return SearchResult(length, loss, start, tuple(trials.items()))
+
+
+def _best_on_grid(
+    measure: LossAt, first: float, start: float, max_trials: int, trials: dict[float, float]
+) -> float:
+    """Walk in factors of `_GROWTH` to a length whose neighbours on both sides are worse."""
+    for exponent in range(-_SCAN, _SCAN + 1):
+        if len(trials) < max_trials:
+            measure(first * _GROWTH**exponent)
+    middle = min(trials, key=lambda length: trials[length])
+    if trials[middle] < start:
+        while len(trials) < max_trials and measure(middle * _GROWTH) < trials[middle]:
+            middle *= _GROWTH
+    else:
+        # Too long, or no way down at all: shrink until the loss falls below the start's.
+        middle = min(trials)
+        while len(trials) < max_trials and trials[middle] >= start:
+            middle /= _GROWTH
+            measure(middle)
+    while len(trials) < max_trials and measure(middle / _GROWTH) < trials[middle]:
+        middle /= _GROWTH
+    return middle
+
+
+def _next_trial(low: float, middle: float, high: float, trials: dict[float, float]) -> float:
+    """The vertex of the parabola through the bracket, or the middle of its longer half."""
+    a, b, c = math.log(low), math.log(middle), math.log(high)
+    fa, fb, fc = (trials.get(x, math.inf) for x in (low, middle, high))
+    longer = (a + b) / 2 if b - a > c - b else (b + c) / 2
+    candidate = longer
+    if math.isfinite(fa) and math.isfinite(fc):
+        numerator = (b - a) ** 2 * (fb - fc) - (b - c) ** 2 * (fb - fa)
+        denominator = (b - a) * (fb - fc) - (b - c) * (fb - fa)
+        if denominator != 0:
+            vertex = b - numerator / (2 * denominator)
+            margin = 0.05 * (c - a)
+            if a + margin < vertex < c - margin and abs(vertex - b) > margin / 2:
+                candidate = vertex
+    return math.exp(candidate)

@@ -1,0 +1,204 @@
+"""From data or statistics to the start: solve, and measure its length where the method asks for it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from lorainit.adapters.targets import Target, Targets
+from lorainit.adapters.weights import fingerprint, read_weight
+from lorainit.calibration import SearchResult
+from lorainit.checks import unused_targets
+from lorainit.errors import DataError
+from lorainit.methods.natural import Natural
+from lorainit.refinement import (
+    UNMEASURED_SIZE,
+    Probe,
+    calibrate_factors,
+    first_length,
+    natural_start,
+    scale_factors,
+)
+from lorainit.solving import relative_size, solve_layers
+from lorainit.statistics import CollectSettings, LossFunction, Statistics, collect, distributed
+from lorainit.statistics.batches import population_of, split_batches, take
+from lorainit.statistics.displace import LowRank, displaced
+from lorainit.types import Factors, Method
+
+logger = logging.getLogger("lorainit")
+
+
+@dataclass(frozen=True, eq=False)
+class Start:
+    """What was found for one adapter.
+
+    Attributes:
+        factors: by target name.
+        sizes: ``|s B A| / |W|`` by target name.
+        unused: targets that no sequence reached, with the reason.
+        search: the last measurement of a length, if any.
+    """
+
+    factors: dict[str, Factors]
+    sizes: dict[str, float]
+    unused: dict[str, str]
+    search: SearchResult | None
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """A model whose targets can be measured: statistics and losses, also at a displacement."""
+
+    model: nn.Module
+    targets: Targets
+    settings: CollectSettings | None
+    loss_fn: LossFunction | None
+    calibration_share: float
+    progress: bool
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """Base layers by target name."""
+        return {name: target.module for name, target in self.targets.layers.items()}
+
+    def statistics(
+        self,
+        data: Iterable[Any],
+        population: float | None = None,
+        at: Mapping[str, LowRank] | None = None,
+    ) -> Statistics:
+        """Statistics of the base model, displaced by `at`, with its fingerprints."""
+        assert self.settings is not None
+        modules = self.modules
+        with displaced(modules, at or {}):
+            found = collect(
+                self.model, modules, data, self.settings, self.loss_fn, population=population
+            )
+        with torch.no_grad():
+            found.fingerprints = {name: fingerprint(modules[name], name) for name in found}
+        return found
+
+    def capped(self) -> Measured:
+        """The same, for batches that are cut to this process's share already."""
+        assert self.settings is not None
+        return replace(self, settings=replace(self.settings, max_sequences=None))
+
+    def batches(self, data: Iterable[Any]) -> list[dict[str, Any]]:
+        """This process's share of the data, kept."""
+        assert self.settings is not None
+        kept = list(take(data, distributed.share_of(self.settings.max_sequences)))
+        if not any(distributed.gather_objects(bool(kept))):
+            raise DataError(
+                "data gave no sequences: the iterable is empty, or exhausted by an earlier pass. Give "
+                "a DataLoader or a list of batches."
+            )
+        return kept
+
+    def probe(self, batches: Sequence[Mapping[str, Any]]) -> Probe:
+        """The loss on these batches."""
+        assert self.settings is not None
+        return Probe(self.model, self.modules, batches, self.settings.loss_reduction, self.loss_fn)
+
+
+def find_start(
+    method: Method,
+    measured: Measured,
+    data: Iterable[Any] | None,
+    statistics: Statistics | None,
+    precision: Literal["fast", "exact"],
+) -> Start:
+    """Factors by the method, from statistics or from data; measured, where it asks for that."""
+    calibrated = bool(getattr(method, "calibrated", False))
+    if not (calibrated and data is not None):
+        if statistics is None and method.needs:
+            assert data is not None
+            statistics = measured.statistics(data)
+        return _solved(method, measured, statistics, precision, unmeasured=calibrated)
+    population = population_of(data)
+    batches = measured.batches(data)
+    fit, held = batches, batches
+    steps = method.steps if isinstance(method, Natural) else 1
+    if statistics is None or steps > 1:
+        fit, held = split_batches(batches, measured.calibration_share)
+    measured = measured.capped()
+    if statistics is None:
+        statistics = measured.statistics(fit, population)
+    probe = measured.probe(held)
+    if isinstance(method, Natural):
+        unused = unused_targets(statistics, measured.targets)
+        served = _served(measured.targets, unused)
+        factors, searches = natural_start(
+            method,
+            served,
+            probe,
+            lambda at: measured.statistics(fit, population, at),
+            first=statistics,
+            progress=measured.progress,
+        )
+        search = replace(searches[-1], start_loss=searches[0].start_loss)
+        return Start(factors, _sizes(factors, served), unused, search)
+    start = _solved(method, measured, statistics, precision, unmeasured=False)
+    factors, search = calibrate_factors(start.factors, measured.targets.layers, probe)
+    return Start(factors, _sizes(factors, measured.targets.layers), start.unused, search)
+
+
+def _solved(
+    method: Method,
+    measured: Measured,
+    statistics: Statistics | None,
+    precision: Literal["fast", "exact"],
+    *,
+    unmeasured: bool,
+) -> Start:
+    unused = {} if statistics is None else unused_targets(statistics, measured.targets)
+    served = _served(measured.targets, unused)
+    factors, sizes = solve_layers(
+        served, statistics, method, precision=precision, progress=measured.progress
+    )
+    if unmeasured:
+        terms = {n: LowRank(f.B * served[n].spec.scaling, f.A) for n, f in factors.items()}
+        length = first_length(terms, served, UNMEASURED_SIZE)
+        logger.warning(
+            "%s: there is no data to measure the length of the start on; it is set so that the median "
+            "layer moves by %g of its weight's norm. Pass data=... beside statistics=... to measure it.",
+            type(method).__name__,
+            UNMEASURED_SIZE,
+        )
+        factors = scale_factors(factors, length)
+        sizes = {name: size * length for name, size in sizes.items()}
+    return Start(factors, sizes, unused, None)
+
+
+def _served(targets: Targets, unused: Mapping[str, str]) -> dict[str, Target]:
+    return {name: t for name, t in targets.layers.items() if name not in unused}
+
+
+def _sizes(factors: Mapping[str, Factors], targets: Mapping[str, Target]) -> dict[str, float]:
+    return {
+        name: relative_size(
+            pair, read_weight(targets[name].module, name), targets[name].spec.scaling
+        )
+        for name, pair in factors.items()
+    }
+
+
+@contextlib.contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """PEFT's own context lets every active adapter learn afterwards, frozen before or not."""
+    if not isinstance(model, PeftModel):
+        yield
+        return
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
