@@ -1,4 +1,4 @@
-"""Everything of a model and of the random state that a failure, or a measurement, must leave alone."""
+"""What a failure, or a measurement, must leave alone: the model, and the random state."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ HOOKS = (
 
 
 def random_state() -> dict[str, Any]:
-    algorithm, keys, *rest = numpy.random.get_state()
+    algorithm, keys, *rest = numpy.random.get_state()  # noqa: NPY002
     return {
         "torch": torch.get_rng_state().tolist(),
         "python": random.getstate(),
@@ -69,7 +69,7 @@ def unsettle(model: nn.Module) -> nn.Module:
 def untouched(model: nn.Module, *, rng: bool = True) -> Iterator[None]:
     """Assert that the model, and the random state, are at the end what they were at the start."""
     random.seed(11)
-    numpy.random.seed(12)
+    numpy.random.seed(12)  # noqa: NPY002
     before, state = snapshot(model), random_state()
     yield
     after = snapshot(model)

@@ -1,7 +1,7 @@
 """The statistics once more, from autograd and dense sums: the ground truth, slow and plain.
 
-Nothing of the library is used. Every sequence's loss is differentiated by itself, with respect to the
-weight and to every layer's output; sums over positions are loops over boolean masks.
+Nothing of the library is used. Every sequence's loss is differentiated by itself, with respect to
+the weight and to every layer's output; sums over positions are loops over boolean masks.
 """
 
 from __future__ import annotations

@@ -230,7 +230,7 @@ def test_input_statistics_of_a_sequence_to_sequence_model_alone() -> None:
         assert_close(alone[name].input_second_moment, layer.input_second_moment, name)
 
 
-# --- where the Kronecker product is exact ----------------------------------------------------------
+# --- where the Kronecker product is exact -------------------------------------------------------
 
 
 def factorial(model: nn.Module) -> Batch:

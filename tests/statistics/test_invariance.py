@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import lorainit
 from lorainit.types import STATISTICS
 from tests.statistics import models
-from tests.statistics.models import Batch, all_linear, batches, pad, sequences
+from tests.statistics.models import Batch, all_linear, batches, sequences
 from tests.statistics.test_against_autograd import collect
 
 ROWS = sequences(7)
@@ -26,7 +26,7 @@ COUNTS = ("sequences", "label_tokens", "positions")
 
 
 def difference(found: lorainit.Statistics, other: lorainit.Statistics) -> dict[str, float]:
-    """Largest relative Frobenius distance over the layers, by quantity; ``inf`` for other counts."""
+    """Largest relative Frobenius distance over the layers, by quantity."""
     assert set(found) == set(other)
     worst = dict.fromkeys(QUANTITIES, 0.0)
     for name, layer in found.items():
@@ -259,8 +259,7 @@ def test_checkpoints_of_the_users_own(reentrant: bool) -> None:
     class Model(models.Perceptron):
         def forward(self, x: Tensor, **_: Any) -> Any:
             x = self.layers[0](x)
-            x = torch.utils.checkpoint.checkpoint(self._rest, x, use_reentrant=reentrant)
-            return x
+            return torch.utils.checkpoint.checkpoint(self._rest, x, use_reentrant=reentrant)
 
         def _rest(self, x: Tensor) -> Tensor:
             return self.layers[1](torch.tanh(x))
