@@ -1,12 +1,15 @@
-# make demo   the whole straight line on a real model (see benchmarks/demo.py)
-# make test   the whole suite
-# make check  lint, format, types and the import arrow
+# make demo            the whole straight line on a real model (see benchmarks/demo)
+# make test            the whole suite, on two processes
+# make check           lint, format, types and the import arrow
+# make methods-report  every method against every check, with the measured errors
+# make quality         the CPU slice of the quality benchmark
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+WORKERS ?= 2
 
-.PHONY: env demo test test-fast check format clean
+.PHONY: env demo test test-fast check build format methods-report quality clean
 
 env: $(STAMP)
 
@@ -20,10 +23,10 @@ demo: env
 	$(BIN)/python -m benchmarks.demo
 
 test: env
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
 test-fast: env
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
 
 check: env
 	$(BIN)/ruff check .
@@ -31,9 +34,18 @@ check: env
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+build: env
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+
 format: env
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+methods-report: env
+	$(BIN)/python -m benchmarks.methods_report --speed
+
+quality: env
+	$(BIN)/python -m benchmarks.quality.cpu
 
 clean:
 	rm -rf $(VENV) .cache outputs dist build
