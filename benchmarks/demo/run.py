@@ -85,11 +85,12 @@ def run_method(settings: Settings, entry: Entry, data: Data, folder: Path) -> di
     reads_data = bool(entry.method.needs)
     prompts = batches(data.statistics, settings.statistics_batch, data.collate)
     base = load_smollm2()
-    started = time.perf_counter()
+    clock = _Clock()
+    clock.start()
     model = lorainit.get_peft_model(
         base, config, method=entry.method, data=prompts if reads_data else None
     )
-    init_seconds = time.perf_counter() - started
+    clock.stop()
 
     recorder = _train(model, settings, entry.label, data)
     _check_base_unchanged(model)
@@ -99,8 +100,10 @@ def run_method(settings: Settings, entry: Entry, data: Data, folder: Path) -> di
         "method": entry.name,
         "label": entry.label,
         "settings": {"class": type(entry.method).__name__, **asdict(entry.method)},
-        "init_seconds": init_seconds,
+        "init_seconds": clock.wall,
+        "init_cpu_seconds": clock.cpu,
         "train_seconds": recorder.train_seconds,
+        "train_cpu_seconds": recorder.train_cpu_seconds,
         "train_loss": recorder.train_loss,
         "held_out": recorder.held_out,
         "base_unchanged": True,
@@ -110,27 +113,39 @@ def run_method(settings: Settings, entry: Entry, data: Data, folder: Path) -> di
     }
 
 
+class _Clock:
+    """Wall-clock and processor seconds between `start` and `stop`, added up."""
+
+    def __init__(self) -> None:
+        self.wall = self.cpu = 0.0
+
+    def start(self) -> None:
+        self._from = time.perf_counter(), time.process_time()
+
+    def stop(self) -> None:
+        self.wall += time.perf_counter() - self._from[0]
+        self.cpu += time.process_time() - self._from[1]
+
+
 class _Recorder(TrainerCallback):
     """Keeps every step's loss, scores the held-out problems on the way, and shows one bar."""
 
     def __init__(self, settings: Settings, label: str, data: Data) -> None:
         self._settings, self._label, self._data = settings, label, data
-        self._scoring_seconds = 0.0
-        self._started = 0.0
+        self._spent = _Clock()
         self.train_seconds = 0.0
+        self.train_cpu_seconds = 0.0
         self.train_loss: list[float] = []
         self.held_out: list[dict[str, float]] = []
 
     def score(self, model: PeftModel, step: int) -> None:
-        started = time.perf_counter()
         scores = _score(model, self._settings, self._data, f"{self._label}: held-out")
         self.held_out.append(_point(step, scores))
-        self._scoring_seconds += time.perf_counter() - started
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self.score(model, 0)
         self._bar = tqdm(total=state.max_steps, desc=f"{self._label}: training", unit="step")
-        self._scoring_seconds, self._started = 0.0, time.perf_counter()
+        self._spent.start()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if logs and "loss" in logs:
@@ -140,10 +155,13 @@ class _Recorder(TrainerCallback):
     def on_step_end(self, args, state, control, model=None, **kwargs):
         self._bar.update()
         if state.global_step in self._settings.scored_at:
+            self._spent.stop()
             self.score(model, state.global_step)
+            self._spent.start()
 
     def on_train_end(self, args, state, control, **kwargs):
-        self.train_seconds = time.perf_counter() - self._started - self._scoring_seconds
+        self._spent.stop()
+        self.train_seconds, self.train_cpu_seconds = self._spent.wall, self._spent.cpu
         self._bar.close()
 
 
