@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import lorainit
 from benchmarks.quality.data import Pool, batch_order, load_pools
 from benchmarks.quality.experiment import Experiment
-from benchmarks.quality.initialise import Initialiser
+from benchmarks.quality.initialise import Initialiser, lora_config
 from benchmarks.quality.pack import load_packed
 from benchmarks.quality.plain import score_plain, train_plain
 from benchmarks.quality.stacked import StackedLlama
@@ -122,9 +123,6 @@ def agreement(model: LlamaForCausalLM, pools: dict[str, Pool], device: torch.dev
     validation = pools["validation"].first(128)
     outcomes = trainer.run(jobs, scores={"validation": validation})
     for run, job, outcome in zip(runs, jobs, outcomes, strict=True):
-        import lorainit
-        from benchmarks.quality.initialise import lora_config
-
         torch.manual_seed(run.seed)
         wrapped = lorainit.get_peft_model(
             model, lora_config(run), method=lorainit.Vanilla(), progress=False
@@ -187,6 +185,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="folder of a packed model")
     parser.add_argument("--data", type=Path, required=True, help="folder of prepared tasks")
     parser.add_argument("--stacks", type=int, nargs="*", default=[1, 4, 16])
+    parser.add_argument("--precisions", nargs="*", default=list(DTYPES), choices=list(DTYPES))
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--only", nargs="*", default=["agreement", "speed", "profile", "precision"])
     arguments = parser.parse_args()
@@ -203,7 +202,8 @@ def main() -> None:
     if device.type == "cpu":
         return
     start = Initialiser(model)(Experiment("chain_sum", "vanilla", 1e-3), pools["train"]).start
-    for name, dtype in DTYPES.items():
+    for name in arguments.precisions:
+        dtype = DTYPES[name]
         if "speed" in arguments.only or "profile" in arguments.only:
             base = StackedLlama(model, dtype, fuse=True)
         if "speed" in arguments.only:

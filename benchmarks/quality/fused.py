@@ -21,10 +21,11 @@ def _add_norm_forward(
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     mask = at < width
-    kind = total.dtype.element_ty
+    wide = total.dtype.element_ty
+    kind = normed.dtype.element_ty
     value = tl.load(x + row * width + at, mask, 0).to(tl.float32)
     value += tl.load(y + row * width + at, mask, 0).to(tl.float32)
-    rounded = value.to(kind)
+    rounded = value.to(wide)
     tl.store(total + row * width + at, rounded, mask)
     value = rounded.to(tl.float32)
     rstd = tl.rsqrt(tl.sum(value * value) / width + eps)
@@ -36,7 +37,7 @@ def _add_norm_forward(
 
 @triton.jit
 def _add_norm_backward(
-    d_total, d_normed, total, weight, scale, out, width, BLOCK: tl.constexpr
+    d_total, d_normed, total, weight, scale, d_x, d_y, width, BLOCK: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
@@ -47,7 +48,8 @@ def _add_norm_backward(
     g = g * tl.load(weight + at, mask, 0).to(tl.float32)
     g = rstd * (g - unit * (tl.sum(g * unit) / width))
     g += tl.load(d_total + row * width + at, mask, 0).to(tl.float32)
-    tl.store(out + row * width + at, g.to(out.dtype.element_ty), mask)
+    tl.store(d_x + row * width + at, g.to(d_x.dtype.element_ty), mask)
+    tl.store(d_y + row * width + at, g.to(d_y.dtype.element_ty), mask)
 
 
 class _AddNorm(torch.autograd.Function):
@@ -56,12 +58,12 @@ class _AddNorm(torch.autograd.Function):
         x, y = x.contiguous(), y.contiguous()
         width = x.shape[-1]
         rows = x.numel() // width
-        total, normed = torch.empty_like(x), torch.empty_like(x)
+        total, normed = torch.empty_like(x), torch.empty_like(y)
         scale = torch.empty(rows, dtype=torch.float32, device=x.device)
         block = triton.next_power_of_2(width)
         _add_norm_forward[(rows,)](x, y, weight, total, normed, scale, width, eps, BLOCK=block)
         ctx.save_for_backward(total, scale)
-        ctx.weight = weight
+        ctx.weight, ctx.dtype = weight, y.dtype
         ctx.set_materialize_grads(True)
         return total, normed
 
@@ -69,12 +71,12 @@ class _AddNorm(torch.autograd.Function):
     def backward(ctx: Any, d_total: Tensor, d_normed: Tensor) -> Any:
         total, scale = ctx.saved_tensors
         width = total.shape[-1]
-        out = torch.empty_like(total)
+        d_x, d_y = torch.empty_like(total), torch.empty_like(total, dtype=ctx.dtype)
         _add_norm_backward[(total.numel() // width,)](
-            d_total.contiguous(), d_normed.contiguous(), total, ctx.weight, scale, out, width,
+            d_total.contiguous(), d_normed.contiguous(), total, ctx.weight, scale, d_x, d_y, width,
             BLOCK=triton.next_power_of_2(width),
         )  # fmt: skip
-        return out, out, None, None
+        return d_x, d_y, None, None
 
 
 @triton.jit

@@ -17,6 +17,10 @@ from benchmarks.quality.experiment import Experiment
 from benchmarks.quality.stacked import Start
 
 
+RANDOM = frozenset({"vanilla", "gaussian", "orthogonal"})
+"""Methods that draw their start; of the others, those that read no data have one start."""
+
+
 def lora_config(experiment: Experiment) -> LoraConfig:
     return LoraConfig(
         r=experiment.rank,
@@ -99,8 +103,7 @@ class Initialiser:
             experiment.rank,
             experiment.alpha,
             experiment.rslora,
-            # Without data a start hangs on the seed alone, where it is random at all.
-            experiment.seed if not reads else None,
+            experiment.seed if experiment.method in RANDOM else None,
             data_key if reads else None,
         )
         if key in self._solved:

@@ -116,7 +116,7 @@ class Bench:
             for task, members in by_task.items():
                 pools = {k: p.to(self.device) for k, p in load_pools(task, self.data).items()}
                 added += self._task(members, pools, bar)
-                self._free()
+                self.free()
         return added
 
     def _task(self, experiments: list[Experiment], pools: dict[str, Pool], bar: Any) -> int:
@@ -163,7 +163,7 @@ class Bench:
         self.clock.check(1.2 * self._slowest[key])
         began = time.perf_counter()
         first = members[0][0]
-        trainer = self._trainer(key, first, members[0][1], pools, len(members))
+        trainer = self.trainer(key, first, members[0][1], pools, len(members))
         jobs = [
             Job(
                 found.start,
@@ -223,7 +223,7 @@ class Bench:
             }
         return record
 
-    def _trainer(
+    def trainer(
         self, key: Any, first: Experiment, found: Initialised, pools: dict[str, Pool], count: int
     ) -> StackTrainer:
         """A trainer of the stage's stack, or of a smaller one for a few left over."""
@@ -259,7 +259,7 @@ class Bench:
         append(self.out, record, "failures")
         tqdm.write(f"failed: {experiment.label} on {experiment.task}: {error}")
 
-    def _free(self) -> None:
+    def free(self) -> None:
         self._trainers.clear()
         self.initialise.forget()
         gc.collect()

@@ -118,17 +118,15 @@ def _gated(merged: Tensor) -> Tensor:
 
 
 def _add_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The residual sum, and its root-mean-square normalization times the weight."""
+    """The residual sum in the dtype of `x`; its norm, times the weight, in that of `y`."""
     total = x + y
-    wide = total.float()
-    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return total, weight * normed.to(x.dtype)
+    return total, _norm(total, weight, eps).to(y.dtype)
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide = x.float()
     normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return weight * normed.to(x.dtype)
+    return (weight.float() * normed.to(weight.dtype).float()).to(weight.dtype)
 
 
 class StackedLlama:
@@ -136,7 +134,7 @@ class StackedLlama:
 
     Args:
         model: read, never changed; grouped-query attention, no biases.
-        dtype: of weights and activations.
+        dtype: of weights and activations; the residual sum is float32, as under autocast.
         fuse: elementwise parts as fused kernels (accelerators).
     """
 
@@ -188,7 +186,7 @@ class StackedLlama:
     ) -> tuple[Tensor, Tensor]:
         """Tokens ``(E, batch, length)`` to the last residual sum's two parts, unnormalized."""
         stack, batch, length = tokens.shape
-        x = F.embedding(tokens.reshape(stack, -1), self.embedding)
+        x = F.embedding(tokens.reshape(stack, -1), self.embedding).float()
         rows = stack * batch
         groups = iter(adapters.groups)
         y: Tensor | None = None

@@ -46,6 +46,18 @@ def test_add_norm():
     )
 
 
+def test_add_norm_with_a_wider_residual_sum():
+    torch.manual_seed(0)
+    weight = random(24).bfloat16()
+    compare(
+        lambda x, y: stacked._add_norm(x, y, weight, 1e-5),
+        lambda x, y: fused.add_norm(x, y, weight, 1e-5),
+        random(2, 5, 24),
+        random(2, 5, 24).bfloat16(),
+        tolerance=2e-2,
+    )
+
+
 def test_gated():
     torch.manual_seed(0)
     compare(stacked._gated, fused.gated, random(2, 3, 2 * 1100))

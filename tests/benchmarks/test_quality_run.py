@@ -118,3 +118,24 @@ def test_statistics_are_drawn_from_what_is_trained_on():
     assert torch.equal(order.reshape(-1)[:40], rows)
     for epoch in order.reshape(-1).split(40):
         assert set(epoch.tolist()) == set(rows.tolist())
+
+
+def test_starts_are_scored_against_trained_lora(folder, tmp_path):
+    from benchmarks.quality.data import load_pools
+    from benchmarks.quality.start import StartBench, table
+
+    done: dict = {}
+    one = StartBench(bench(folder, tmp_path), load_pools("tiny", folder), done)
+    small = SMALL | {"precision": "fp32"}
+    del small["steps"]
+    one.untrained("tiny", 0, ["lora-one", "pissa"], **small)
+    one.trained("tiny", [0], [1e-3, 1e-2], steps=6, **small)
+    one.matched("tiny", 0, "lora-one", [1e-3, 1e-2], **small)
+    kinds = [r["kind"] for r in done.values()]
+    assert sorted(kinds) == ["matched", "start", "start", "start", "trained", "trained"]
+    base, pissa = (
+        next(r for r in done.values() if r.get("label") == label) for label in ("vanilla", "pissa")
+    )
+    assert base["loss"] == pytest.approx(pissa["loss"], rel=1e-5)
+    assert "lora-one" in table(done)
+    assert set(read_records([tmp_path], "start")) == set(done)
