@@ -182,7 +182,9 @@ def _wrap(
         assert isinstance(model, PeftModel)
         return model
     if isinstance(model, PeftModel):
-        model.add_adapter(adapter_name, config, autocast_adapter_dtype=autocast_adapter_dtype)
+        # PEFT before 0.19 always casts here, and has no such argument.
+        how = {} if autocast_adapter_dtype else {"autocast_adapter_dtype": False}
+        model.add_adapter(adapter_name, config, **how)
         return model
     wrapped = peft.get_peft_model(
         model, config, adapter_name=adapter_name, autocast_adapter_dtype=autocast_adapter_dtype

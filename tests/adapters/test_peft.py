@@ -134,8 +134,7 @@ def test_add_weighted_adapter(combination: str, tmp_path: Path) -> None:
         wrapped.add_weighted_adapter(["first"], [0.7], "both", "linear")
         weights = {"first": 0.7}
     else:
-        # PEFT before 0.21 takes the root of a negative weight's size in "svd".
-        weights = {"first": 0.7, "second": 0.4 if combination == "svd" else -0.4}
+        weights = {"first": 0.7, "second": -0.4}
         extra = {"svd_rank": 12} if combination == "svd" else {}
         wrapped.add_weighted_adapter([*weights], [*weights.values()], "both", combination, **extra)
     found = deltas(wrapped, "both")

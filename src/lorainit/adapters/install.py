@@ -270,7 +270,7 @@ def _materialize(layer: LoraLayer, adapter_name: str) -> None:
     for holder in (layer.lora_embedding_A, layer.lora_embedding_B):
         old = holder[adapter_name]
         if old.is_meta:
-            device, _ = layer._get_base_layer_device_and_dtype(layer.get_base_layer())
+            device = _base_device(layer)
             new = nn.Parameter(torch.zeros_like(old, device=device), old.requires_grad)
             holder[adapter_name] = new
             if holder is layer.lora_embedding_B:
@@ -279,7 +279,7 @@ def _materialize(layer: LoraLayer, adapter_name: str) -> None:
 
 def _default_start(like_a: Tensor, like_b: Tensor, layer: LoraLayer) -> tuple[Tensor, Tensor]:
     """Kaiming A and zero B, as PEFT's ``init_lora_weights=True``."""
-    device, _ = layer._get_base_layer_device_and_dtype(layer.get_base_layer())
+    device = _base_device(layer)
     a = torch.empty_like(like_a, device=device, requires_grad=False)
     nn.init.kaiming_uniform_(a, a=5**0.5)
     return a, torch.zeros_like(like_b, device=device, requires_grad=False)
@@ -289,8 +289,16 @@ def _like(value: Tensor, like: Tensor, layer: LoraLayer) -> Tensor:
     """The value in the dtype and on the device that PEFT chose; meta means the base layer's."""
     device = like.device
     if like.is_meta:
-        device, _ = layer._get_base_layer_device_and_dtype(layer.get_base_layer())
+        device = _base_device(layer)
     return value.detach().to(device=device, dtype=like.dtype)
+
+
+def _base_device(layer: LoraLayer) -> torch.device:
+    """Where the base layer's weight lies, whatever it is stored as."""
+    base = layer.get_base_layer()
+    for tensor in [*base.parameters(), *base.buffers()]:
+        return torch.device(tensor.device)
+    return torch.device("cpu")
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
