@@ -67,7 +67,7 @@ def _floating(module: nn.Module, name: str) -> Tensor:
             raise AdapterError(
                 f"the weight of layer '{name}' ({type(module).__name__}) cannot be dequantized: "
                 f"{error}. "
-                "Use a method that does not read it (EVA, LoraDA, Natural), or leave the layer out."
+                "Leave the layer out with exclude_modules."
             ) from error
 
 
