@@ -29,10 +29,9 @@ class EVA:
     gives what it is taken by, and `rho` says how far it may go.
 
     Args:
-        centered: take the inputs' mean out first, as incremental PCA does (PEFT, the authors'
-        code). rho: a layer may get up to ``rho`` times its configured rank when ranks are
-        redistributed;
-            1 keeps every rank as configured.
+        centered: take the inputs' mean out first, as incremental PCA does (PEFT, the authors' code).
+        rho: a layer may get up to ``rho`` times its configured rank when `get_peft_model`
+            redistributes ranks by explained variance; 1 keeps every rank as configured.
 
     Deviations from PEFT: eigenvectors of the moments of all the data, where PEFT's incremental PCA
     keeps only as many components as it needs from batch to batch and stops by a cosine threshold;
@@ -80,6 +79,10 @@ class EVA:
         a = vectors.mT.contiguous().to(weight.device)
         b = torch.zeros(*weight.shape[:-2], rows, rank, dtype=dtype, device=weight.device)
         return Factors(a, b, anchored=False)
+
+    def rank_values(self, statistics: LayerStatistics, max_rank: int) -> Tensor:
+        """What each of a layer's directions is worth: `explained_variance`."""
+        return self.explained_variance(statistics, max_rank)
 
     def explained_variance(self, statistics: LayerStatistics, max_rank: int) -> Tensor:
         """Share of the inputs' variance along each of a layer's leading directions.

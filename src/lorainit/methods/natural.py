@@ -49,6 +49,9 @@ class Natural:
             loss reduction (a loss ``c`` times larger makes ``Delta`` ``1 / c`` times as long), and
             the layers' steps, right one by one, add up.
         steps: how often statistics are taken and a step is made; more than one needs data.
+        rho: a layer may get up to ``rho`` times its configured rank when `get_peft_model`
+            redistributes ranks by the decrease that its directions promise; 1 (default) keeps every
+            rank as configured.
     """
 
     damping: float = 0.1
@@ -56,6 +59,7 @@ class Natural:
     row_norm: float = ROW_NORM
     length: float | None = None
     steps: int = 1
+    rho: float = 1.0
 
     needs: ClassVar[frozenset[str]] = frozenset(
         {"gradient", "input_second_moment", "output_second_moment"}
@@ -66,6 +70,7 @@ class Natural:
         require_number("row_norm", self.row_norm, inclusive=False)
         if self.length is not None:
             require_number("length", self.length, inclusive=False)
+        require_number("rho", self.rho, above=1.0)
         if not isinstance(self.steps, int) or self.steps < 1:
             raise ValueError(f"steps must be a whole number, at least 1, got {self.steps!r}")
         if self.steps > 1 and self.length is not None:
@@ -136,6 +141,10 @@ class Natural:
             self._root(statistics.input_second_moment, "the input second moment"),
             self._root(statistics.output_second_moment, "the output second moment"),
         )
+
+    def rank_values(self, statistics: LayerStatistics, max_rank: int) -> Tensor:
+        """What each of a layer's directions is worth: the decrease that the model promises for it."""
+        return self.singular_values(statistics, max_rank).square() / 2
 
     def singular_values(self, statistics: LayerStatistics, max_rank: int) -> Tensor:
         """Leading singular values of ``M``: what a direction is worth, comparable across layers.
