@@ -31,9 +31,9 @@ def main() -> None:
             TASK,
             method,
             1e-3,
-            steps=8,
-            batch_size=8,
-            train_samples=64,
+            steps=6,
+            batch_size=4,
+            train_samples=24,
             statistics_samples=16,
             precision="fp32",
         )
@@ -47,9 +47,9 @@ def main() -> None:
             arguments.out,
             "seeds",
             stack=len(METHODS),
-            validation_rows=16,
-            test_rows=32,
-            evaluation_rows=16,
+            validation_rows=8,
+            test_rows=16,
+            evaluation_rows=8,
         )
         bench.run(experiments, done)
     text = report(read_records([arguments.out]).values())

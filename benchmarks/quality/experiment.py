@@ -96,20 +96,20 @@ class Experiment:
         return replace(self, **changes)
 
     def build_method(self) -> Any:
-        """The method object."""
+        """The method object; one that asks how many samples will be trained on is told."""
         settings = dict(self.settings)
         kind = lorainit.METHODS[self.method]
-        if settings.pop("paper", False):
-            return replace(kind.paper(), **settings)  # type: ignore[attr-defined]
-        return kind(**settings)
+        paper = settings.pop("paper", False)
+        method = replace(kind.paper(), **settings) if paper else kind(**settings)  # type: ignore[attr-defined]
+        if getattr(method, "population", 0) is None:
+            method = replace(method, population=float(self.train_samples))
+        return method
 
     def wants_data(self, method: Any) -> bool:
         """Whether the method must see batches: for a length found by search, or for refinement."""
         if self.init != "auto":
             return self.init == "data"
-        searched = getattr(method, "length", 1.0) is None
-        searched |= getattr(method, "scale", None) == "calibrated"
-        return searched or getattr(method, "steps", 1) > 1
+        return bool(getattr(method, "calibrated", False)) or getattr(method, "steps", 1) > 1
 
 
 def curve_steps(steps: int) -> list[int]:

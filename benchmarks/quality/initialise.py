@@ -16,7 +16,6 @@ from benchmarks.quality.data import Pool, training_rows
 from benchmarks.quality.experiment import Experiment
 from benchmarks.quality.stacked import Start
 
-
 RANDOM = frozenset({"vanilla", "gaussian", "orthogonal"})
 """Methods that draw their start; of the others, those that read no data have one start."""
 

@@ -43,7 +43,7 @@ def bench(folder, out, **arguments):
 
 
 def test_a_stage_is_recorded_resumed_and_merged(folder, tmp_path):
-    methods = ["vanilla", "pissa", "lora-da", "lora-ga:gamma=4.0"]
+    methods = ["vanilla", "pissa", "natural", "lora-ga:gamma=4.0"]
     experiments = search(methods, ["tiny"], (1e-3, 1e-2), precision="fp32", **SMALL)
     before = [p.clone() for p in base_model().parameters()]
     one = bench(folder, tmp_path)
