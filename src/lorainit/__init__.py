@@ -1,24 +1,69 @@
-"""lorainit: start a LoRA adapter where the target data says it should."""
+"""lorainit: start a LoRA adapter where the target data says it should.
 
-from lorainit._version import __version__
-from lorainit.adapters.export import ExportReport, export, serving_objections
-from lorainit.adapters.load import load_adapter
-from lorainit.methods import *  # noqa: F403
-from lorainit.methods import __all__ as _methods
-from lorainit.pipeline import collect_statistics, get_peft_model
-from lorainit.statistics import Statistics
-from lorainit.types import Factors, LayerStatistics
+Names are imported when they are first used, so that the command line answers at once.
+"""
 
-__all__ = [
-    "ExportReport",
-    "Factors",
-    "LayerStatistics",
-    "Statistics",
-    "__version__",
-    "collect_statistics",
-    "export",
-    "get_peft_model",
-    "load_adapter",
-    "serving_objections",
-]
-__all__ += _methods
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from lorainit._version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from lorainit.adapters.export import ExportReport, export, serving_objections
+    from lorainit.adapters.load import load_adapter
+    from lorainit.methods import *  # noqa: F403
+    from lorainit.methods import __all__ as _methods
+    from lorainit.pipeline import collect_statistics, get_peft_model
+    from lorainit.statistics import Statistics
+    from lorainit.types import Factors, LayerStatistics
+
+    __all__ = [
+        "ExportReport",
+        "Factors",
+        "LayerStatistics",
+        "Statistics",
+        "__version__",
+        "collect_statistics",
+        "export",
+        "get_peft_model",
+        "load_adapter",
+        "serving_objections",
+    ]
+    __all__ += _methods  # type: ignore[has-type]
+
+_HOMES = {
+    "ExportReport": "adapters.export",
+    "Factors": "types",
+    "LayerStatistics": "types",
+    "Statistics": "statistics",
+    "collect_statistics": "pipeline",
+    "export": "adapters.export",
+    "get_peft_model": "pipeline",
+    "load_adapter": "adapters.load",
+    "serving_objections": "adapters.export",
+}
+_MODULES = ("adapters", "calibration", "data", "errors", "linalg", "methods", "report", "types")
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name, or a module of the package, when it is first used."""
+    value: object
+    if name == "__all__":
+        value = [*_HOMES, "__version__", *importlib.import_module("lorainit.methods").__all__]
+    elif name in _HOMES:
+        value = getattr(importlib.import_module(f"lorainit.{_HOMES[name]}"), name)
+    elif name in _MODULES:
+        value = importlib.import_module(f"lorainit.{name}")
+    else:
+        methods = None if name.startswith("_") else importlib.import_module("lorainit.methods")
+        if methods is None or name not in methods.__all__:
+            raise AttributeError(f"module 'lorainit' has no attribute {name!r}")
+        value = getattr(methods, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__getattr__("__all__"), *_MODULES})  # type: ignore[misc]

@@ -1,0 +1,5 @@
+"""The package from the shell: ``lorainit --help``."""
+
+from lorainit.cli.main import main
+
+__all__ = ["main"]

@@ -1,0 +1,7 @@
+"""``python -m lorainit.cli``."""
+
+import sys
+
+from lorainit.cli.main import main
+
+sys.exit(main())

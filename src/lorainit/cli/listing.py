@@ -1,0 +1,57 @@
+"""``lorainit methods``: what there is."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from typing import Any
+
+import torch
+
+from lorainit.methods import METHODS
+from lorainit.types import LayerStatistics, Method
+
+
+def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """The table of methods."""
+    del options
+    table = {name: _describe(name, kind) for name, kind in METHODS.items()}
+    wide = max(map(len, table))
+    lines = [f"{'method':<{wide}}  {'outputs at first':<16}  reads"]
+    for name, entry in table.items():
+        reads = ", ".join(entry["needs"]) or entry["reads"]
+        lines.append(f"{name:<{wide}}  {entry['start']:<16}  {reads}")
+        settings = ", ".join(f"{k}={v!r}" for k, v in entry["settings"].items())
+        if settings:
+            lines.append(f"{'':<{wide}}  --set {settings}")
+    return table, "\n".join(lines)
+
+
+def _describe(name: str, kind: type) -> dict[str, Any]:
+    method: Any = kind()
+    random = name in ("vanilla", "gaussian", "orthogonal")
+    return {
+        "summary": (kind.__doc__ or "").strip().splitlines()[0],
+        "needs": sorted(method.needs),
+        "reads": "nothing" if random else "the weight",
+        "start": start_of(method),
+        "settings": {f.name: getattr(method, f.name) for f in dataclasses.fields(method)},
+    }
+
+
+def start_of(method: Method) -> str:
+    """What the model computes at first, seen on a small layer."""
+    generator = torch.Generator().manual_seed(0)
+    weight, gradient, x, y = torch.randn(4, 8, 8, generator=generator)
+    statistics = LayerStatistics.from_means(
+        gradient=gradient,
+        input_second_moment=x @ x.mT,
+        input_mean=x.mean(0),
+        output_second_moment=y @ y.mT,
+        population=16.0,
+    )
+    with torch.random.fork_rng(devices=[]):
+        pair = method.solve(weight, statistics, 2, 1.0)
+    if pair.anchored:
+        return "kept (anchored)"
+    return "displaced" if bool(pair.B.any()) else "kept (B = 0)"

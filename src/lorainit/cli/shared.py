@@ -1,0 +1,201 @@
+"""What several commands do: load a model and its tokenizer, read a method and its settings."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import dataclasses
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from torch.utils.data import DataLoader
+
+from lorainit.data import Records, batches_of, read_records
+from lorainit.errors import DataError
+from lorainit.methods import METHODS
+from lorainit.types import Method
+
+
+@contextlib.contextmanager
+def speaking(options: argparse.Namespace) -> Iterator[None]:
+    """The package's own log on stderr, and other libraries' chatter off."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logger = logging.getLogger("lorainit")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    before = logger.level
+    logger.setLevel(logging.WARNING if options.quiet or options.json else logging.INFO)
+    logger.addHandler(handler)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
+
+
+def device_of(options: argparse.Namespace) -> torch.device:
+    """The device asked for, or the best there is."""
+    if options.device != "auto":
+        try:
+            device = torch.device(options.device)
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            first = str(error).splitlines()[0]
+            raise ValueError(
+                f"--device {options.device} cannot be used ({first}). Give cpu, or leave it out."
+            ) from None
+        return device
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def load_model(options: argparse.Namespace) -> Any:
+    """The causal language model, on its device, in eval mode."""
+    from transformers import AutoModelForCausalLM
+
+    _check_folder(options.model)
+    device = device_of(options)
+    dtype = "auto" if options.dtype == "auto" else getattr(torch, options.dtype)
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)
+    if getattr(model, "hf_device_map", None) is None and not getattr(model, "is_quantized", False):
+        model = model.to(device)
+    return model.eval()
+
+
+def load_skeleton(options: argparse.Namespace) -> Any:
+    """The same model without its weights: enough to plan with."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    _check_folder(options.model)
+    config = AutoConfig.from_pretrained(options.model)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def load_tokenizer(options: argparse.Namespace) -> Any:
+    """The model's tokenizer."""
+    from transformers import AutoTokenizer
+
+    _check_folder(options.model)
+    return AutoTokenizer.from_pretrained(options.model)
+
+
+def _check_folder(name: str) -> None:
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or os.sep != "/"
+    if os.path.isdir(name):
+        if not os.path.isfile(os.path.join(name, "config.json")):
+            raise DataError(
+                f"'{name}' holds no config.json. Give the folder that the model's save_pretrained "
+                "wrote."
+            )
+    elif looks_local or os.path.exists(name):
+        raise DataError(f"there is no model folder '{name}'. Give one that save_pretrained wrote.")
+
+
+def load_records(options: argparse.Namespace, tokenizer: Any = None) -> Records:
+    """The data, in the order that the seed gives."""
+    tokenizer = load_tokenizer(options) if tokenizer is None else tokenizer
+    records = read_records(options.data)
+    return Records(records, tokenizer, max_length=options.max_length, seed=options.seed)
+
+
+def load_data(options: argparse.Namespace) -> DataLoader[Any] | None:
+    """Batches of the data, or None where none was given."""
+    return batches_of(load_records(options), options.batch_size) if options.data else None
+
+
+def lora_config(options: argparse.Namespace) -> LoraConfig:
+    """The LoraConfig that the options spell."""
+    rank = getattr(options, "rank", 16)
+    alpha = getattr(options, "alpha", None) or rank
+    return LoraConfig(
+        r=rank,
+        lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,
+        use_rslora=getattr(options, "rslora", False),
+        lora_dropout=getattr(options, "dropout", 0.0),
+        target_modules=modules_of(options.target_modules),
+        task_type="CAUSAL_LM",
+    )
+
+
+def modules_of(text: str) -> str | list[str]:
+    """``all-linear``, a regular expression, or a list of names."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    plain = all(part.replace("_", "").isalnum() for name in names for part in name.split("."))
+    return names if names and plain and text != "all-linear" else text
+
+
+def names_of(text: str) -> list[str]:
+    """Names of methods with commas between them, each known."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names or [""]:
+        class_of(name)
+    return names
+
+
+def class_of(name: str) -> Any:
+    """The class of a method by its name."""
+    if name not in METHODS:
+        raise ValueError(f"there is no method '{name}'. There are: {', '.join(METHODS)}.")
+    return METHODS[name]
+
+
+def method_of(options: argparse.Namespace) -> Method:
+    """The method, with the settings given."""
+    kind = class_of(options.method)
+    base = kind.paper() if options.paper else kind()
+    known = {field.name: field.type for field in dataclasses.fields(kind)}
+    changes: dict[str, object] = {}
+    for text in options.set:
+        name, equals, value = text.partition("=")
+        name = name.strip().replace("-", "_")
+        if not equals or name not in known:
+            there = ", ".join(known) or "none"
+            raise ValueError(
+                f"--set {text}: write NAME=VALUE; the settings of {options.method} are: {there}."
+            )
+        changes[name] = _value(value.strip())
+    method: Method = dataclasses.replace(base, **changes)
+    return method
+
+
+def _value(text: str) -> object:
+    lowered = {"true": True, "false": False, "none": None}
+    if text.lower() in lowered:
+        return lowered[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def sample_arguments(options: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments that `collect_statistics` and `get_peft_model` share."""
+    return {
+        "token_mask": options.token_mask,
+        "loss_reduction": options.loss_reduction,
+        "max_sequences": options.max_sequences,
+        "progress": not (options.quiet or options.json),
+    }
+
+
+def size_in_words(count: float) -> str:
+    """Bytes, readable."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"

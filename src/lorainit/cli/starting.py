@@ -1,0 +1,132 @@
+"""``lorainit collect`` and ``lorainit init``."""
+
+from __future__ import annotations
+
+import argparse
+import statistics as stats
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+
+from lorainit.adapters.origin import origin_of
+from lorainit.cli.plan import plan
+from lorainit.cli.shared import (
+    class_of,
+    load_data,
+    load_model,
+    lora_config,
+    method_of,
+    names_of,
+    sample_arguments,
+    size_in_words,
+    speaking,
+)
+from lorainit.errors import MissingStatisticError
+from lorainit.pipeline import collect_statistics, get_peft_model
+from lorainit.report.sizes import sizes_of
+from lorainit.statistics import Statistics
+from lorainit.types import settings_of
+
+
+def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Either command."""
+    with speaking(options):
+        return _collect(options) if options.command == "collect" else _init(options)
+
+
+def _collect(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    needs = frozenset().union(*(class_of(name)().needs for name in names_of(options.method)))
+    if not needs:
+        raise ValueError(f"--method {options.method} reads no statistics: there is nothing to do.")
+    if options.dry_run:
+        return plan(options, needs)
+    _check_parent(options.output)
+    data = load_data(options)
+    assert data is not None
+    found = collect_statistics(
+        load_model(options), lora_config(options), data=data, needs=needs,
+        **sample_arguments(options),
+    )  # fmt: skip
+    found.save(options.output)
+    result = {
+        "output": options.output,
+        "layers": len(found),
+        "bytes": found.nbytes,
+        **found.metadata,
+    }
+    serves = [n for n in names_of(options.method) if class_of(n)().needs <= found.available]
+    return result, (
+        f"{options.output}: {len(found)} layers, {found.metadata.get('sequences', 0):.0f} sequences, "
+        f"{size_in_words(found.nbytes)}; serves {', '.join(serves)}"
+    )
+
+
+def _init(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    method = method_of(options)
+    calibrated = bool(getattr(method, "calibrated", False))
+    if options.dry_run:
+        return plan(options, method.needs, steps=getattr(method, "steps", 1), searched=calibrated)
+    _check_parent(options.output)
+    if method.needs and not (options.data or options.statistics):
+        raise MissingStatisticError(
+            f"{options.method} reads {', '.join(sorted(method.needs))}: give --data, or "
+            "--statistics from 'lorainit collect'."
+        )
+    model = start_model(options, method)
+    model.save_pretrained(options.output)
+    return _result(options, method, model)
+
+
+def start_model(options: argparse.Namespace, method: Any) -> PeftModel:
+    """The model with its started adapter, as the options say."""
+    path = getattr(options, "statistics", None)
+    statistics = Statistics.load(path) if path else None
+    return get_peft_model(
+        load_model(options), lora_config(options), method=method, data=load_data(options),
+        statistics=statistics, cap_rank=getattr(options, "cap_rank", False),
+        **sample_arguments(options),
+    )  # fmt: skip
+
+
+def _result(
+    options: argparse.Namespace, method: Any, model: PeftModel
+) -> tuple[dict[str, Any], str]:
+    sizes = sizes_of(model)
+    origin = origin_of(model, "default")
+    anchored = origin is not None and origin.anchored
+    result = {
+        "output": options.output,
+        "settings": settings_of(method),
+        "rank": options.rank,
+        "saved_rank": model.peft_config["default"].r,
+        "layers": len(sizes),
+        "sizes": sizes,
+    }
+    text = f"{options.output}: {len(sizes)} layers of rank {options.rank}, {options.method}"
+    if sizes and max(sizes.values()) > 0:
+        text += f", |s B A| / |W| median {stats.median(sizes.values()):.2g}"
+    if anchored:
+        text += (
+            f"; saved at rank {result['saved_rank']}, since the frozen start is subtracted: "
+            "outputs are the base model's"
+        )
+    text += (
+        f"\nnext: lorainit train --model {options.model} --adapter {options.output} --data FILE "
+        "--output FOLDER,\n      or lorainit.load_adapter(model, folder, is_trainable=True) in "
+        "your own script"
+    )
+    return result, text
+
+
+def _check_parent(output: str) -> None:
+    """A place that cannot be written is found out before the work, not after."""
+    path = Path(output)
+    parent = path.parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        probe = parent / f".{path.name}.lorainit-probe"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OSError(f"--output {output} cannot be written ({error.strerror}).") from None

@@ -1,0 +1,91 @@
+"""``lorainit train``: a thin front on TRL's SFTTrainer."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from lorainit.adapters.load import load_adapter
+from lorainit.cli.main import MissingExtraError
+from lorainit.cli.shared import (
+    device_of,
+    load_model,
+    load_records,
+    load_tokenizer,
+    method_of,
+    speaking,
+)
+from lorainit.cli.starting import start_model
+from lorainit.data import IGNORED, Example
+
+
+def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Load or make a start, and train it."""
+    try:
+        import datasets
+        import trl
+    except ImportError as error:
+        raise MissingExtraError(
+            f"'lorainit train' needs {error.name}: install it with  pip install 'lorainit[train]'"
+        ) from error
+    if bool(options.adapter) == bool(options.method):
+        raise ValueError("give --adapter, a start made before, or --method, to make one; not both.")
+    with speaking(options):
+        tokenizer = load_tokenizer(options)
+        examples: Dataset[Example] = load_records(options, tokenizer)
+        rows = _rows(examples)
+        if options.adapter:
+            model = load_adapter(load_model(options), options.adapter, is_trainable=True)
+        else:
+            options.statistics = None
+            model = start_model(options, method_of(options))
+        quiet = options.quiet or options.json
+        settings = trl.SFTConfig(
+            output_dir=options.output,
+            learning_rate=options.learning_rate,
+            num_train_epochs=options.epochs,
+            max_steps=options.max_steps,
+            warmup_steps=options.warmup_ratio,
+            per_device_train_batch_size=options.batch_size,
+            logging_steps=options.logging_steps,
+            max_length=None,
+            save_strategy="no",
+            report_to=[],
+            seed=options.seed,
+            use_cpu=device_of(options).type == "cpu",
+            bf16=False,
+            gradient_checkpointing=False,
+            disable_tqdm=quiet,
+        )
+        trainer = trl.SFTTrainer(
+            model=model,
+            args=settings,
+            train_dataset=datasets.Dataset.from_list(rows),
+            processing_class=tokenizer,
+        )
+        if quiet:
+            from transformers import PrinterCallback
+
+            trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        model.save_pretrained(options.output)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    result = {"output": options.output, "steps": trainer.state.global_step, "losses": losses}
+    text = f"{options.output}: {trainer.state.global_step} steps"
+    if losses:
+        text += f", loss {losses[0]:.4g} at first, {losses[-1]:.4g} at last"
+    return result, text
+
+
+def _rows(examples: Any) -> list[dict[str, list[int]]]:
+    """Encoded here and not by TRL, so that training learns the tokens that the start was found by."""
+    rows = [examples[i] for i in range(len(examples))]
+    kept = [e for e in rows if any(label != IGNORED for label in e.labels)]
+    if not kept:
+        raise ValueError(
+            "no record has a token to learn: every label is masked. Look at the data, or raise "
+            "--max-length, which may cut the answers off."
+        )
+    return [{"input_ids": e.input_ids, "labels": e.labels} for e in kept]

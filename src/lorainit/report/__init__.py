@@ -1,0 +1,1 @@
+"""One page of pictures and words about statistics and a start."""

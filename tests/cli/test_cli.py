@@ -1,0 +1,241 @@
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+
+import lorainit
+from lorainit.cli import main
+from lorainit.cli.parser import build_parser, with_file
+from tests.adapters import tiny
+
+COMMANDS = ("methods", "collect", "init", "train", "compare", "report", "export")
+
+
+def run(place: Path, line: str) -> int:
+    words = [w.replace("@", str(place) + "/") for w in shlex.split(line)]
+    return main(words)
+
+
+def test_help_imports_no_torch() -> None:
+    code = (
+        "import sys\nfrom lorainit.cli import main\n"
+        "try:\n    main(['init', '--help'])\nexcept SystemExit as done:\n    assert done.code == 0\n"
+        "assert 'torch' not in sys.modules and 'peft' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "example:" in done.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_example_of_every_command_parses(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        main([command, "--help"])
+    assert done.value.code == 0
+    shown = capsys.readouterr().out
+    examples = shown[shown.index("example:") :].replace("\\\n", " ").splitlines()
+    lines = [line for line in examples if line.strip().startswith("lorainit ")]
+    assert lines
+    for line in lines:
+        parsed = build_parser().parse_args(shlex.split(line)[1:])
+        assert parsed.command == command
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        main(["--version"])
+    assert done.value.code == 0
+    assert capsys.readouterr().out.strip() == f"lorainit {lorainit.__version__}"
+
+
+def test_methods_say_what_the_model_computes_at_first(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["methods", "--json"]) == 0
+    table = json.loads(capsys.readouterr().out)
+    assert list(table) == list(lorainit.METHODS)
+    assert table["lora-da"]["start"] == "displaced"
+    assert table["pissa"]["start"] == "kept (anchored)"
+    assert table["eva"]["start"] == "kept (B = 0)"
+
+
+@pytest.mark.parametrize("data", ["pairs", "chats"])
+def test_init_writes_an_adapter_that_peft_loads(place: Path, data: str, tmp_path: Path) -> None:
+    line = (
+        f"init --model @model --data @{data}.jsonl --rank 4 --rslora --quiet --output {tmp_path}/a"
+    )
+    assert run(place, line) == 0
+    model = PeftModel.from_pretrained(tiny.llama(), tmp_path / "a")
+    factors = [p for n, p in model.named_parameters() if "lora_B" in n]
+    assert factors
+    assert all(bool(p.any()) for p in factors)
+    assert model.peft_config["default"].use_rslora
+
+
+def test_shell_and_python_agree(place: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    from lorainit.data import load_batches
+
+    line = f"init --model @model --data @pairs.jsonl --rank 4 --quiet --output {tmp_path}/a"
+    assert run(place, line) == 0
+    data = load_batches(place / "pairs.jsonl", AutoTokenizer.from_pretrained(place / "model"))
+    config = tiny.config(lora_alpha=4)
+    here = lorainit.get_peft_model(
+        tiny.llama(), config, method=lorainit.LoraDA(), data=data, progress=False
+    )
+    there = PeftModel.from_pretrained(tiny.llama(), tmp_path / "a")
+    torch.testing.assert_close(tiny.logits(here), tiny.logits(there), rtol=1e-5, atol=1e-6)
+
+
+def test_statistics_serve_other_methods_and_ranks(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "s.safetensors"
+    assert run(place, f"collect --model @model --data @pairs.jsonl --output {file} --json") == 0
+    assert json.loads(capsys.readouterr().out)["sequences"] == 32
+    for method, rank in (("lora-one", 2), ("eva", 8)):
+        line = (
+            f"init --model @model --statistics {file} --method {method} --rank {rank} "
+            f"--output {tmp_path}/{method} --json"
+        )
+        assert run(place, line) == 0
+        assert json.loads(capsys.readouterr().out)["rank"] == rank
+
+
+def test_export_and_anchor(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    start, served = tmp_path / "start", tmp_path / "served"
+    assert run(place, f"init --model @model --method pissa --rank 4 --output {start} --json") == 0
+    assert json.loads(capsys.readouterr().out)["saved_rank"] == 8
+    assert run(place, f"export --model @model --adapter {start} --output {served} --json") == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["rank"] == 8
+    assert shown["objections"] == []
+
+
+def test_dry_run_plans_and_writes_nothing(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = (
+        f"init --model @model --data @pairs.jsonl --method natural --set steps=2 --rank 4 "
+        f"--output {tmp_path}/none --dry-run --json"
+    )
+    assert run(place, line) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["layers"] == 14
+    assert shown["passes"] == 2
+    assert shown["sequences"] == 32
+    stats = lorainit.collect_statistics(
+        tiny.llama(),
+        tiny.config(),
+        data=[tiny.batch()],
+        needs=lorainit.Natural.needs,
+        progress=False,
+    )
+    assert 0.3 < stats.nbytes / shown["statistics_bytes_at_most"] <= 1
+    assert not (tmp_path / "none").exists()
+
+
+def test_train_and_compare(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("trl")
+    line = (
+        f"train --model @model --data @chats.jsonl --method eva --rank 4 --max-steps 12 "
+        f"--learning-rate 1e-2 --logging-steps 1 --output {tmp_path}/t --json"
+    )
+    assert run(place, line) == 0
+    losses = json.loads(capsys.readouterr().out)["losses"]
+    assert losses[-1] < losses[0]
+    assert (tmp_path / "t" / "adapter_model.safetensors").is_file()
+    line = (
+        "compare --model @model --data @pairs.jsonl --methods vanilla,lora-one --held-out 8 "
+        "--learning-rates 1e-3,1e-2 --steps 4 --rank 4 --json"
+    )
+    assert run(place, line) == 0
+    runs = json.loads(capsys.readouterr().out)["runs"]
+    starts = {run["start_loss"] for run in runs["vanilla"]}
+    assert len(starts) == 1, "a run left something behind for the next"
+
+
+def test_train_names_the_extra(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "trl", None)
+    assert run(place, "train --model @model --data @pairs.jsonl --method eva --output x") == 3
+    assert "pip install 'lorainit[train]'" in capsys.readouterr().err
+
+
+WRONG = {
+    "init --model @nothing --method pissa --output @x": "no model folder",
+    "init --model @model --output @x": "give --data",
+    "init --model @model --method nothing --output @x": "there is no method",
+    "init --model @model --data @nothing --output @x": "no data file",
+    "init --model @model --data @pairs.jsonl --set gama=1 --output @x": "settings of lora-da are",
+    "init --model @model --data @pairs.jsonl --set gamma=0 --output @x": "gamma must be",
+    "init --model @model --data @pairs.jsonl --rank 99 --output @x": "Lower r",
+    "init --model @model --data @pairs.jsonl --target-modules none --output @x": "all-linear",
+    "init --model @model --statistics @nothing --output @x": "no statistics file",
+    "init --model @model --method pissa --device nowhere --output @x": "--device nowhere",
+    "init --model @model --method pissa --output @pairs.jsonl/x": "cannot be written",
+    "collect --model @model --data @pairs.jsonl --method pissa --output @x": "nothing to do",
+    "compare --model @model --data @pairs.jsonl --learning-rates a": "positive numbers",
+    "compare --model @model --data @pairs.jsonl --held-out 32": "too few",
+    "train --model @model --data @pairs.jsonl --output @x": "--adapter",
+    "export --model @model --adapter @nothing --output @x": "adapter_config.json",
+}
+
+
+@pytest.mark.parametrize("line", WRONG)
+def test_bad_input_is_one_line_with_the_remedy(
+    line: str, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(place, line) == 1
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    said = [text for text in shown.err.splitlines() if "error:" in text]
+    assert len(said) == 1
+    assert WRONG[line] in said[0]
+
+
+def test_wrong_usage_is_two() -> None:
+    for line in ("init", "nothing", "init --model m --output o --rank 0"):
+        with pytest.raises(SystemExit) as done:
+            main(shlex.split(line))
+        assert done.value.code == 2
+
+
+def test_bugs_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(options: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("lorainit.cli.listing.run", broken)
+    with pytest.raises(ZeroDivisionError):
+        main(["methods"])
+
+
+def test_options_from_yaml_give_way_to_those_of_the_shell(tmp_path: Path) -> None:
+    file = tmp_path / "start.yaml"
+    file.write_text(
+        "model: m\noutput: o\nrank: 8\nrslora: true\nset:\n  gamma: 32\ntarget_modules: [q, v]\n"
+    )
+    words = with_file(["init", "--config", str(file), "--rank", "4"])
+    options = build_parser().parse_args(words)
+    assert (options.model, options.rank, options.rslora) == ("m", 4, True)
+    assert options.set == ["gamma=32"]
+    assert options.target_modules == "q,v"
+
+
+def test_public_names_come_when_they_are_used() -> None:
+    code = (
+        "import lorainit, sys\nassert 'torch' not in sys.modules\n"
+        "assert lorainit.LoraDA().gamma == 1024 and lorainit.methods.METHODS\n"
+        "assert {'get_peft_model', 'Natural'} <= set(dir(lorainit))\n"
+        "from lorainit import *\nStatistics, Natural, export, collect_statistics\n"
+        "try:\n    lorainit.nothing\nexcept AttributeError:\n    print('good')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "good", done.stderr

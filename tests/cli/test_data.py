@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lorainit.data import collate, encode, load_batches
+from lorainit.errors import DataError
+from tests.life.sft import TEMPLATE, tokenizer
+
+CHAT = [
+    {"role": "user", "content": "w1 w2"},
+    {"role": "assistant", "content": "w3"},
+    {"role": "user", "content": "w4"},
+    {"role": "assistant", "content": "w5 w6"},
+]
+
+
+def learned(example: object, tok: object) -> str:
+    ids = [i for i in example.labels if i != -100]
+    return tok.decode(ids)
+
+
+def test_only_the_completion_is_learned() -> None:
+    tok = tokenizer()
+    example = encode({"prompt": "w1 w2 ", "completion": "w3 w4 "}, tok)
+    assert tok.decode(example.input_ids) == "w1 w2 w3 w4 <eos>"
+    assert learned(example, tok) == "w3 w4 <eos>"
+
+
+def test_all_of_a_text_is_learned() -> None:
+    example = encode({"text": "w1 w2 "}, tokenizer())
+    assert example.labels == example.input_ids
+
+
+def test_chat_masks_agree_with_and_without_generation_marks() -> None:
+    marked, plain = tokenizer(), tokenizer()
+    plain.chat_template = TEMPLATE.replace("{% generation %}", "").replace(
+        "{% endgeneration %}", ""
+    )
+    first, second = (encode({"messages": CHAT}, tok) for tok in (marked, plain))
+    assert first.input_ids == second.input_ids
+    assert learned(second, plain) == "w3 <eos> w5 w6 <eos>"
+    assert learned(first, marked) == learned(second, plain)
+
+
+def test_conversational_prompt_and_completion() -> None:
+    tok = tokenizer()
+    example = encode({"prompt": CHAT[:3], "completion": CHAT[3:]}, tok)
+    assert learned(example, tok) == "w5 w6 <eos>"
+
+
+def test_a_template_that_rewrites_history_is_refused() -> None:
+    tok = tokenizer()
+    tok.chat_template = (
+        "{% for m in messages %}{% if not loop.last and m['role'] == 'assistant' %}w9 "
+        "{% else %}{{ m['content'] }} {% endif %}{% endfor %}"
+    )
+    with pytest.raises(DataError, match="generation"):
+        encode({"messages": CHAT}, tok)
+
+
+def test_padding_and_cut() -> None:
+    tok = tokenizer()
+    rows = [encode({"text": t}, tok, 3) for t in ("w1 ", "w1 w2 w3 w4")]
+    batch = collate(rows, 0)
+    assert batch["input_ids"].shape == (2, 3)
+    assert batch["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]
+    assert batch["labels"][0, 2] == -100
+
+
+def test_order_is_the_seeds(tmp_path: Path) -> None:
+    file = tmp_path / "d.jsonl"
+    file.write_text("".join(f'{{"text": "w{i}"}}\n' for i in range(20)))
+
+    def ids(seed: int | None) -> list[int]:
+        loader = load_batches(file, tokenizer(), seed=seed)
+        assert len(loader.dataset) == 20
+        return [int(i) for batch in loader for i in batch["input_ids"][:, 0]]
+
+    assert ids(0) == ids(0) != ids(1)
+    assert ids(None) == sorted(ids(0))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "holds no records"),
+        ('{"text": "a"}\n{"text"\n', "line 2, is no JSON"),
+        ("[1]\n", "line 1, is a list"),
+        ('{"question": "a"}\n', "'question'"),
+        ('{"messages": []}\n', "'role' and 'content'"),
+        ('{"prompt": "a", "completion": 3}\n', "both be texts"),
+    ],
+)
+def test_bad_files_are_named(content: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "d.jsonl"
+    file.write_text(content)
+    with pytest.raises(DataError, match=message):
+        list(load_batches(file, tokenizer()))
+
+
+def test_messages_need_a_template() -> None:
+    tok = tokenizer()
+    tok.chat_template = None
+    with pytest.raises(DataError, match="no chat template"):
+        encode({"messages": CHAT}, tok)
