@@ -35,3 +35,7 @@ class FactorizationError(LorainitError, ValueError):
 
 class AdapterError(LorainitError, ValueError):
     """An adapter cannot be installed, exported or reloaded as asked."""
+
+
+class ProcessError(LorainitError, RuntimeError):
+    """Another process of the group failed, so this one stops too."""

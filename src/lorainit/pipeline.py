@@ -14,6 +14,7 @@ from torch import nn
 
 from lorainit.adapters import install as installing
 from lorainit.adapters.targets import match_targets
+from lorainit.adapters.wrappers import adapter_tensors, unwrapped
 from lorainit.checks import (
     check_arguments,
     check_statistics,
@@ -22,7 +23,7 @@ from lorainit.checks import (
 )
 from lorainit.methods.vanilla import Vanilla
 from lorainit.start import Measured, Start, adapters_off, find_start
-from lorainit.statistics import CollectSettings, LossFunction, Statistics
+from lorainit.statistics import CollectSettings, LossFunction, Statistics, distributed
 from lorainit.statistics.collect import input_device
 from lorainit.statistics.guard import unchanged_rng, unchanged_rng_on_error
 from lorainit.types import LossReduction, Method, TokenMask, settings_of
@@ -69,6 +70,7 @@ def collect_statistics(
     Raises:
         TargetError, DataError, NonFiniteError: see each; the model is as it was.
     """
+    model = unwrapped(model)
     installing.check_not_merged(model)
     targets = match_targets(model, peft_config)
     settings = CollectSettings(
@@ -134,6 +136,7 @@ def get_peft_model(
     Raises:
         LorainitError: bad input, found before any long work; the model is as it was.
     """
+    model = unwrapped(model)
     check_arguments(model, peft_config, method, data, statistics, adapter_name)
     installing.check_not_merged(model)
     existing = isinstance(model, PeftModel) and adapter_name in model.peft_config
@@ -163,7 +166,10 @@ def get_peft_model(
     device = input_device(model)
     with unchanged_rng_on_error(device), installing.undone_on_error(model, adapter_name):
         wrapped = _wrap(model, config, adapter_name, existing, autocast_adapter_dtype)
-        installing.install(wrapped, adapter_name, start.factors, _settings_of(method))
+        with distributed.together():
+            installing.install(wrapped, adapter_name, start.factors, _settings_of(method))
+        # PEFT's own random start of the layers left at it, too.
+        distributed.broadcast(adapter_tensors(wrapped, adapter_name), 0)
     if not plain:
         left_out |= installing.left_at_default(wrapped, adapter_name, start.factors, left_out)
     logger.info(_summary(method, start, left_out))

@@ -29,6 +29,7 @@ from lorainit.statistics.collect import input_device
 from lorainit.statistics.displace import LowRank, displaced
 from lorainit.statistics.guard import measuring, unchanged_rng
 from lorainit.statistics.losses import batch_loss
+from lorainit.statistics.rounds import even_rounds, is_sharded
 from lorainit.types import Factors, LayerStatistics, LossReduction
 
 logger = logging.getLogger("lorainit")
@@ -68,13 +69,15 @@ class Probe:
             torch.no_grad(),
             displaced(self.modules, terms),
         ):
-            for batch in self.batches:
+            for batch, counted in even_rounds(self.batches, sharded=is_sharded(self.model)):
                 result = batch_loss(
                     self.model, to_device(batch, device), self.loss_reduction, self.loss_fn
                 )
                 unit = (
                     result.sequences if self.loss_reduction == "sequence" else result.label_tokens
                 )
+                if not counted:
+                    continue
                 total += float(result.per_sequence.sum())
                 count += float(unit)
         total, count = distributed.sum_counts([total, count])
@@ -111,7 +114,8 @@ def first_length(terms: Mapping[str, LowRank], targets: Mapping[str, Target], si
         weight = read_weight(targets[name].module, name)
         sizes.append(float(square.sqrt()) / max(float(weight.float().norm()), 1e-30))
     median = stats.median(sizes) if sizes else 0.0
-    return size / median if median > 0 else 1.0
+    # A search that began elsewhere on another process might end after another number of trials.
+    return distributed.of_first(size / median if median > 0 else 1.0)
 
 
 # --- repeated natural steps -------------------------------------------------------------------
@@ -210,6 +214,9 @@ class NaturalSteps:
                 stack.left, stack.right = stack.moved(0.0, 0)
         self.searches.append(result)
         for stack in self.stacks:
+            if stack.left is not None and stack.right is not None:
+                stack.left, stack.right = stack.left.contiguous(), stack.right.contiguous()
+                distributed.broadcast([stack.left, stack.right], 0)
             stack.metric = stack.step_left = stack.step_right = None
         return result
 

@@ -16,7 +16,7 @@ from lorainit.adapters.targets import Target, Targets
 from lorainit.adapters.weights import fingerprint, read_weight
 from lorainit.calibration import SearchResult
 from lorainit.checks import unused_targets
-from lorainit.errors import DataError
+from lorainit.errors import AdapterError
 from lorainit.methods.natural import Natural
 from lorainit.refinement import (
     UNMEASURED_SIZE,
@@ -28,8 +28,9 @@ from lorainit.refinement import (
 )
 from lorainit.solving import relative_size, solve_layers
 from lorainit.statistics import CollectSettings, LossFunction, Statistics, collect, distributed
-from lorainit.statistics.batches import population_of, split_batches, take
+from lorainit.statistics.batches import split_batches
 from lorainit.statistics.displace import LowRank, displaced
+from lorainit.statistics.rounds import rows_before, sample, shared_population
 from lorainit.types import Factors, Method
 
 logger = logging.getLogger("lorainit")
@@ -77,12 +78,26 @@ class Measured:
         """Statistics of the base model, displaced by `at`, with its fingerprints."""
         assert self.settings is not None
         modules = self.modules
+        fingerprints = self._fingerprints(modules)
         with displaced(modules, at or {}):
             found = collect(
                 self.model, modules, data, self.settings, self.loss_fn, population=population
             )
-        with torch.no_grad():
-            found.fingerprints = {name: fingerprint(modules[name], name) for name in found}
+        found.fingerprints = {name: fingerprints[name] for name in found}
+        return found
+
+    @staticmethod
+    def _fingerprints(modules: Mapping[str, nn.Module]) -> dict[str, torch.Tensor]:
+        """Of all targets' weights, which must be the same on every process."""
+        with torch.no_grad(), distributed.together():
+            found = {name: fingerprint(module, name) for name, module in modules.items()}
+        if not distributed.same_everywhere([f.tolist() for f in found.values()]):
+            raise AdapterError(
+                "the processes hold different base weights: their statistics cannot be added. Load "
+                "the same checkpoint on all of them; under accelerate's FSDP, set "
+                "fsdp_cpu_ram_efficient_loading to false, which leaves the weights of all processes "
+                "but the first empty."
+            )
         return found
 
     def capped(self) -> Measured:
@@ -93,13 +108,7 @@ class Measured:
     def batches(self, data: Iterable[Any]) -> list[dict[str, Any]]:
         """This process's share of the data, kept."""
         assert self.settings is not None
-        kept = list(take(data, distributed.share_of(self.settings.max_sequences)))
-        if not any(distributed.gather_objects(bool(kept))):
-            raise DataError(
-                "data gave no sequences: the iterable is empty, or exhausted by an earlier pass. Give "
-                "a DataLoader or a list of batches."
-            )
-        return kept
+        return sample(data, self.settings.max_sequences)
 
     def probe(self, batches: Sequence[Mapping[str, Any]]) -> Probe:
         """The loss on these batches."""
@@ -121,12 +130,14 @@ def find_start(
             assert data is not None
             statistics = measured.statistics(data)
         return _solved(method, measured, statistics, precision, unmeasured=calibrated)
-    population = population_of(data)
+    population = shared_population(data)
     batches = measured.batches(data)
     fit, held = batches, batches
     steps = method.steps if isinstance(method, Natural) else 1
     if statistics is None or steps > 1:
-        fit, held = split_batches(batches, measured.calibration_share)
+        fit, held = split_batches(
+            batches, measured.calibration_share, rows_before(batches), distributed.anywhere
+        )
     measured = measured.capped()
     if statistics is None:
         statistics = measured.statistics(fit, population)

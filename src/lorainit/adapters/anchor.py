@@ -20,6 +20,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def placed_like(value: Tensor, like: Tensor) -> Tensor:
+    """`value`, the same on every process, sharded as `like` is; itself where that is not sharded."""
+    mesh = getattr(like, "device_mesh", None)
+    if mesh is None or hasattr(value, "device_mesh"):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    # Every process has the whole value: nothing travels.
+    sharded: Tensor = distribute_tensor(value, mesh, like.placements, src_data_rank=None)  # type: ignore[attr-defined]
+    return sharded
+
+
+def whole_of(value: Tensor) -> Tensor:
+    """The whole of a sharded tensor, gathered from all processes; any other as it is."""
+    gather = getattr(value, "full_tensor", None)
+    whole: Tensor = value if gather is None else gather()
+    return whole
+
+
 class _AnchoredFactor(nn.Module):
     """Half trained, half frozen; a plain factor of twice the rank in every state dict.
 
@@ -55,8 +74,8 @@ class _AnchoredFactor(nn.Module):
         return torch.cat([self.trained, self._sign * self._start()], dim=self._rank_dim)
 
     def _start(self) -> Tensor:
-        """The anchor in the trained half's dtype, also after a trainer cast that alone."""
-        return self.anchor.to(self.trained.dtype)
+        """The anchor in the trained half's dtype, and sharded as that is, whoever changed it."""
+        return placed_like(self.anchor.to(self.trained.dtype), self.trained)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         weight = self.weight
@@ -90,8 +109,8 @@ class _AnchoredFactor(nn.Module):
             return
         trained, anchor = whole.chunk(2, dim=self._rank_dim)
         with torch.no_grad():
-            self.trained.copy_(trained)
-            self.anchor.copy_(self._sign * anchor)
+            self.trained.copy_(placed_like(trained, self.trained))
+            self.anchor.copy_(self._sign * whole_of(anchor))
 
 
 class AnchoredA(_AnchoredFactor):

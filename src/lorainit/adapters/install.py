@@ -13,7 +13,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
-from lorainit.adapters.anchor import AnchoredA, AnchoredB
+from lorainit.adapters.anchor import AnchoredA, AnchoredB, placed_like
 from lorainit.adapters.origin import Origin, remember
 from lorainit.adapters.patterns import scale_ranks, scaled, spell_out
 from lorainit.errors import AdapterError
@@ -124,6 +124,8 @@ def install(
         _check_shapes(name, layers[name], adapter_name, pair)
     was_anchored = any(is_anchored(layer, adapter_name) for layer in layers.values())
     anchored = any(pair.anchored for pair in factors.values())
+    if anchored or was_anchored:
+        _refuse_sharded(layers, adapter_name)
     with torch.no_grad():
         prepared = {
             name: _prepare(layer, adapter_name, factors.get(name), anchored)
@@ -142,6 +144,19 @@ def install(
             model.peft_config[adapter_name], layers, adapter_name, 2.0 if anchored else 0.5
         )
     remember(model, adapter_name, Origin(anchored, dict(settings or {})))
+
+
+def _refuse_sharded(layers: Mapping[str, LoraLayer], adapter_name: str) -> None:
+    """An anchor makes new parameters, which the adapter's sharding would not know of."""
+    for name, layer in layers.items():
+        if is_linear(layer, adapter_name) and hasattr(
+            _trained(layer.lora_A[adapter_name]), "device_mesh"
+        ):
+            raise AdapterError(
+                f"layer '{name}': the adapter is sharded already, and starting it with this method "
+                "puts other parameters into its place. Start the adapter first and apply "
+                "fully_shard afterwards; a method without an anchor can start it either way."
+            )
 
 
 def left_at_default(
@@ -290,7 +305,7 @@ def _like(value: Tensor, like: Tensor, layer: LoraLayer) -> Tensor:
     device = like.device
     if like.is_meta:
         device = _base_device(layer)
-    return value.detach().to(device=device, dtype=like.dtype)
+    return placed_like(value.detach().to(device=device, dtype=like.dtype), like)
 
 
 def _base_device(layer: LoraLayer) -> torch.device:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -129,9 +129,21 @@ def population_of(data: object) -> int | None:
 
 
 def split_batches(
-    batches: list[dict[str, Any]], share: float
+    batches: list[dict[str, Any]],
+    share: float,
+    before: int = 0,
+    anywhere: Callable[[bool], bool] = bool,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Rows kept, and about `share` of all rows held back: every so many-th, whatever the batching.
+
+    Args:
+        batches: this process's.
+        share: to hold back.
+        before: rows that other processes have before these.
+        anywhere: whether something holds on some process.
+
+    Returns:
+        Kept and held back; each may be empty on a process, not on all.
 
     Raises:
         DataError: too few rows for both, or a share that is not between 0 and 1.
@@ -141,7 +153,7 @@ def split_batches(
     every = max(2, round(1 / share))
     kept: list[dict[str, Any]] = []
     held: list[dict[str, Any]] = []
-    seen = 0
+    seen = before
     for batch in batches:
         rows = batch_rows(batch)
         index = torch.arange(seen, seen + rows)
@@ -150,7 +162,8 @@ def split_batches(
         for part, mask in ((kept, ~back), (held, back)):
             if bool(mask.any()):
                 part.append(_rows_where(batch, mask, rows))
-    if not held or not kept:
+    has_kept, has_held = anywhere(bool(kept)), anywhere(bool(held))
+    if not (has_kept and has_held):
         raise DataError(
             f"data has {seen} rows, too few to hold back {share:.0%} for measuring the length of "
             "the "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -12,9 +13,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lorainit.errors import DataError, NonFiniteError, TargetError
+from lorainit.linalg import all_finite
 from lorainit.statistics import distributed
 from lorainit.statistics.accumulators import LayerSums
-from lorainit.statistics.batches import batch_rows, population_of, row_sequences, take, to_device
+from lorainit.statistics.batches import batch_rows, row_sequences, to_device
 from lorainit.statistics.guard import measuring, unchanged_rng
 from lorainit.statistics.losses import (
     LossFunction,
@@ -24,6 +26,7 @@ from lorainit.statistics.losses import (
     run_forward,
 )
 from lorainit.statistics.positions import batch_positions
+from lorainit.statistics.rounds import even_rounds, is_sharded, sample, shared_population
 from lorainit.statistics.store import Statistics
 from lorainit.statistics.taps import TapState, tapped
 from lorainit.types import (
@@ -101,29 +104,28 @@ def collect(
     when this returns or raises.
     """
     device = input_device(model)
-    population = population_of(data) if population is None else population
+    population = shared_population(data) if population is None else population
     with unchanged_rng(device):
-        batches = list(take(data, distributed.share_of(settings.max_sequences)))
-        if not any(distributed.gather_objects(bool(batches))):
-            raise DataError(
-                "data gave no sequences: the iterable is empty, or exhausted by an earlier pass. "
-                "Give a "
-                "DataLoader or a list of batches."
-            )
+        batches = sample(data, settings.max_sequences)
         if loss_fn is None and settings.needs & GRADIENT_STATISTICS:
             _check_labels(model, batches)
         with measuring(model):
-            run = _pass(model, modules, batches, settings, loss_fn, device, share_inputs=True)
-            if not all(distributed.gather_objects(run.state.sharing_held())):
+            with distributed.together():
+                run = _pass(model, modules, batches, settings, loss_fn, device, share_inputs=True)
+            if not distributed.everywhere(run.state.sharing_held()):
                 logger.info("inputs shared in one batch were not in another; collecting them apart")
-                run = _pass(model, modules, batches, settings, loss_fn, device, share_inputs=False)
+                with distributed.together():
+                    run = _pass(
+                        model, modules, batches, settings, loss_fn, device, share_inputs=False
+                    )
     return _finish(run, settings, population, device)
 
 
 def _check_labels(model: nn.Module, batches: list[dict[str, Any]]) -> None:
     """Every batch has labels, and not all of them are masked: known before any long work."""
-    labelled = [has_label(model, batch) for batch in batches]
-    if not any(distributed.gather_objects(any(labelled))):
+    with distributed.together():
+        labelled = [has_label(model, batch) for batch in batches]
+    if not distributed.anywhere(any(labelled)):
         raise DataError(_ALL_MASKED)
 
 
@@ -160,36 +162,45 @@ def _pass(
     losses: list[Tensor] = []
     skipped = 0
     total = sum(sum(row_sequences(b, batch_rows(b))) for b in batches)
+    sharded = is_sharded(model)
     bar = tqdm(
         total=total, desc="statistics", unit="seq", disable=None if settings.progress else True
     )
     with bar, tapped(state, modules, _encoder(model)):
-        for index, batch in enumerate(batches):
-            rows = sum(row_sequences(batch, batch_rows(batch)))
-            state.begin_batch(batch_positions(model, batch, settings.token_mask, device))
+        for index, (batch, counted) in enumerate(even_rounds(batches, sharded=sharded)):
+            rows = sum(row_sequences(batch, batch_rows(batch))) if counted else 0
+            state.begin_batch(
+                batch_positions(model, batch, settings.token_mask, device), counted=counted
+            )
             inputs = to_device(batch, device)
             if not state.backward:
-                with torch.no_grad():
+                with torch.no_grad(), distributed.together() if sharded else nullcontext():
                     run_forward(model, inputs, loss_fn)
                 sequences.append(torch.tensor(rows))
                 bar.update(rows)
                 continue
             with torch.enable_grad():
-                result = batch_loss(model, inputs, settings.loss_reduction, loss_fn)
-                if loss_fn is not None:
-                    _check_count(result.per_sequence, index, rows, batch_rows(batch))
-                loss = result.per_sequence.sum()
-                if not bool(torch.isfinite(loss.detach())):
-                    skipped += _non_finite_batch(index, result.per_sequence, settings)
-                    bar.update(rows)
-                    continue
-                if not loss.requires_grad:
-                    raise TargetError(
-                        "the loss does not depend on any target layer: none of the targets ran "
-                        "in the "
-                        "forward pass, or the loss was computed under torch.no_grad()."
-                    )
-                torch.autograd.backward(loss * scale if scale != 1.0 else loss)
+                # Where the backward is shared work, nobody begins it unless everyone can.
+                with distributed.together() if sharded else nullcontext():
+                    result = batch_loss(model, inputs, settings.loss_reduction, loss_fn)
+                    if loss_fn is not None and counted:
+                        _check_count(result.per_sequence, index, rows, batch_rows(batch))
+                    loss = result.per_sequence.sum()
+                    finite = not counted or bool(torch.isfinite(loss.detach()))
+                    if not finite:
+                        skipped += _non_finite_batch(index, result.per_sequence, settings)
+                    elif not loss.requires_grad:
+                        raise TargetError(
+                            "the loss does not depend on any target layer: none of the targets "
+                            "ran in the forward pass, or the loss was computed under "
+                            "torch.no_grad()."
+                        )
+                state.counts = state.counts and finite
+                if finite or sharded:
+                    torch.autograd.backward(loss * scale if scale != 1.0 else loss)
+            if not state.counts:
+                bar.update(rows)
+                continue
             sequences.append(result.sequences)
             tokens.append(result.label_tokens)
             losses.append(loss.detach())
@@ -303,7 +314,7 @@ def _check_layers(layers: Mapping[str, LayerStatistics]) -> None:
                 continue
             key = id(tensor)
             if key not in checked:
-                checked[key] = bool(torch.isfinite(tensor).all())
+                checked[key] = bool(all_finite(tensor))
             if not checked[key]:
                 raise NonFiniteError(
                     f"layer '{name}': {field} is not finite. Its activations or gradients "
@@ -323,8 +334,17 @@ def input_device(model: nn.Module) -> torch.device:
         if isinstance(owner, nn.Module):
             for parameter in owner.parameters():
                 if parameter.device.type != "meta":
-                    return parameter.device
+                    return _where_it_runs(model, parameter)
     return torch.device("cpu")
+
+
+def _where_it_runs(model: nn.Module, parameter: nn.Parameter) -> torch.device:
+    """Weights may wait on the CPU for a device that they are copied to when they are used."""
+    mesh = getattr(parameter, "device_mesh", None)
+    if mesh is not None and mesh.device_type not in ("cpu", parameter.device.type):
+        kind = str(mesh.device_type)
+        return torch.device(kind, torch.get_device_module(kind).current_device())
+    return parameter.device
 
 
 def _dtype(model: nn.Module) -> torch.dtype:

@@ -1,118 +1,390 @@
-"""Sums and counts over all processes: they merge by addition, and are divided only afterwards."""
+"""Many processes as one: sums and counts merge by addition, and an error anywhere is one everywhere.
+
+Every function is a collective where a process group is up: all processes must call it. Without a
+group, or inside `alone`, each is a group of one and nothing travels.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lorainit.statistics.accumulators import LayerSums
+from lorainit.errors import ProcessError
+from lorainit.statistics.accumulators import InputSums, LayerSums
+
+BUCKET_BYTES = 1 << 27
+"""Tensors travel together up to this size; a larger one travels by itself."""
+
+_alone: ContextVar[bool] = ContextVar("alone", default=False)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Inside, this process counts as the only one, whatever process group is up."""
+    token = _alone.set(True)
+    try:
+        yield
+    finally:
+        _alone.reset(token)
 
 
 def world() -> tuple[int, int]:
     """This process's rank and the number of processes; ``(0, 1)`` without a process group."""
-    if dist.is_available() and dist.is_initialized():
+    if not _alone.get() and dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
 
 
-def share_of(total: int | None) -> int | None:
-    """This process's share of a cap that holds over all processes."""
-    if total is None:
-        return None
-    rank, size = world()
-    return total // size + (1 if rank < total % size else 0)
+def communication_device(default: torch.device) -> torch.device:
+    """Where a tensor must lie to travel: where it is, if the group's back end serves that."""
+    if world()[1] == 1:
+        return default
+    # "cpu:gloo,cuda:nccl", or only one of them.
+    served = [part.split(":")[0] for part in str(dist.get_backend_config()).split(",")]
+    if default.type in served or not served[0]:
+        return default
+    kind = next((kind for kind in served if kind != "cpu"), "cpu")
+    if kind == "cpu":
+        return torch.device("cpu")
+    return torch.device(kind, torch.get_device_module(kind).current_device())
 
 
-def gather_objects(value: object) -> list[object]:
+_CPU = torch.device("cpu")
+
+
+# --- a few numbers, and errors ------------------------------------------------------------------
+
+
+def gather_objects(value: object) -> list[Any]:
     """Every process's value, in rank order; just this one's without a process group."""
     _, size = world()
     if size == 1:
         return [value]
-    values: list[object] = [None] * size
+    values: list[Any] = [None] * size
     dist.all_gather_object(values, value)
     return values
 
 
 def sum_counts(counts: Sequence[float]) -> list[float]:
-    """Each count added over all processes."""
-    return [float(sum(column)) for column in zip(*gather_objects(list(counts)), strict=True)]  # type: ignore[call-overload]
+    """Each count added over all processes, the same to the last bit on all of them."""
+    if world()[1] == 1:
+        return [float(count) for count in counts]
+    # Some accelerators have no float64, so each process's numbers are added in rank order here.
+    return [float(sum(column)) for column in zip(*gather_objects(list(counts)), strict=True)]
 
 
-def communication_device(default: torch.device) -> torch.device:
-    """Where a tensor must lie to travel: the accelerator under NCCL, else where it is."""
-    if world()[1] > 1 and dist.get_backend() == "nccl":
-        return torch.device("cuda", torch.cuda.current_device())
-    return default
+def _maxima(values: Sequence[int]) -> list[int]:
+    """The largest of each over all processes."""
+    if world()[1] == 1:
+        return list(values)
+    tensor = torch.tensor(values, dtype=torch.int64, device=communication_device(_CPU))
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return [int(value) for value in tensor.tolist()]
 
+
+def largest(value: int) -> int:
+    """The largest value of all processes."""
+    return _maxima([value])[0]
+
+
+def anywhere(flag: bool) -> bool:
+    """Whether it is so on some process."""
+    return bool(_maxima([int(flag)])[0])
+
+
+def everywhere(flag: bool) -> bool:
+    """Whether it is so on every process."""
+    return not anywhere(not flag)
+
+
+def same_everywhere(value: object) -> bool:
+    """Whether every process has the same value, by a hash of its ``repr``."""
+    digest = hashlib.blake2b(repr(value).encode(), digest_size=7).digest()
+    number = int.from_bytes(digest, "little")
+    most, least = _maxima([number, -number])
+    return most == -least
+
+
+def of_first(value: float) -> float:
+    """Rank 0's value: where processes must take one path, none may trust its own rounding."""
+    if world()[1] == 1:
+        return value
+    values: list[float] = [value]
+    dist.broadcast_object_list(values, src=0)
+    return float(values[0])
+
+
+def raise_together(error: Exception | None) -> None:
+    """Raise on every process if there is an error on any.
+
+    Raises:
+        ProcessError: another process failed; it names the process and its error. The process that
+            failed raises its own.
+    """
+    rank, _ = world()
+    if not anywhere(error is not None):
+        return
+    said = gather_objects(None if error is None else f"{type(error).__name__}: {error}")
+    if error is not None:
+        raise error
+    failed = [number for number, text in enumerate(said) if text is not None]
+    others = f" (so did {len(failed) - 1} more)" if len(failed) > 1 else ""
+    raise ProcessError(
+        f"process {failed[0]} failed{others}, so process {rank} stops too: {said[failed[0]]}"
+    )
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Run the block on every process; if it fails on any, all raise. No collectives inside."""
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    raise_together(error)
+
+
+def allotments(cap: int, available: Sequence[int], open_ended: Sequence[bool]) -> list[int]:
+    """How many of `cap` sequences each process gives: equal shares, where it has them.
+
+    Args:
+        cap: over all processes.
+        available: what each process is known to have.
+        open_ended: whether it may have more.
+    """
+    given = [0] * len(available)
+    left = cap
+    growing = [i for i, has in enumerate(available) if has or open_ended[i]]
+    while left and growing:
+        each, extra = divmod(left, len(growing))
+        for position, i in enumerate(growing):
+            want = each + (1 if position < extra else 0)
+            more = want if open_ended[i] else min(want, available[i] - given[i])
+            given[i] += more
+            left -= more
+        growing = [i for i in growing if not open_ended[i] and given[i] < available[i]] + [
+            i for i in growing if open_ended[i]
+        ]
+        growing.sort()
+    return given
+
+
+# --- sums ---------------------------------------------------------------------------------------
 
 _LAYER_FIELDS = ("gradient", "output_second_moment", "output_squares")
 _INPUT_FIELDS = ("second_moment", "total")
+_SYMMETRIC = frozenset({"output_second_moment", "second_moment"})
+
+_Described = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
 def reduce_layers(layers: Mapping[str, LayerSums], device: torch.device) -> None:
-    """Add the sums of all processes, in place, one layer after the other in sorted order.
+    """Add the sums of all processes, in place, in sorted order of the layers' names.
 
     Processes may have seen different layers, or none: what is missing counts as zero. Layers go on
-    sharing an input's sums only where they did on every process that has any.
+    sharing an input's sums only where they did on every process that has any. Tensors travel in
+    buckets, symmetric ones as half, while the next bucket is packed; counts in one message.
     """
     if world()[1] == 1:
         return
     names = sorted(layers)
-    _align_sharing(layers, names)
-    descriptions = gather_objects({name: _describe(layers[name]) for name in names})
+    described = _align(layers, names)
+    pieces: list[_Piece] = []
+    counted: list[LayerSums | InputSums] = []
     seen: set[int] = set()
     for name in names:
         layer = layers[name]
-        merged: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-        for description in descriptions:
-            merged.update(description[name])  # type: ignore[index]
-        for field in _LAYER_FIELDS:
-            _reduce_field(layer, field, merged.get(field), device)
-        layer.positions = int(sum_counts([layer.positions])[0])
+        owners: list[tuple[LayerSums | InputSums, tuple[str, ...]]] = [(layer, _LAYER_FIELDS)]
         if id(layer.inputs) not in seen:
             seen.add(id(layer.inputs))
-            for field in _INPUT_FIELDS:
-                _reduce_field(layer.inputs, field, merged.get(field), device)
-            layer.inputs.positions = int(sum_counts([layer.inputs.positions])[0])
+            owners.append((layer.inputs, _INPUT_FIELDS))
+        for owner, fields in owners:
+            counted.append(owner)
+            for field in fields:
+                if field in described[name]:
+                    shape, dtype = described[name][field]
+                    pieces.append(_Piece(owner, field, shape, dtype))
+    counts = torch.tensor([owner.positions for owner in counted], device=communication_device(_CPU))
+    dist.all_reduce(counts)
+    for owner, positions in zip(counted, counts.tolist(), strict=True):
+        owner.positions = int(positions)
+    _reduce(pieces, device)
 
 
-def _describe(layer: LayerSums) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+def _describe(layer: LayerSums) -> _Described:
     pairs = [(field, getattr(layer, field)) for field in _LAYER_FIELDS]
     pairs += [(field, getattr(layer.inputs, field)) for field in _INPUT_FIELDS]
     return {field: (tuple(t.shape), t.dtype) for field, t in pairs if t is not None}
 
 
-def _reduce_field(
-    owner: object,
-    field: str,
-    described: tuple[tuple[int, ...], torch.dtype] | None,
-    device: torch.device,
-) -> None:
-    if described is None:
-        return
-    tensor: Tensor | None = getattr(owner, field)
-    if tensor is None:
-        tensor = torch.zeros(described[0], dtype=described[1], device=device)
-    travelling = tensor.to(communication_device(tensor.device)).contiguous()
-    dist.all_reduce(travelling, op=dist.ReduceOp.SUM)
-    setattr(owner, field, travelling.to(tensor.device))
-
-
-def _align_sharing(layers: Mapping[str, LayerSums], names: Sequence[str]) -> None:
-    """Give every process the coarsest sharing that holds on all of them."""
+def _align(layers: Mapping[str, LayerSums], names: Sequence[str]) -> dict[str, _Described]:
+    """The coarsest sharing that holds on all processes, and what there is of every layer."""
     leaders: dict[int, str] = {}
     own = {name: leaders.setdefault(id(layers[name].inputs), name) for name in names}
+    described = {name: _describe(layers[name]) for name in names}
+    # Nearly always everyone has seen the same, and one number says so.
+    if same_everywhere((own, described)):
+        return described
     busy = any(layers[name].inputs.positions for name in names)
-    maps = [m for m in gather_objects(own if busy else None) if m is not None]
+    gathered = gather_objects((own if busy else None, described))
+    maps = [sharing for sharing, _ in gathered if sharing is not None]
     common: dict[tuple[str, ...], str] = {}
     for name in names:
-        key = tuple(m[name] for m in maps)  # type: ignore[index]
-        leader = common.setdefault(key, name)
+        leader = common.setdefault(tuple(sharing[name] for sharing in maps), name)
         if leader == name:
             if own[name] != name:
                 layers[name].inputs = layers[name].inputs.clone()
         else:
             layers[name].inputs = layers[leader].inputs
+    merged: dict[str, _Described] = {name: {} for name in names}
+    for _, theirs in gathered:
+        for name in names:
+            merged[name].update(theirs[name])
+    return merged
+
+
+class _Piece:
+    """One tensor on its way: packed into a bucket, and unpacked from it again."""
+
+    def __init__(
+        self,
+        owner: LayerSums | InputSums,
+        field: str,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+    ) -> None:
+        self.owner, self.field, self.shape, self.dtype = owner, field, shape, dtype
+        self.half = field in _SYMMETRIC
+        rows = shape[0]
+        self.length = rows * (rows + 1) // 2 if self.half else rows * (*shape, 1)[1]
+
+    def pack(self, into: Tensor) -> None:
+        """Write the tensor, or zeros, into ``(length,)``."""
+        tensor: Tensor | None = getattr(self.owner, self.field)
+        if tensor is None:
+            into.zero_()
+        elif self.half:
+            pack_half(tensor, into)
+        else:
+            into.copy_(tensor.reshape(-1))
+
+    def unpack(self, flat: Tensor, device: torch.device) -> None:
+        """Take the sum from ``(length,)``."""
+        tensor: Tensor | None = getattr(self.owner, self.field)
+        if tensor is None:
+            tensor = torch.empty(self.shape, dtype=self.dtype, device=device)
+            setattr(self.owner, self.field, tensor)
+        if self.half:
+            unpack_half(flat, tensor)
+        else:
+            tensor.copy_(flat.view(self.shape))
+
+
+def _reduce(pieces: Sequence[_Piece], device: torch.device) -> None:
+    """All-reduce in buckets; one travels while the next is packed."""
+    travelling: tuple[Any, Tensor, list[_Piece]] | None = None
+    for bucket in _buckets(pieces):
+        total = sum(piece.length for piece in bucket)
+        flat = torch.empty(total, dtype=bucket[0].dtype, device=communication_device(device))
+        for piece, part in zip(bucket, torch.split(flat, [p.length for p in bucket]), strict=True):
+            piece.pack(part)
+        work = dist.all_reduce(flat, async_op=True)
+        if travelling is not None:
+            _arrive(*travelling, device)
+        travelling = (work, flat, bucket)
+    if travelling is not None:
+        _arrive(*travelling, device)
+
+
+def _arrive(work: Any, flat: Tensor, bucket: list[_Piece], device: torch.device) -> None:
+    work.wait()
+    for piece, part in zip(bucket, torch.split(flat, [p.length for p in bucket]), strict=True):
+        piece.unpack(part, device)
+
+
+def _buckets(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
+    bucket: list[_Piece] = []
+    size = 0
+    for piece in pieces:
+        new = piece.length * piece.dtype.itemsize
+        if bucket and (size + new > BUCKET_BYTES or piece.dtype != bucket[0].dtype):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(piece)
+        size += new
+    if bucket:
+        yield bucket
+
+
+def pack_half(matrix: Tensor, into: Tensor) -> None:
+    """The upper triangle of a symmetric ``(n, n)``, as ``(n (n + 1) / 2,)``; the lower is not read.
+
+    The triangle of the first diagonal block and that of the second, transposed, fill a rectangle;
+    the block beside them is another. No list of indices, which would be larger than the matrix.
+    """
+    first = matrix.shape[0] // 2
+    second = matrix.shape[0] - first
+    rectangle = into[: second * (first + 1)].view(second, first + 1)
+    rectangle.zero_()
+    rectangle[:, :second].copy_(matrix[first:, first:].triu().mT)
+    rectangle[:first, 1:] += matrix[:first, :first].triu().to(into.device)
+    into[second * (first + 1) :].view(first, second).copy_(matrix[:first, first:])
+
+
+def unpack_half(flat: Tensor, matrix: Tensor) -> None:
+    """The inverse of `pack_half`, into the whole of ``(n, n)``."""
+    first = matrix.shape[0] // 2
+    second = matrix.shape[0] - first
+    rectangle = flat[: second * (first + 1)].view(second, first + 1)
+    beside = flat[second * (first + 1) :].view(first, second)
+    upper, lower = rectangle[:first, 1:].triu(), rectangle[:, :second].tril()
+    matrix[:first, :first].copy_(upper + upper.triu(1).mT)
+    matrix[first:, first:].copy_(lower + lower.tril(-1).mT)
+    matrix[:first, first:].copy_(beside)
+    matrix[first:, :first].copy_(beside.mT)
+
+
+# --- tensors that one process has and all want ----------------------------------------------------
+
+
+def broadcast(tensors: Sequence[Tensor], source: int) -> None:
+    """Overwrite `tensors`, the same shapes and dtypes everywhere, with those of rank `source`."""
+    if world()[1] == 1:
+        return
+    bucket: list[Tensor] = []
+    size = 0
+    for tensor in tensors:
+        new = tensor.numel() * tensor.element_size()
+        if bucket and size + new > BUCKET_BYTES:
+            _broadcast(bucket, source)
+            bucket, size = [], 0
+        bucket.append(tensor)
+        size += new
+    if bucket:
+        _broadcast(bucket, source)
+
+
+def _broadcast(bucket: Sequence[Tensor], source: int) -> None:
+    """As bytes, so that dtypes mix and each back end carries all of them."""
+    place = communication_device(bucket[0].device)
+    lengths = [tensor.numel() * tensor.element_size() for tensor in bucket]
+    flat = torch.empty(sum(lengths), dtype=torch.uint8, device=place)
+    own = world()[0] == source
+    if own:
+        for tensor, part in zip(bucket, torch.split(flat, lengths), strict=True):
+            part.copy_(tensor.detach().contiguous().reshape(-1).view(torch.uint8))
+    dist.broadcast(flat, src=source)
+    if own:
+        return
+    with torch.no_grad():
+        for tensor, part in zip(bucket, torch.split(flat, lengths), strict=True):
+            # A copy, since a part of the bucket may not lie on a boundary of the wider dtype.
+            tensor.copy_(part.clone().view(tensor.dtype).view(tensor.shape))

@@ -10,6 +10,8 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
+from lorainit.statistics.rounds import reshard
+
 
 @contextmanager
 def unchanged_rng(device: torch.device) -> Iterator[None]:
@@ -64,6 +66,7 @@ def measuring(model: nn.Module) -> Iterator[None]:
     mode: such layers must stay in train mode to be checkpointed at all, so their own dropout rates
     are set to zero for the time being.
     """
+    reshard(model)
     required = [(p, p.requires_grad) for p in model.parameters()]
     modes = [(m, m.training) for m in model.modules()]
     checkpointed = [
@@ -78,6 +81,7 @@ def measuring(model: nn.Module) -> Iterator[None]:
     ]
     with ExitStack() as stack:
         stack.callback(_put_back, required, modes, rates)
+        stack.callback(reshard, model)
         if checkpointed:
             _inputs_require_grad(model, stack)
         for parameter, _ in required:

@@ -45,6 +45,7 @@ class TapState:
         layers: running sums by target name.
         share_inputs: let layers that read the same tensor share one sum.
         positions: which positions of the batch count.
+        counts: whether the batch counts at all; if not, it only keeps other processes company.
         encoder_layers: names of the layers inside an encoder, whose mask is not the decoder's.
     """
 
@@ -52,6 +53,7 @@ class TapState:
     layers: dict[str, LayerSums]
     share_inputs: bool = True
     positions: BatchPositions | None = None
+    counts: bool = True
     _reads: list[_Read] = field(default_factory=list)
     _met: set[str] = field(default_factory=set)
     encoder_layers: frozenset[str] = frozenset()
@@ -67,9 +69,10 @@ class TapState:
         """Whether the backward needs the layer's input."""
         return bool(self.needs & {"gradient", "input_second_moment", "input_mean"})
 
-    def begin_batch(self, positions: BatchPositions) -> None:
+    def begin_batch(self, positions: BatchPositions, *, counted: bool = True) -> None:
         """Forget the tensors of the batch before."""
         self.positions = positions
+        self.counts = counted
         self._reads.clear()
         self._encoder_outputs.clear()
 
@@ -99,6 +102,8 @@ class TapState:
 
     def count(self, name: str, read: _Read, x: Tensor | None, g: Tensor | None) -> None:
         """Add one call of layer `name`: its input, and its output gradient where there is one."""
+        if not self.counts:
+            return
         layer = self.layers[name]
         operand = x if x is not None else g
         assert operand is not None

@@ -1,0 +1,69 @@
+"""Wrappers for many processes: seen through where that is right, refused where it is not."""
+
+from __future__ import annotations
+
+import torch
+from peft import PeftModel
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from lorainit.adapters.targets import base_model_of
+from lorainit.errors import AdapterError
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside data-parallel wrappers; a sharded model is as it is.
+
+    Raises:
+        AdapterError: DeepSpeed ZeRO-3, FSDP1 or tensor parallelism, with the way round.
+    """
+    while isinstance(model, DistributedDataParallel | DataParallel):
+        model = model.module
+    _refuse(model)
+    return model
+
+
+def _refuse(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if type(module).__name__ == "FullyShardedDataParallel":
+            raise AdapterError(
+                f"'{name or 'the model'}' is wrapped in FullyShardedDataParallel (FSDP1), which "
+                "flattens its weights. Start the adapter before wrapping, or shard with FSDP2 "
+                "(fully_shard; fsdp_version: 2 in accelerate's configuration)."
+            )
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "ds_id"):
+            raise AdapterError(
+                f"parameter '{name}' is partitioned by DeepSpeed ZeRO-3, which lorainit does not "
+                "read. Start the adapter in a run without ZeRO-3 (one process with "
+                "device_map='auto' will do), save it with save_pretrained, and load it under ZeRO-3 "
+                "with PeftModel.from_pretrained(model, folder, is_trainable=True). ZeRO-2 needs "
+                "nothing of this."
+            )
+    if hasattr(next(model.parameters(), None), "device_mesh") and not _fully_sharded(model):
+        raise AdapterError(
+            "the model's weights are split by tensor parallelism, where every process sees the same "
+            "data. Load it without tp_plan: whole, with device_map='auto', or shard it with "
+            "fully_shard."
+        )
+
+
+def _fully_sharded(model: nn.Module) -> bool:
+    from torch.distributed.fsdp import FSDPModule
+
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def adapter_tensors(model: PeftModel, adapter_name: str) -> list[torch.Tensor]:
+    """All of an adapter's own tensors that every process holds whole, in the modules' order."""
+    found = []
+    for name, tensor in [
+        *base_model_of(model).named_parameters(),
+        *base_model_of(model).named_buffers(),
+    ]:
+        if f".{adapter_name}." not in f".{name}." or "lora_" not in name:
+            continue
+        if tensor.is_meta or hasattr(tensor, "device_mesh"):
+            continue
+        found.append(tensor.data)
+    return found
