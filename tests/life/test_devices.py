@@ -83,7 +83,7 @@ def test_the_anchored_pair_compiles_whole() -> None:
     assert pair[0].trained.grad is not None
 
 
-@pytest.mark.parametrize("kind", ["displaced", "anchored"])
+@pytest.mark.parametrize("kind", [pytest.param("displaced", marks=pytest.mark.slow), "anchored"])
 def test_the_wrapped_model_compiles_without_a_graph_break(kind: str) -> None:
     wrapped = train(start(llama(), METHODS[kind]))
     inputs = batch(seed=9)

@@ -31,7 +31,11 @@ def test_only_answers_are_labels(form: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "form"),
-    [("displaced", "completion"), ("anchored", "completion"), ("anchored", "chat")],
+    [
+        pytest.param("displaced", "completion", marks=pytest.mark.slow),
+        ("anchored", "completion"),
+        ("anchored", "chat"),
+    ],
 )
 def test_sft_cut_and_resumed_in_a_fresh_process(kind: str, form: str, tmp_path: Path) -> None:
     whole = sft.started(kind, form, tmp_path / "data")

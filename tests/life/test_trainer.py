@@ -17,21 +17,19 @@ from tests.life import trainer as life
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-# Fresh processes: the script run again from its start, or the checkpoint alone, without data.
-AGAIN = """
-    from tests.life import trainer as life
-    life.seeded()
-    model = life.started(kind)
-    result = life.result(model, life.run(model, folder, resume=True))
-"""
-FROM_FOLDER = """
+# In a fresh process: the script run again from its start; then the checkpoint alone, without data.
+RESUME = """
     import lorainit
     from tests.adapters import tiny
     from tests.life import trainer as life
     life.seeded()
-    checkpoint = f"{folder}/checkpoint-{life.CUT}"
+    model = life.started(kind)
+    result = {"again": life.result(model, life.run(model, f"{root}/again", resume=True))}
+    life.seeded()
+    checkpoint = f"{root}/folder/checkpoint-{life.CUT}"
     model = lorainit.load_adapter(tiny.llama(), checkpoint)
-    result = life.result(model, life.run(model, folder, resume=checkpoint))
+    losses = life.run(model, f"{root}/folder", resume=checkpoint)
+    result["folder"] = life.result(model, losses)
 """
 
 
@@ -49,10 +47,9 @@ def test_killed_and_resumed_is_uninterrupted(kind: str, tmp_path: Path) -> None:
     assert first == uninterrupted[: life.CUT]
     shutil.copytree(tmp_path / "again", tmp_path / "folder")
 
-    for name, code in (("again", AGAIN), ("folder", FROM_FOLDER)):
-        found = tiny.run_fresh(code, kind=kind, folder=str(tmp_path / name))
+    live = tiny.logits(whole).double().flatten().tolist()
+    for name, found in tiny.run_fresh(RESUME, kind=kind, root=str(tmp_path)).items():
         assert found["losses"] == uninterrupted[life.CUT :], name
-        live = tiny.logits(whole).double().flatten().tolist()
         assert found["logits"] == live, name
 
     checkpoint = tmp_path / "whole" / f"checkpoint-{life.STEPS}"
