@@ -248,7 +248,8 @@ def comparison_table(lines: dict[tuple[str, str], Line]) -> str:
                 f"{100 * mean([mean(line.exact) for line in mine]):.2f}",
                 "–"
                 if label == BASELINE
-                else f"{100 * mean(differences):+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]",
+                else f"{100 * mean(differences):+.2f}"
+                + ("" if math.isnan(low) else f" [{100 * low:+.2f}, {100 * high:+.2f}]"),
                 "–" if label == BASELINE else f"{sign_flip(differences):.3f}",
                 number(mean([mean([c[1][0] for c in line.heldout]) for line in mine])),
                 number(mean([mean(line.early) for line in mine])),
