@@ -74,7 +74,10 @@ def _floating(module: nn.Module, name: str) -> Tensor:
 def fingerprint(module: nn.Module, name: str) -> Tensor:
     """At most `FINGERPRINT_SIZE` entries of the weight, evenly spread, float32 on the CPU."""
     flat = read_weight(module, name).reshape(-1)
-    index = torch.linspace(0, flat.numel() - 1, min(FINGERPRINT_SIZE, flat.numel())).long()
+    count = min(FINGERPRINT_SIZE, flat.numel())
+    # In integers: float32 would round the last index of a large weight past its end, and some
+    # devices have no float64.
+    index = torch.arange(count) * (flat.numel() - 1) // max(count - 1, 1)
     return flat[index.to(flat.device)].float().cpu()
 
 
