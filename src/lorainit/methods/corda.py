@@ -38,7 +38,7 @@ class CorDA:
             other follow the units of ``Sx``.
         damping: added to the diagonal of ``Sx``, see `damping_mode`.
         damping_mode: ``"relative"``: times the mean of the diagonal (the release); or
-        ``"absolute"``.
+            ``"absolute"``.
 
     Deviations from the release: ``C`` is the mean over counted tokens of ``x x^T``, where the
     release divides every sequence by its signed maximum and sums over tokens; damping is not
