@@ -13,7 +13,8 @@ from peft import LoraConfig, PeftModel
 from torch import nn
 
 from lorainit.adapters import install as installing
-from lorainit.adapters.targets import match_targets
+from lorainit.adapters.patterns import with_ranks
+from lorainit.adapters.targets import Targets, match_targets
 from lorainit.adapters.wrappers import adapter_tensors, unwrapped
 from lorainit.checks import (
     check_arguments,
@@ -159,7 +160,21 @@ def get_peft_model(
                 on_unused=on_unused,
                 progress=progress,
             )
-        measured = Measured(model, targets, settings, loss_fn, calibration_share, progress)
+
+        def reallocate(ranks: Mapping[str, int]) -> Targets:
+            with_ranks(config, ranks, [*targets.layers, *targets.left_out])
+            return match_targets(model, config)
+
+        measured = Measured(
+            model,
+            targets,
+            settings,
+            loss_fn,
+            calibration_share,
+            progress,
+            # The layers of an adapter that exists have their ranks already.
+            None if existing else reallocate,
+        )
         with adapters_off(model), unchanged_rng(input_device(model)):
             start = find_start(method, measured, data, statistics, precision)
     left_out = targets.left_out | start.unused

@@ -13,7 +13,7 @@ from lorainit.adapters.targets import Target
 from lorainit.adapters.weights import read_weight
 from lorainit.errors import AdapterError, LorainitError, NonFiniteError
 from lorainit.statistics import Statistics, distributed
-from lorainit.types import Factors, LayerSpec, LayerStatistics, Method
+from lorainit.types import Factors, LayerSpec, LayerStatistics, Method, RanksDirections
 
 _CHUNK_BYTES = 1 << 30
 
@@ -69,6 +69,29 @@ def solve_layers(
         if size > 1:
             solved, sizes = _exchanged(targets, solved, sizes)
     return {name: solved[name] for name in targets}, {name: sizes[name] for name in targets}
+
+
+def value_directions(
+    targets: Mapping[str, Target],
+    statistics: Statistics,
+    method: RanksDirections,
+    limits: Mapping[str, int],
+) -> dict[str, Tensor]:
+    """What each layer's leading directions are worth, ``(limit,)`` by name, the same everywhere."""
+    found: dict[str, Tensor] = {}
+    by_limit: dict[int, dict[str, Target]] = {}
+    for name, target in targets.items():
+        by_limit.setdefault(limits[name], {})[name] = target
+    with torch.no_grad():
+        for limit, members in by_limit.items():
+            for chunk in _chunks(members):
+                layers = [
+                    _for_solving(statistics[t.name], method.needs, _device(t), None) for t in chunk
+                ]
+                values = method.rank_values(LayerStatistics.stack(layers), limit).cpu()
+                found |= {t.name: values[i] for i, t in enumerate(chunk)}
+    distributed.broadcast([found[name] for name in targets], 0)
+    return found
 
 
 def _weights(chunk: list[Target], mine: bool) -> list[Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from torch import nn
 
 from lorainit.adapters.targets import Target, Targets
 from lorainit.adapters.weights import fingerprint, read_weight
+from lorainit.allocation import allocate_ranks, rank_limits
 from lorainit.calibration import SearchResult
 from lorainit.checks import unused_targets
 from lorainit.errors import AdapterError
@@ -26,12 +27,12 @@ from lorainit.refinement import (
     natural_start,
     scale_factors,
 )
-from lorainit.solving import relative_size, solve_layers
+from lorainit.solving import relative_size, solve_layers, value_directions
 from lorainit.statistics import CollectSettings, LossFunction, Statistics, collect, distributed
 from lorainit.statistics.batches import split_batches
 from lorainit.statistics.displace import LowRank, displaced
 from lorainit.statistics.rounds import rows_before, sample, shared_population
-from lorainit.types import Factors, Method
+from lorainit.types import Factors, Method, RanksDirections
 
 logger = logging.getLogger("lorainit")
 
@@ -63,6 +64,7 @@ class Measured:
     loss_fn: LossFunction | None
     calibration_share: float
     progress: bool
+    with_ranks: Callable[[Mapping[str, int]], Targets] | None = None
 
     @property
     def modules(self) -> dict[str, nn.Module]:
@@ -100,6 +102,22 @@ class Measured:
             )
         return found
 
+    def reallocated(self, method: Method, statistics: Statistics | None) -> Measured:
+        """The same, each layer at the rank that its directions deserve, where the method says so."""
+        if self.with_ranks is None or statistics is None:
+            return self
+        if not isinstance(method, RanksDirections) or method.rho <= 1:
+            return self
+        served = _served(self.targets, unused_targets(statistics, self.targets))
+        configured = {name: target.spec.rank for name, target in served.items()}
+        share = int(getattr(method, "rank_factor", 1))
+        possible = {
+            n: min(t.spec.out_features, t.spec.in_features) // share for n, t in served.items()
+        }
+        limits = rank_limits(configured, possible, method.rho)
+        values = value_directions(served, statistics, method, limits)
+        return replace(self, targets=self.with_ranks(allocate_ranks(values, configured)))
+
     def capped(self) -> Measured:
         """The same, for batches that are cut to this process's share already."""
         assert self.settings is not None
@@ -129,6 +147,7 @@ def find_start(
         if statistics is None and method.needs:
             assert data is not None
             statistics = measured.statistics(data)
+        measured = measured.reallocated(method, statistics)
         return _solved(method, measured, statistics, precision, unmeasured=calibrated)
     population = shared_population(data)
     batches = measured.batches(data)
@@ -141,6 +160,7 @@ def find_start(
     measured = measured.capped()
     if statistics is None:
         statistics = measured.statistics(fit, population)
+    measured = measured.reallocated(method, statistics)
     probe = measured.probe(held)
     if isinstance(method, Natural):
         unused = unused_targets(statistics, measured.targets)

@@ -292,6 +292,18 @@ class Method(Protocol):
         """
 
 
+@runtime_checkable
+class RanksDirections(Method, Protocol):
+    """A method that says what a layer's directions are worth, so that ranks can be redistributed."""
+
+    @property
+    def rho(self) -> float:
+        """A layer may get up to so many times its configured rank; 1: none is redistributed."""
+
+    def rank_values(self, statistics: LayerStatistics, max_rank: int) -> Tensor:
+        """``(..., max_rank)`` descending, comparable across layers."""
+
+
 def settings_of(method: Method) -> dict[str, object]:
     """A method's settings as a JSON-ready dictionary, its class name under ``"method"``."""
     values = {f.name: getattr(method, f.name) for f in fields(method)}  # type: ignore[arg-type]

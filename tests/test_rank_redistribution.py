@@ -1,0 +1,86 @@
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import lorainit
+
+
+def tiny():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=50,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def batches():
+    ids = torch.randint(0, 20, (16, 9), generator=torch.Generator().manual_seed(1))
+    return [{"input_ids": ids[i : i + 8], "labels": ids[i : i + 8]} for i in (0, 8)]
+
+
+def configuration(**other):
+    return LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", **other)
+
+
+def layer_ranks(model):
+    layers = {n: m for n, m in model.named_modules() if hasattr(m, "lora_A") and m.r}
+    return {n: m.r["default"] for n, m in layers.items()}, {
+        m.scaling["default"] for m in layers.values()
+    }
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize(
+    "method", [lorainit.EVA(rho=2.0), lorainit.Natural(rho=2.0)], ids=["eva", "natural"]
+)
+def test_ranks_move_within_the_budget_at_one_scaling(method, rslora, tmp_path):
+    config = configuration(use_rslora=rslora)
+    model = lorainit.get_peft_model(tiny(), config, method=method, data=batches(), progress=False)
+    ranks, scalings = layer_ranks(model)
+    assert sum(ranks.values()) == 4 * len(ranks)
+    assert len(set(ranks.values())) > 1
+    assert max(ranks.values()) <= 8
+    want = 8 / 4**0.5 if rslora else 8 / 4
+    assert all(s == pytest.approx(want) for s in scalings)
+    ids = batches()[0]["input_ids"]
+    live = model(ids).logits
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(tiny(), tmp_path)(ids).logits
+    torch.testing.assert_close(again, live, rtol=0, atol=1e-6)
+    assert config.rank_pattern == {}
+
+
+def test_rho_of_one_keeps_every_rank():
+    """The control: nothing moves where it was not asked for."""
+    model = lorainit.get_peft_model(
+        tiny(), configuration(), method=lorainit.EVA(rho=1.0), data=batches(), progress=False
+    )
+    assert set(layer_ranks(model)[0].values()) == {4}
+
+
+def test_layers_get_what_their_directions_are_worth():
+    """EVA's ranks are the counts of the largest explained variances of all layers."""
+    method = lorainit.EVA(rho=2.0)
+    statistics = lorainit.collect_statistics(
+        tiny(), configuration(), data=batches(), needs=method.needs, progress=False
+    )
+    model = lorainit.get_peft_model(
+        tiny(), configuration(), method=method, statistics=statistics, progress=False
+    )
+    ranks = {n.removeprefix("base_model.model."): r for n, r in layer_ranks(model)[0].items()}
+    values = {}
+    for name, layer in statistics.items():
+        mean = layer.input_mean.double()
+        spectrum = torch.linalg.eigvalsh(
+            layer.input_second_moment.double() - torch.outer(mean, mean)
+        ).flip(0)
+        values[name] = spectrum[:8] / spectrum.sum()
+    inside = min(float(values[n][r - 1]) for n, r in ranks.items() if r > 1)
+    outside = max(float(values[n][r]) for n, r in ranks.items() if r < len(values[n]))
+    assert inside >= outside * (1 - 1e-4)
