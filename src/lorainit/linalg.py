@@ -22,11 +22,17 @@ from lorainit.errors import FactorizationError, NonFiniteError, RankError
 from lorainit.types import DampingMode
 
 DENSE_LIMIT = 768
-"""Up to this size a dense eigen- or singular value decomposition is as quick as iterating."""
+"""Up to this size a dense eigen- or singular value decomposition is as quick as iterating (CPU)."""
+
+DENSE_LIMIT_CUDA = 128
+"""The same on CUDA, where small dense decompositions wait for one another."""
+
+_LOOP_FROM = 256
 
 _OVERSAMPLING = 8
 _MAX_ITERATIONS = 60
 _MAX_WIDTHS = 12
+_MAX_WIDTHS_CUDA = 24
 
 
 # --- dtypes and checks ----------------------------------------------------------------------
@@ -37,14 +43,32 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
+def all_finite(tensor: Tensor) -> Tensor:
+    """Whether every value is finite, as a 0-dim tensor: one read, no copy."""
+    if tensor.numel() == 0:
+        return torch.ones((), dtype=torch.bool, device=tensor.device)
+    # The largest absolute value carries NaN and infinity along.
+    return torch.isfinite(torch.linalg.vector_norm(tensor, ord=torch.inf))
+
+
 def check_finite(tensor: Tensor, what: str) -> Tensor:
     """The tensor itself, or `NonFiniteError` naming `what`."""
-    if not bool(torch.isfinite(tensor).all()):
+    if not bool(all_finite(tensor)):
         raise NonFiniteError(
             f"{what} has values that are not finite. Look at the data and the model's dtype: "
             "float16 overflows where bfloat16 and float32 do not."
         )
     return tensor
+
+
+def gram(matrix: Tensor) -> Tensor:
+    """``M^T M``; of half precision on CUDA by the matrix units, exact products summed in float32."""
+    if matrix.is_cuda and matrix.dtype in (torch.float16, torch.bfloat16):
+        stack = matrix.flatten(0, -3) if matrix.dim() > 2 else matrix.unsqueeze(0)
+        product = torch.stack([torch.mm(m.mT, m, out_dtype=torch.float32) for m in stack])
+        return product.reshape(*matrix.shape[:-2], *product.shape[-2:])
+    wide = matrix.to(compute_dtype(matrix))
+    return wide.mT @ wide
 
 
 def check_rank(rank: int, rows: int, columns: int, *, factor: int = 1) -> None:
@@ -63,6 +87,64 @@ def double_precision(tensor: Tensor) -> Tensor:
     if tensor.device.type == "mps":
         return tensor.cpu().double()
     return tensor.double()
+
+
+def dense_limit(like: Tensor) -> int:
+    """Up to which size a dense decomposition is as quick as iterating, on this tensor's device."""
+    return DENSE_LIMIT_CUDA if like.is_cuda else DENSE_LIMIT
+
+
+def iterates(like: Tensor | None) -> bool:
+    """Whether ``(..., n, m)`` is large enough, on a device, for operators that are never formed."""
+    return like is not None and like.is_cuda and like.shape[-2] > DENSE_LIMIT_CUDA
+
+
+# --- one by one where that is quicker -------------------------------------------------------
+
+
+def _one_by_one(matrix: Tensor) -> bool:
+    """CUDA's batched factorizations are made for small matrices: large ones go one by one."""
+    return matrix.is_cuda and matrix.dim() > 2 and matrix.shape[-1] >= _LOOP_FROM
+
+
+def _cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    if not _one_by_one(matrix):
+        factor, info = torch.linalg.cholesky_ex(matrix)
+        return factor, info
+    pairs = [torch.linalg.cholesky_ex(m) for m in matrix.flatten(0, -3)]
+    factors = torch.stack([p[0] for p in pairs]).reshape(matrix.shape)
+    return factors, torch.stack([p[1] for p in pairs])
+
+
+def solve_triangular(triangle: Tensor, right: Tensor, *, upper: bool, left: bool = True) -> Tensor:
+    """``torch.linalg.solve_triangular``, large matrices of a stack one by one on CUDA."""
+    if not (_one_by_one(triangle) and triangle.shape[:-2] == right.shape[:-2]):
+        whole: Tensor = torch.linalg.solve_triangular(triangle, right, upper=upper, left=left)
+        return whole
+    pairs = zip(triangle.flatten(0, -3), right.flatten(0, -3), strict=True)
+    solved = [torch.linalg.solve_triangular(t, r, upper=upper, left=left) for t, r in pairs]
+    return torch.stack(solved).reshape(right.shape)
+
+
+def triangular_inverse(lower: Tensor, *, block: int = 512) -> Tensor:
+    """Inverse of a lower triangular ``(..., n, n)``, by halves, so that it is mostly products."""
+    out = torch.zeros_like(lower)
+    _invert_into(lower, out, block)
+    return out
+
+
+def _invert_into(lower: Tensor, out: Tensor, block: int) -> None:
+    n = lower.shape[-1]
+    if n <= block:
+        eye = torch.eye(n, dtype=lower.dtype, device=lower.device).expand_as(lower)
+        out.copy_(solve_triangular(lower, eye, upper=False))
+        return
+    half = -(-n // (2 * block)) * block
+    first, second = slice(None, half), slice(half, None)
+    _invert_into(lower[..., first, first], out[..., first, first], block)
+    _invert_into(lower[..., second, second], out[..., second, second], block)
+    corner = lower[..., second, first] @ out[..., first, first]
+    out[..., second, first] = out[..., second, second] @ corner.neg_()
 
 
 # --- damping and roots ----------------------------------------------------------------------
@@ -112,9 +194,8 @@ def damped_cholesky(matrix: Tensor, damping: Tensor, what: str) -> Tensor:
     check_finite(matrix, what)
     for attempt in (matrix, double_precision(matrix)):
         damped = add_to_diagonal(attempt, damping.to(attempt))
-        factor: Tensor
-        factor, info = torch.linalg.cholesky_ex(damped)
-        if not bool(info.any()) and bool(torch.isfinite(factor).all()):
+        factor, info = _cholesky(damped)
+        if not bool(info.any()) and bool(all_finite(factor)):
             return factor
     raise FactorizationError(
         f"{what} is not positive definite with damping {float(damping.min()):.3g} added, in "
@@ -176,6 +257,17 @@ def _lapack_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
+def _thin_svd(tall: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """SVD of a few columns; on CUDA a float32 one by way of its Gram matrix in float64."""
+    if not (tall.is_cuda and tall.dtype == torch.float32):
+        return svd(tall)
+    wide = tall.double()
+    values, vectors = eigh(wide.mT @ wide)
+    s, v = values.flip(-1).clamp_min(0).sqrt(), vectors.flip(-1)
+    u = wide @ v / s.clamp_min(torch.finfo(tall.dtype).tiny).unsqueeze(-2)
+    return u.to(tall), s.to(tall), v.to(tall)
+
+
 def _gram_svd(matrix: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """Leading ``k`` triplets of a float32 matrix by way of the smaller Gram matrix, in float64.
 
@@ -200,7 +292,7 @@ def smallest_eigenvectors(
 ) -> tuple[Tensor, Tensor]:
     """Orthonormal eigenvectors of the ``k`` smallest eigenvalues of a symmetric matrix.
 
-    Up to `DENSE_LIMIT` by a dense decomposition. Above it by a block Krylov space of the matrix,
+    Up to `dense_limit` by a dense decomposition. Above it by a block Krylov space of the matrix,
     which is quick where the eigenvalues sought stand out of the spectrum; failing that, where a
     lower bound of the spectrum is known, by one of the shifted inverse (a Cholesky factorization,
     then pairs of triangular solves), which is quick where the spectrum reaches far up. Both run
@@ -217,7 +309,7 @@ def smallest_eigenvectors(
         Eigenvalues ``(..., k)`` ascending, eigenvectors ``(..., n, k)``.
     """
     n = matrix.shape[-1]
-    if n > DENSE_LIMIT and 4 * (k + _OVERSAMPLING) < n:
+    if n > dense_limit(matrix) and 4 * (k + _OVERSAMPLING) < n:
         goal = _tolerance(matrix, tolerance)
         found = _krylov_eigenvectors(matrix.matmul, matrix, k, goal, norm=_column_norm(matrix))
         if found is None and lower_bound is not None:
@@ -229,7 +321,14 @@ def smallest_eigenvectors(
 
 
 def smallest_of_operator(
-    apply: Callable[[Tensor], Tensor], like: Tensor, k: int, *, norm: Tensor
+    apply: Callable[[Tensor], Tensor],
+    like: Tensor,
+    k: int,
+    *,
+    norm: Tensor,
+    tolerance: float | None = None,
+    start: Tensor | None = None,
+    each: float = 0.0,
 ) -> tuple[Tensor, Tensor] | None:
     """As `smallest_eigenvectors`, of a matrix that is cheaper to apply than to form.
 
@@ -238,15 +337,20 @@ def smallest_of_operator(
         like: any ``(..., n, m)`` tensor of the matrix's batch, size, dtype and device.
         k: how many.
         norm: ``(...)``, the matrix's spectral norm, or somewhat less.
+        tolerance: residual tolerance; default ``1e-10`` in float64 and ``2e-6`` in float32.
+        start: ``(..., n, width)`` near the vectors sought, where such are known.
+        each: a residual may also be this times its own eigenvalue.
 
     Returns:
         Eigenvalues ``(..., k)`` ascending and eigenvectors ``(..., n, k)``; None where a dense
         solver is as quick, or where the iteration does not meet its tolerance: form the matrix.
     """
     n = like.shape[-2]
-    if n <= DENSE_LIMIT or 4 * (k + _OVERSAMPLING) >= n:
+    width = k + _OVERSAMPLING if start is None else start.shape[-1]
+    if n <= dense_limit(like) or 4 * width >= n:
         return None
-    found = _krylov_eigenvectors(apply, like, k, _tolerance(like, None), norm=norm)
+    goal = _tolerance(like, tolerance)
+    found = _krylov_eigenvectors(apply, like, k, goal, norm=norm, start=start, each=each)
     return None if found is None else (found[0], fix_signs(found[1]))
 
 
@@ -255,13 +359,13 @@ def largest_eigenvectors(
 ) -> tuple[Tensor, Tensor]:
     """Orthonormal eigenvectors of the ``k`` largest eigenvalues of a positive semidefinite matrix.
 
-    Dense up to `DENSE_LIMIT`, above it as `top_singular`, whose triplets they are.
+    Dense up to `dense_limit`, above it as `top_singular`, whose triplets they are.
 
     Returns:
         Eigenvalues ``(..., k)`` descending, eigenvectors ``(..., n, k)``.
     """
     n = matrix.shape[-1]
-    if n > DENSE_LIMIT and 4 * (k + _OVERSAMPLING) < n:
+    if n > dense_limit(matrix) and 4 * (k + _OVERSAMPLING) < n:
         found = _block_krylov_svd(matrix, k, _tolerance(matrix, tolerance))
         if found is not None:
             return found[1], fix_signs(found[2])
@@ -274,7 +378,7 @@ def top_singular(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Leading ``k`` singular triplets ``(U, S, V)`` of ``(..., m, n)``, signs fixed.
 
-    Dense up to `DENSE_LIMIT` (in the smaller dimension). Above it a block Krylov space is grown,
+    Dense up to `dense_limit` (in the smaller dimension). Above it a block Krylov space is grown,
     with full reorthogonalization, until every residual ``|M^T u - s v|`` is below ``tolerance *
     S[0]``; a dense SVD finishes what does not converge.
 
@@ -282,7 +386,7 @@ def top_singular(
         ``(..., m, k)``, ``(..., k)`` descending, ``(..., n, k)``.
     """
     small = min(matrix.shape[-2:])
-    if small > DENSE_LIMIT and 4 * (k + _OVERSAMPLING) < small:
+    if small > dense_limit(matrix) and 4 * (k + _OVERSAMPLING) < small:
         found = _block_krylov_svd(matrix, k, _tolerance(matrix, tolerance))
         if found is not None:
             return _fix_pair_signs(*found)
@@ -332,7 +436,7 @@ def orthonormal_rows(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
 def largest_singular_value(matrix: Tensor) -> Tensor:
     """``(...)``: the spectral norm of ``(..., m, n)``, to the tolerance of `top_singular`."""
     m, n = matrix.shape[-2:]
-    if min(m, n) <= DENSE_LIMIT:
+    if min(m, n) <= dense_limit(matrix):
         gram = matrix @ matrix.mT if m <= n else matrix.mT @ matrix
         values: Tensor = torch.linalg.eigvalsh(gram)
         return values[..., -1].clamp_min(0).sqrt()
@@ -380,7 +484,7 @@ def _shifted_inverse_iteration(
     """Smallest eigenpairs from the block Krylov space of ``(M - shift)^-1``; None if it fails."""
     scale = lower_bound.abs().clamp_min(torch.finfo(matrix.dtype).tiny)
     shift = lower_bound - 1e-3 * scale
-    factor, info = torch.linalg.cholesky_ex(add_to_diagonal(matrix, -shift))
+    factor, info = _cholesky(add_to_diagonal(matrix, -shift))
     if bool(info.any()):
         return None
     return _krylov_eigenvectors(
@@ -403,6 +507,8 @@ def _krylov_eigenvectors(
     norm: Tensor,
     inverse: Tensor | None = None,
     scale: Tensor | None = None,
+    start: Tensor | None = None,
+    each: float = 0.0,
 ) -> tuple[Tensor, Tensor] | None:
     """Smallest eigenpairs by Rayleigh-Ritz over a growing block Krylov space; None if it fails.
 
@@ -414,23 +520,33 @@ def _krylov_eigenvectors(
         norm: ``(...)``, the matrix's spectral norm, or somewhat less.
         inverse: Cholesky factor whose inverse makes the space, in place of the matrix.
         scale: ``(...)``, what residuals are at least compared with.
+        start: the first block; default the same Gaussian one for every matrix.
+        each: a residual may also be this times its own eigenvalue.
     """
     width, n = k + _OVERSAMPLING, like.shape[-2]
-    block = torch.linalg.qr(_start_block(like, n, width)).Q
+    first = _start_block(like, n, width) if start is None else start
+    width = first.shape[-1]
+    block = torch.linalg.qr(first).Q
     basis, image = block, apply(block)
     # No residual can be asked to be below the rounding of the matrix itself.
     rounding = 8 * torch.finfo(like.dtype).eps * norm
-    for _ in range(_MAX_ITERATIONS):
-        values, rotation = eigh(basis.mT @ image)
-        values, wanted = values[..., :k], rotation[..., :k]
-        vectors = basis @ wanted
-        residual = (image @ wanted - vectors * values.unsqueeze(-2)).norm(dim=-2).amax(-1)
-        bound = values.abs().amax(-1).clamp_min(torch.finfo(like.dtype).tiny)
-        if scale is not None:
-            bound = torch.maximum(bound, scale)
-        if bool((residual <= torch.maximum(tolerance * bound, rounding)).all()):
-            return values, vectors
-        if basis.shape[-1] + width > min(_MAX_WIDTHS * width, n):
+    look = _first_look(like) if start is None else 1
+    for step in range(1, _MAX_ITERATIONS + 1):
+        full = basis.shape[-1] + width > min(_max_widths(like) * width, n)
+        if step >= look or full:
+            look = _next_look(step, like)
+            values, rotation = eigh(basis.mT @ image)
+            values, wanted = values[..., :k], rotation[..., :k]
+            vectors = basis @ wanted
+            residual = (image @ wanted - vectors * values.unsqueeze(-2)).norm(dim=-2)
+            bound = values.abs().amax(-1).clamp_min(torch.finfo(like.dtype).tiny)
+            if scale is not None:
+                bound = torch.maximum(bound, scale)
+            allowed = torch.maximum(tolerance * bound, rounding).unsqueeze(-1)
+            allowed = torch.maximum(allowed, each * values.abs())
+            if bool((residual <= allowed).all()):
+                return values, vectors
+        if full:
             # Restart from the best of the space, or it grows without end.
             rotation = rotation[..., : 2 * width]
             basis, image = basis @ rotation, image @ rotation
@@ -442,6 +558,20 @@ def _krylov_eigenvectors(
         basis = torch.cat([basis, block], dim=-1)
         image = torch.cat([image, apply(block)], dim=-1)
     return None
+
+
+def _first_look(like: Tensor) -> int:
+    return 4 if like.is_cuda else 1
+
+
+def _next_look(step: int, like: Tensor) -> int:
+    """When to look at the residuals next: on CUDA a look costs more than a step, so ever later."""
+    return step + (max(3, step // 2) if like.is_cuda else 1)
+
+
+def _max_widths(like: Tensor) -> int:
+    """How many blocks a space may hold: on CUDA a restart costs more than a wide space."""
+    return _MAX_WIDTHS_CUDA if like.is_cuda else _MAX_WIDTHS
 
 
 def _column_norm(matrix: Tensor) -> Tensor:
@@ -466,15 +596,19 @@ def _block_krylov_svd(
     width = k + _OVERSAMPLING
     block = torch.linalg.qr(_start_block(matrix, matrix.shape[-1], width)).Q
     basis, image = block, matrix @ block
-    for _ in range(_MAX_ITERATIONS):
-        u, s, rotation = svd(image)
-        u, s = u[..., :k], s[..., :k]
-        v = basis @ rotation[..., :k]
-        residual = (matrix.mT @ u - v * s.unsqueeze(-2)).norm(dim=-2)
-        floor = s[..., :1].clamp_min(torch.finfo(matrix.dtype).tiny)
-        if bool((residual <= tolerance * floor).all()):
-            return u, s, v
-        if basis.shape[-1] + width > min(_MAX_WIDTHS * width, *matrix.shape[-2:]):
+    look = _first_look(matrix)
+    for step in range(1, _MAX_ITERATIONS + 1):
+        full = basis.shape[-1] + width > min(_max_widths(matrix) * width, *matrix.shape[-2:])
+        if step >= look or full:
+            look = _next_look(step, matrix)
+            u, s, rotation = _thin_svd(image)
+            u, s = u[..., :k], s[..., :k]
+            v = basis @ rotation[..., :k]
+            residual = (matrix.mT @ u - v * s.unsqueeze(-2)).norm(dim=-2)
+            floor = s[..., :1].clamp_min(torch.finfo(matrix.dtype).tiny)
+            if bool((residual <= tolerance * floor).all()):
+                return u, s, v
+        if full:
             rotation = rotation[..., : 2 * width]
             basis, image = basis @ rotation, image @ rotation
             fresh = image[..., :width]

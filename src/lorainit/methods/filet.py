@@ -79,8 +79,9 @@ class FILet:
         require_number("scaling", scaling, inclusive=False)
         second = statistics.input_second_moment
         dtype = linalg.compute_dtype(weight, second)
+        narrow = weight if dtype == torch.float32 else weight.to(dtype)
         weight = linalg.check_finite(weight.to(dtype), "the weight")
-        u, v, valid = self._candidates(weight)
+        u, v, valid = self._candidates(weight, narrow)
         energy = fisher_energy(u, v, second.to(dtype), statistics.output_second_moment.to(dtype))
         energy = linalg.check_finite(energy, "the Fisher energy")
         kept = self._keep(energy, valid, rank)
@@ -89,7 +90,7 @@ class FILet:
         b = u.gather(-1, kept.unsqueeze(-2).expand(*u.shape[:-1], rank)) * q.unsqueeze(-2)
         return Factors(a, b, anchored=True)
 
-    def _candidates(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _candidates(self, weight: Tensor, narrow: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``U`` ``(..., out, k)``, ``V`` ``(..., in, k)`` with unit columns, which are usable."""
         if self.candidates == "svd":
             u, s, v = linalg.svd(weight)
@@ -97,7 +98,7 @@ class FILet:
             # Below this a singular value is rounding, and its pair says nothing of the weight.
             rounding = torch.finfo(s.dtype).eps * max(weight.shape[-2:]) * s[..., :1]
             return u, v, s > rounding
-        gram = weight.mT @ weight
+        gram = linalg.gram(narrow).to(weight)
         v, v_norm = _unit_columns(gram)
         u, u_norm = _unit_columns(weight @ v)
         return u, v, (v_norm > 0) & (u_norm > 0)

@@ -101,23 +101,84 @@ class LoraDA:
         """
         del scaling
         linalg.check_rank(rank, *weight.shape[-2:])
-        change, z_factor, y_inverse, norm = self._change(statistics)
-        if self.beta == 0:
-            subspace = linalg.top_singular(change, rank)[0]
-        else:
-            variance = self.beta * y_inverse.sum(-1) / norm.square()
-            variance = variance / self._population(statistics, norm)
-            subspace = self._subspace(change, z_factor, variance, rank)
         dtype = linalg.compute_dtype(weight, statistics.gradient)
+        found = self._iterate(statistics, rank, exact=dtype == torch.float64)
+        if found is None:
+            change, z_factor, y_inverse, norm = self._change(statistics)
+            if self.beta == 0:
+                subspace = linalg.top_singular(change, rank)[0]
+            else:
+                variance = self.beta * y_inverse.sum(-1) / norm.square()
+                variance = variance / self._population(statistics, norm)
+                subspace = self._subspace(change, z_factor, variance, rank)
+            found = subspace, change.mT @ subspace
+        subspace, content = found
         a_size, b_size = self.gamma**-0.5, self.gamma**-0.5
         if self.calibrated:
             a_size, b_size = ROW_NORM, 1 / ROW_NORM
         a = (subspace.mT * a_size).to(dtype)
-        b = (change.mT @ subspace * b_size).to(dtype)
+        b = (content * b_size).to(dtype)
         return Factors(a.to(weight.device), b.to(weight.device), anchored=False)
 
-    def _change(self, statistics: LayerStatistics) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """``D`` at norm one ``(..., in, out)``, Cholesky of ``Z``, ``1/y``, ``sigma``: float64."""
+    def _iterate(
+        self, statistics: LayerStatistics, rank: int, *, exact: bool
+    ) -> tuple[Tensor, Tensor] | None:
+        """``A0`` and ``D^T A0`` on CUDA, where ``D`` is never formed; None where that is no gain.
+
+        With ``P`` the inverse of the Cholesky factor, ``Z^-1 = P^T P``, all an iteration needs is
+        products with ``P`` and ``H = diag(1/y) G``. Eigenvectors of ``Omega`` do not need ``sigma``:
+        those of ``sigma^2 Omega`` are the same. The eigenvalues sought may be far below the variance
+        term's largest, so the iteration stays in float64; only its goals follow the precision: residuals
+        of 1e-10 of the largest eigenvalue, or of 1e-4 of a vector's own.
+        """
+        if not linalg.iterates(statistics.input_second_moment_sum):
+            return None
+        z_factor, y_inverse, gradient = self._fisher(statistics)
+        root = linalg.triangular_inverse(z_factor)
+        size = root.diagonal(dim1=-2, dim2=-1).amax(-1)
+        root = root / size[..., None, None]
+        scaled = gradient * y_inverse.unsqueeze(-1)
+        length = scaled.flatten(-2).norm(dim=-1).clamp_min(torch.finfo(scaled.dtype).tiny)
+        scaled = scaled / length[..., None, None]
+        p, h = root, scaled
+
+        def missed(block: Tensor) -> Tensor:
+            """``-D D^T block``, for the scaled ``D``."""
+            image: Tensor = p.mT @ (p @ (h.mT @ (h @ (p.mT @ (p @ block)))))
+            return -image
+
+        variance = self.beta * y_inverse.sum(-1) / self._population(statistics, size)
+        weight = variance / (size * length).square() / self.bias_weight
+
+        def omega(block: Tensor) -> Tensor:
+            inverse = p.mT @ (p @ block)
+            image: Tensor = weight[..., None, None] * inverse - p.mT @ (p @ (h.mT @ (h @ inverse)))
+            return image
+
+        found = linalg.smallest_of_operator(
+            omega,
+            p,
+            rank,
+            norm=weight,
+            tolerance=1e-10 if exact else 1e-8,
+            each=0.0 if exact else 1e-4,
+        )
+        if found is None:
+            return None
+        subspace = found[1]
+        # A value's error is the square of its vector's.
+        longest = linalg.smallest_of_operator(
+            missed, p, 1, norm=weight * 0, tolerance=1e-6 if exact else 1e-4, start=subspace
+        )
+        if longest is None:
+            return None
+        norm = (-longest[0][..., 0]).clamp_min(0).sqrt()
+        norm = torch.where(norm > 0, norm, torch.ones_like(norm))
+        content = -(scaled @ (root.mT @ (root @ subspace))) / norm[..., None, None]
+        return subspace, content
+
+    def _fisher(self, statistics: LayerStatistics) -> tuple[Tensor, Tensor, Tensor]:
+        """Cholesky factor of ``Z``, ``1/y`` and the gradient ``(..., out, in)``: float64."""
         gradient = linalg.check_finite(statistics.gradient, "the gradient")
         # Damping is far below a factor's scale: what float32 factors, it may factor badly.
         gradient = linalg.double_precision(gradient)
@@ -128,7 +189,11 @@ class LoraDA:
         )
         y_damping = linalg.damping_value(diagonal, self.damping, self.damping_mode)
         z_factor = linalg.damped_cholesky(second, z_damping, "the input second moment")
-        y_inverse = 1.0 / (diagonal + y_damping.unsqueeze(-1))
+        return z_factor, 1.0 / (diagonal + y_damping.unsqueeze(-1)), gradient
+
+    def _change(self, statistics: LayerStatistics) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """``D`` at norm one ``(..., in, out)``, Cholesky of ``Z``, ``1/y``, ``sigma``: float64."""
+        z_factor, y_inverse, gradient = self._fisher(statistics)
         change = -torch.cholesky_solve(gradient.mT, z_factor) * y_inverse.unsqueeze(-2)
         norm = linalg.largest_singular_value(change)
         # A zero gradient asks for no change; its direction is then the variance term's alone.

@@ -29,9 +29,8 @@ class KroneckerMetric:
 
     def whiten_gradient(self, gradient: Tensor) -> Tensor:
         """``Ly^-1 G Lx^-T``: a gradient, ``(..., out, in)``, in whitened coordinates."""
-        half = torch.linalg.solve_triangular(self.y_root, gradient, upper=False)
-        whole: Tensor = torch.linalg.solve_triangular(self.x_root.mT, half, upper=True, left=False)
-        return whole
+        half = linalg.solve_triangular(self.y_root, gradient, upper=False)
+        return linalg.solve_triangular(self.x_root.mT, half, upper=True, left=False)
 
     def into(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
         """A displacement ``left right`` in whitened coordinates, ``Ly^T left`` and ``right Lx``."""
@@ -40,8 +39,8 @@ class KroneckerMetric:
     def out_of(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
         """Back from whitened coordinates: ``Ly^-T left`` and ``right Lx^-1``."""
         return (
-            torch.linalg.solve_triangular(self.y_root.mT, left, upper=True),
-            torch.linalg.solve_triangular(self.x_root, right, upper=False, left=False),
+            linalg.solve_triangular(self.y_root.mT, left, upper=True),
+            linalg.solve_triangular(self.x_root, right, upper=False, left=False),
         )
 
 

@@ -34,6 +34,47 @@ def add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
     return total.addmm_(left.mT, right)
 
 
+FOLD_FROM = 512
+"""From this width a Gram matrix is summed as its upper block triangle."""
+
+_PANELS = 4
+
+
+def panels(width: int) -> list[tuple[int, int]]:
+    """Bounds of the row panels of a block triangle, a multiple of 128 wide where that is possible."""
+    step = -(-width // _PANELS)
+    step = -(-step // 128) * 128 if step > 128 else step
+    return [(low, min(low + step, width)) for low in range(0, width, step)]
+
+
+def add_gram(total: Tensor | None, rows: Tensor) -> Tensor:
+    """``total + rows^T rows``; from `FOLD_FROM` on only the upper block triangle, see `unfold`."""
+    width = rows.shape[-1]
+    if width < FOLD_FROM:
+        return add_product(total, rows, rows)
+    dtype = sum_dtype(rows.dtype)
+    if total is None:
+        total = torch.zeros(width, width, dtype=dtype, device=rows.device)
+    narrow = rows.dtype in HALF and rows.is_cuda
+    rows = rows if narrow else rows.to(dtype)
+    for low, high in panels(width):
+        part, left, right = total[low:high, low:], rows[:, low:high].mT, rows[:, low:]
+        if narrow:
+            torch.addmm(part, left, right, out_dtype=dtype, out=part)
+        else:
+            part.addmm_(left, right)
+    return total
+
+
+def unfold(total: Tensor) -> Tensor:
+    """The whole of a symmetric sum of `add_gram`, in place: what lies below comes from above."""
+    width = total.shape[-1]
+    if width >= FOLD_FROM:
+        for low, high in panels(width):
+            total[high:, low:high] = total[low:high, high:].mT
+    return total
+
+
 def add_sum(total: Tensor | None, values: Tensor) -> Tensor:
     """``total`` plus the sum of the rows of ``(n, a)``."""
     new = values.sum(0, dtype=sum_dtype(values.dtype))
@@ -54,12 +95,19 @@ class InputSums:
     second_moment: Tensor | None = None
     total: Tensor | None = None
     positions: int = 0
+    finished: bool = False
+
+    def finish(self) -> None:
+        """Make the second moment whole; once, however many layers share it."""
+        if self.second_moment is not None and not self.finished:
+            unfold(self.second_moment)
+        self.finished = True
 
     def add(self, x: Tensor, needs: frozenset[str]) -> None:
         """Add ``(positions, in)`` rows."""
         self.positions += x.shape[0]
         if "input_second_moment" in needs:
-            self.second_moment = add_product(self.second_moment, x, x)
+            self.second_moment = add_gram(self.second_moment, x)
         if "input_mean" in needs:
             self.total = add_sum(self.total, x)
 
@@ -69,6 +117,7 @@ class InputSums:
             None if self.second_moment is None else self.second_moment.clone(),
             None if self.total is None else self.total.clone(),
             self.positions,
+            self.finished,
         )
 
 
@@ -90,7 +139,7 @@ class LayerSums:
     def add_output(self, g: Tensor, needs: frozenset[str]) -> None:
         """Add ``(counted positions, out)`` output gradients."""
         if "output_second_moment" in needs:
-            self.output_second_moment = add_product(self.output_second_moment, g, g)
+            self.output_second_moment = add_gram(self.output_second_moment, g)
         if "output_second_moment_diagonal" in needs:
             self.output_squares = add_squares(self.output_squares, g)
 
@@ -103,7 +152,10 @@ class LayerSums:
         loss_scale: float,
         population: float | None,
     ) -> LayerStatistics:
-        """The sums as statistics, with the loss scale taken out."""
+        """The sums as statistics, whole, with the loss scale taken out; once."""
+        self.inputs.finish()
+        if self.output_second_moment is not None:
+            unfold(self.output_second_moment)
         if loss_scale != 1.0:
             for tensor, power in (
                 (self.gradient, 1),
