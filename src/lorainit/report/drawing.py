@@ -1,0 +1,139 @@
+"""Inline SVG: a heat map over depth and projection, and spectra with the rank marked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+
+_CELL = (64, 19)
+_LIGHT_TEXT = 0.68
+"""Above this strength the text of a cell takes the paper's colour."""
+
+
+def heat_map(
+    values: Mapping[tuple[int | None, str], tuple[float, str, str]],
+    columns: Sequence[str],
+    label: str,
+) -> str:
+    """Depth down, projection across.
+
+    Args:
+        values: by depth and projection: strength from 0 to 1, the text of the cell, its tooltip.
+        columns: projections, in order.
+        label: what it shows, for readers who do not see it.
+    """
+    depths = sorted({depth for depth, _ in values}, key=lambda d: -1 if d is None else d)
+    left, top = 34, 22
+    width, height = left + _CELL[0] * len(columns) + 2, top + _CELL[1] * len(depths) + 2
+    parts = []
+    for j, column in enumerate(columns):
+        x = left + (j + 0.5) * _CELL[0]
+        shown = column if len(column) <= 10 else column[:9] + "…"
+        parts.append(
+            f'<text class="axis" x="{x}" y="14" text-anchor="middle">{escape(shown)}</text>'
+        )
+    for i, depth in enumerate(depths):
+        y = top + i * _CELL[1]
+        name = "–" if depth is None else str(depth)
+        parts.append(
+            f'<text class="axis" x="{left - 6}" y="{y + 13}" text-anchor="end">{name}</text>'
+        )
+        for j, column in enumerate(columns):
+            if (depth, column) not in values:
+                continue
+            strength, text, tip = values[depth, column]
+            x = left + j * _CELL[0]
+            tone = "on" if strength > _LIGHT_TEXT else "off"
+            parts.append(
+                f'<g><title>{escape(tip)}</title><rect class="cell" x="{x + 1}" y="{y + 1}" '
+                f'width="{_CELL[0] - 2}" height="{_CELL[1] - 2}" rx="2" '
+                f'fill-opacity="{0.07 + 0.93 * strength:.3f}"/>'
+                f'<text class="{tone}" x="{x + _CELL[0] / 2}" y="{y + 13.5}" '
+                f'text-anchor="middle">{escape(text)}</text></g>'
+            )
+    return _svg(width, height, label, parts, natural=True)
+
+
+def spectra(lines: Sequence[Sequence[float]], rank: int, label: str) -> str:
+    """Shares by number, largest first, logarithmic: every layer faint, their median strong."""
+    lines = [line for line in lines if line]
+    if not lines:
+        return '<p class="none">not collected</p>'
+    width, height, left, right, top, bottom = 300, 170, 52, 8, 16, 24
+    length = max(len(line) for line in lines)
+    floor = -6.0
+
+    def spot(index: int, value: float) -> str:
+        x = left + (width - left - right) * index / max(1, length - 1)
+        level = max(floor, math.log10(value)) if value > 0 else floor
+        return f"{x:.1f},{top + (height - top - bottom) * level / floor:.1f}"
+
+    parts = []
+    for power in range(0, int(floor) - 1, -2):
+        y = top + (height - top - bottom) * power / floor
+        name = "100%" if power == 0 else f"{10.0 ** (power + 2):g}%"
+        parts.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{y}" y2="{y}"/>')
+        parts.append(
+            f'<text class="axis" x="{left - 4}" y="{y + 4}" text-anchor="end">{name}</text>'
+        )
+    for line in lines[:80]:
+        points = " ".join(spot(i, v) for i, v in enumerate(line))
+        parts.append(f'<polyline class="faint" points="{points}"/>')
+    middle = []
+    for i in range(length):
+        column = sorted(line[i] for line in lines if len(line) > i)
+        middle.append(spot(i, column[len(column) // 2]))
+    parts.append(f'<polyline class="strong" points="{" ".join(middle)}"/>')
+    if rank <= length:
+        x = spot(rank - 1, 1.0).split(",")[0]
+        late = rank > 0.7 * length
+        side, shift = ("end", -4) if late else ("start", 4)
+        parts.append(
+            f'<line class="rank" x1="{x}" x2="{x}" y1="{top}" y2="{height - bottom}"/>'
+            f'<text class="mark" x="{float(x) + shift}" y="{top - 4}" text-anchor="{side}">'
+            f"r = {rank}</text>"
+        )
+    for index in sorted({0, length - 1}):
+        x = spot(index, 1.0).split(",")[0]
+        anchor = "start" if index == 0 else "end"
+        parts.append(
+            f'<text class="axis" x="{x}" y="{height - 8}" text-anchor="{anchor}">{index + 1}</text>'
+        )
+    return _svg(width, height, label, parts)
+
+
+def matrix(names: Sequence[str], values: Mapping[tuple[str, str], float], label: str) -> str:
+    """Overlaps of methods, two by two."""
+    left, top, cell = 84, 22, 74
+    width, height = left + cell * len(names) + 2, top + 30 * len(names) + 2
+    parts = []
+    for i, first in enumerate(names):
+        y = top + 30 * i
+        parts.append(
+            f'<text class="axis" x="{left + cell * (i + 0.5)}" y="14" text-anchor="middle">'
+            f"{escape(first)}</text>"
+            f'<text class="axis" x="{left - 6}" y="{y + 19}" text-anchor="end">{escape(first)}</text>'
+        )
+        for j, second in enumerate(names):
+            value = 1.0 if i == j else values.get((first, second), values.get((second, first)))
+            if value is None:
+                continue
+            tone = "on" if value > _LIGHT_TEXT else "off"
+            parts.append(
+                f'<rect class="cell" x="{left + cell * j + 1}" y="{y + 1}" width="{cell - 2}" '
+                f'height="28" rx="2" fill-opacity="{0.07 + 0.93 * value:.3f}"/>'
+                f'<text class="{tone}" x="{left + cell * (j + 0.5)}" y="{y + 19}" '
+                f'text-anchor="middle">{value:.0%}</text>'
+            )
+    return _svg(width, height, label, parts, natural=True)
+
+
+def _svg(
+    width: float, height: float, label: str, parts: Sequence[str], *, natural: bool = False
+) -> str:
+    size = f' style="width:{width * 1.1:.0f}px;min-width:{width:.0f}px"' if natural else ""
+    return (
+        f'<div class="scroll"><svg viewBox="0 0 {width:.0f} {height:.0f}" role="img" '
+        f'aria-label="{escape(label)}"{size}>{"".join(parts)}</svg></div>'
+    )

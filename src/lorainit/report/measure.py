@@ -1,0 +1,148 @@
+"""The numbers behind the page: what the data asks of each layer, and what a rank keeps of it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorainit import linalg
+from lorainit.adapters.targets import Target
+from lorainit.adapters.weights import read_weight
+from lorainit.errors import LorainitError
+from lorainit.methods.natural import Natural
+from lorainit.statistics import Statistics
+from lorainit.types import LayerStatistics, Method
+
+_KEPT_VALUES = 64
+
+
+@dataclass(eq=False)
+class LayerReport:
+    """One layer.
+
+    Attributes:
+        name: dotted.
+        depth: the number in its name, None where there is none.
+        projection: the end of its name.
+        shape: ``(out, in)``.
+        rank: of its adapter.
+        energy: ``|G|_F^2`` of the mean gradient.
+        input_spectrum: eigenvalues of ``Sx`` over their sum, largest first.
+        output_spectrum: of ``Sy``, or its sorted diagonal.
+        signal: squared singular values of the whitened gradient over their sum, largest first.
+        kept: share of the signal that the rank keeps.
+        directions: effective number of input directions, ``(sum)^2 / sum of squares``.
+        positions: counted positions.
+        overlap: between the row spaces of two methods' ``A``, 0 to 1, by names.
+        size: ``|s B A| / |W|`` of the adapter given.
+    """
+
+    name: str
+    depth: int | None
+    projection: str
+    shape: tuple[int, int]
+    rank: int
+    energy: float | None = None
+    input_spectrum: list[float] = field(default_factory=list)
+    output_spectrum: list[float] = field(default_factory=list)
+    signal: list[float] = field(default_factory=list)
+    kept: float | None = None
+    directions: float | None = None
+    positions: float = 0.0
+    overlap: dict[tuple[str, str], float] = field(default_factory=dict)
+    size: float | None = None
+
+
+def measure_layer(
+    target: Target,
+    statistics: LayerStatistics,
+    methods: Mapping[str, Method],
+    size: float | None = None,
+) -> LayerReport:
+    """All that is said of one layer."""
+    spec = target.spec
+    depth, projection = place_of(spec.name)
+    found = LayerReport(
+        spec.name,
+        depth,
+        projection,
+        (spec.out_features, spec.in_features),
+        spec.rank,
+        positions=float(statistics.positions),
+        size=size,
+    )
+    have = statistics.available
+    with torch.no_grad():
+        if "gradient" in have:
+            found.energy = float(statistics.gradient.double().square().sum())
+        if "input_second_moment" in have:
+            found.input_spectrum = _spectrum(statistics.input_second_moment)
+            values = torch.tensor(found.input_spectrum, dtype=torch.float64)
+            found.directions = float(values.sum().square() / values.square().sum().clamp_min(1e-30))
+        if "output_second_moment" in have:
+            found.output_spectrum = _spectrum(statistics.output_second_moment)
+        elif "output_second_moment_diagonal" in have:
+            found.output_spectrum = _shares(statistics.output_second_moment_diagonal)
+        if Natural.needs <= have:
+            count = min(spec.out_features, spec.in_features)
+            values = Natural().singular_values(statistics, count).double().square()
+            found.signal = _shares(values)
+            found.kept = sum(found.signal[: spec.rank]) if found.signal else None
+        found.overlap = _overlaps(target, statistics, methods)
+    for name in ("input_spectrum", "output_spectrum", "signal"):
+        setattr(found, name, getattr(found, name)[: max(_KEPT_VALUES, 2 * spec.rank)])
+    return found
+
+
+def place_of(name: str) -> tuple[int | None, str]:
+    """Depth and projection of a layer by its name: ``layers.3.mlp.up_proj`` is 3 and ``up_proj``."""
+    numbers = re.findall(r"(?:^|\.)(\d+)(?=\.|$)", name)
+    rest = re.sub(r"^.*?\.\d+\.", "", name)
+    parts = [part for part in rest.split(".") if not part.isdigit()]
+    short = parts[-1] if parts else name
+    if short in ("dense", "query", "key", "value", "linear", "weight") and len(parts) > 1:
+        short = ".".join(parts[-2:])
+    return (int(numbers[0]) if numbers else None), short
+
+
+def methods_served(statistics: Statistics, methods: Mapping[str, Any]) -> dict[str, Method]:
+    """Those whose needs the statistics hold."""
+    return {name: m for name, m in methods.items() if m.needs <= statistics.available}
+
+
+def _spectrum(matrix: Tensor) -> list[float]:
+    values = torch.linalg.eigvalsh(linalg.double_precision(matrix).cpu())
+    return _shares(values)
+
+
+def _shares(values: Tensor) -> list[float]:
+    values = values.double().clamp_min(0).sort(descending=True).values
+    total = float(values.sum())
+    return (values / total).tolist() if total > 0 else []
+
+
+def _overlaps(
+    target: Target, statistics: LayerStatistics, methods: Mapping[str, Method]
+) -> dict[tuple[str, str], float]:
+    """``|P1 P2|_F^2 / r``, the mean squared cosine between two row spaces."""
+    spec = target.spec
+    weight = read_weight(target.module, spec.name).cpu()
+    bases: dict[str, Tensor] = {}
+    for name, method in methods.items():
+        try:
+            part = statistics.only(method.needs).to(device="cpu")
+            a = method.solve(weight, part, spec.rank, spec.scaling).A
+        except LorainitError:
+            continue
+        bases[name] = torch.linalg.qr(a.double().mT)[0]
+    names = list(bases)
+    return {
+        (first, second): float((bases[first].mT @ bases[second]).square().sum() / spec.rank)
+        for i, first in enumerate(names)
+        for second in names[i + 1 :]
+    }
