@@ -139,6 +139,9 @@ class _Stack:
     def set_step(self, method: Natural, statistics: Mapping[str, LayerStatistics]) -> None:
         """Metric and step from statistics taken at the present displacement."""
         device = next(self.targets[0].module.parameters()).device
+        if device.type == "meta":
+            # The weight is offloaded; the statistics are where they were collected.
+            device = statistics[self.targets[0].name].gradient.device
         layers = [statistics[t.name].only(method.needs).to(device=device) for t in self.targets]
         self.metric, (left, right) = method.step(LayerStatistics.stack(layers), self.rank)
         self.step_left, self.step_right = left, right

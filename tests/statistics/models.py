@@ -28,7 +28,7 @@ def _made(build: Callable[[], nn.Module], dtype: torch.dtype, seed: int = 0) -> 
 def llama(dtype: torch.dtype = torch.float32, seed: int = 0, **settings: Any) -> Any:
     """Two layers, grouped queries: q and o 16 x 16, k and v 8 x 16."""
     config = hf.LlamaConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=settings.pop("vocab_size", VOCABULARY),
         hidden_size=settings.pop("hidden_size", 16),
         intermediate_size=24,
         num_hidden_layers=2,

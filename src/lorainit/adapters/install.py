@@ -309,11 +309,13 @@ def _like(value: Tensor, like: Tensor, layer: LoraLayer) -> Tensor:
 
 
 def _base_device(layer: LoraLayer) -> torch.device:
-    """Where the base layer's weight lies, whatever it is stored as."""
+    """Where the base layer's weight lies, whatever it is stored as, or is used, if offloaded."""
     base = layer.get_base_layer()
     for tensor in [*base.parameters(), *base.buffers()]:
-        return torch.device(tensor.device)
-    return torch.device("cpu")
+        if not tensor.is_meta:
+            return torch.device(tensor.device)
+    place = getattr(getattr(base, "_hf_hook", None), "execution_device", None)
+    return torch.device("cpu" if place is None else place)
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

@@ -1,0 +1,287 @@
+"""What each process does: the same lines as a user's script under torchrun."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import lorainit
+from lorainit.errors import LorainitError
+from lorainit.statistics import distributed
+from lorainit.statistics.rounds import is_sharded
+from lorainit.types import STATISTICS
+from tests.statistics import models
+from tests.statistics.models import Batch, batches, sequences
+
+ROWS = sequences(12, shortest=6, longest=6)
+"""Of one length, so that a mean over processes is the mean over sequences."""
+
+RAGGED = sequences(9)
+
+METHODS: dict[str, Any] = {
+    "lora_da": lambda: lorainit.LoraDA(),
+    "filet": lambda: lorainit.FILet(),
+    "pissa": lambda: lorainit.PiSSA(),
+    "eva": lambda: lorainit.EVA(),
+    "vanilla": lambda: lorainit.Vanilla(),
+    "natural": lambda: lorainit.Natural(steps=2),
+}
+
+SPLITS: dict[int, list[list[int]]] = {
+    1: [[9]],
+    2: [[5, 4], [7, 2], [9, 0], [0, 9]],
+    3: [[3, 3, 3], [5, 4, 0], [0, 1, 8]],
+}
+"""How many of the ragged rows each process has, one after the other."""
+
+
+def config(**settings: Any) -> LoraConfig:
+    return LoraConfig(r=2, lora_alpha=4, target_modules="all-linear", **settings)
+
+
+def part(rows: Sequence[Batch], counts: Sequence[int], rank: int) -> list[Batch]:
+    first = sum(counts[:rank])
+    return batches(rows[first : first + counts[rank]], 2)
+
+
+def even(size: int) -> list[int]:
+    return [len(ROWS) // size] * size
+
+
+def sharded(model: Any) -> Any:
+    """As trainers do it: each block, then the rest."""
+    for layer in models_layers(model):
+        fully_shard(layer)
+    fully_shard(model)
+    return model
+
+
+def models_layers(model: nn.Module) -> list[nn.Module]:
+    return [m for m in model.modules() if type(m).__name__ == "LlamaDecoderLayer"]
+
+
+def plain(statistics: lorainit.Statistics) -> dict[str, dict[str, Tensor]]:
+    return {
+        name: {
+            key: torch.as_tensor(getattr(layer, key))
+            for key in (
+                "gradient",
+                "input_second_moment",
+                "input_mean",
+                "output_second_moment",
+                "sequences",
+                "label_tokens",
+                "positions",
+            )
+        }
+        for name, layer in statistics.items()
+    }
+
+
+def whole(tensor: Tensor) -> Tensor:
+    full = getattr(tensor, "full_tensor", None)
+    return (tensor if full is None else full()).detach().clone()
+
+
+def adapter(model: PeftModel) -> dict[str, Tensor]:
+    return {n: whole(p) for n, p in model.named_parameters() if "lora_" in n}
+
+
+def wrapped(kind: str) -> Any:
+    model = models.llama()
+    if kind == "ddp":
+        return DistributedDataParallel(model)
+    return sharded(model) if kind == "fsdp" else model
+
+
+def statistics_of_splits(rank: int, size: int, kind: str) -> list[dict[str, Any]]:
+    found = []
+    for split in SPLITS[size]:
+        model = wrapped(kind)
+        before = {n: (p.requires_grad, whole(p)) for n, p in model.named_parameters()}
+        statistics = lorainit.collect_statistics(
+            model, config(), data=part(RAGGED, split, rank), needs=STATISTICS, progress=False
+        )
+        for name, parameter in model.named_parameters():
+            assert parameter.requires_grad == before[name][0]
+            assert torch.equal(whole(parameter), before[name][1])
+            assert parameter.grad is None
+        found.append(plain(statistics))
+    # Neither a backward: EVA reads inputs alone.
+    model = wrapped(kind)
+    inputs = lorainit.collect_statistics(
+        model, config(), data=part(RAGGED, split, rank), needs=lorainit.EVA().needs, progress=False
+    )
+    found.append({n: {"mean": layer.input_second_moment} for n, layer in inputs.items()})
+    return found
+
+
+def caps(rank: int, size: int, split: list[int], cap: int) -> tuple[float, int]:
+    drawn = 0
+
+    def data() -> Iterator[Batch]:
+        nonlocal drawn
+        for batch in batches(RAGGED[sum(split[:rank]) : sum(split[: rank + 1])], 1):
+            drawn += 1
+            yield batch
+
+    statistics = lorainit.collect_statistics(
+        models.llama(),
+        config(),
+        data=data(),
+        needs={"gradient"},
+        max_sequences=cap,
+        progress=False,
+    )
+    return statistics.metadata["sequences"], drawn
+
+
+def starts(rank: int, size: int, kind: str, names: Sequence[str]) -> dict[str, Any]:
+    """Adapters by method; each is trained for 20 steps."""
+    found: dict[str, Any] = {}
+    for name in names:
+        data = part(ROWS, even(size), rank)
+        if kind == "fsdp_adapter":
+            # The adapter is there and sharded with its base; lorainit starts it again.
+            model = sharded(get_peft_model(models.llama(), config()))
+            given = None
+        else:
+            model, given = wrapped(kind), config()
+        model = lorainit.get_peft_model(
+            model, given, method=METHODS[name](), data=data, progress=False
+        )
+        assert isinstance(model, PeftModel)
+        kinds = {hasattr(p, "device_mesh") for n, p in model.named_parameters() if "lora_" in n}
+        assert kinds == {kind == "fsdp_adapter"}
+        start = adapter(model)
+        if kind == "fsdp_after":
+            sharded(model)
+            assert is_sharded(model)
+            again = adapter(model)
+            state = model.state_dict()
+            for key, value in start.items():
+                assert torch.equal(again[key], value)
+            assert all(not torch.isnan(whole(v)).any() for v in state.values())
+        found[name] = (start, train(model, rank, size))
+    return found
+
+
+def train(model: Any, rank: int, size: int) -> list[float]:
+    """Twenty steps on all rows; gradients are averaged by the wrapper, or here where there is none."""
+    torch.manual_seed(0)
+    learning = [p for p in model.parameters() if p.requires_grad]
+    unsynchronized = [p for p in learning if not hasattr(p, "device_mesh")]
+    run: Any = model
+    if size > 1 and not any(isinstance(m, FSDPModule) for m in model.modules()):
+        run = DistributedDataParallel(model)
+        unsynchronized = []
+    optimizer = torch.optim.AdamW(learning, lr=1e-2)
+    rows = part(ROWS, even(size), rank)
+    whole_batch = {
+        "input_ids": torch.cat([b["input_ids"] for b in rows]),
+    }
+    whole_batch["labels"] = whole_batch["input_ids"]
+    losses = []
+    for _ in range(20):
+        loss = run(**whole_batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        if size > 1:
+            for parameter in unsynchronized:
+                assert parameter.grad is not None
+                dist.all_reduce(parameter.grad)
+                parameter.grad /= size
+        optimizer.step()
+        losses.append(distributed.sum_counts([float(loss.detach())])[0] / size)
+    return losses
+
+
+# --- failures -----------------------------------------------------------------------------------
+
+
+def failing_data(rank: int, size: int, where: str) -> None:
+    def data() -> Iterator[Batch]:
+        for index, batch in enumerate(batches(RAGGED, 1)):
+            if rank == size - 1 and index == 1:
+                if where == "dies":
+                    os._exit(3)
+                raise OSError("the disk is gone")
+            yield batch
+
+    lorainit.get_peft_model(
+        models.llama(), config(), method=lorainit.LoraDA(), data=data(), progress=False
+    )
+
+
+def failing_loss(rank: int, size: int, kind: str) -> str:
+    """A loss that is not finite on one process: all raise, and the model is as it was."""
+    model = wrapped(kind)
+
+    def loss_fn(inner: nn.Module, batch: Any) -> Tensor:
+        logits = inner(**{k: v for k, v in batch.items() if k != "labels"}).logits
+        return logits.float().mean((1, 2)) * (float("nan") if rank == 0 else 1.0)
+
+    try:
+        lorainit.get_peft_model(
+            model,
+            config(),
+            method=lorainit.LoraDA(),
+            data=part(ROWS, even(size), rank),
+            loss_fn=loss_fn,
+            progress=False,
+        )
+    except LorainitError as error:
+        assert not any("lora_" in n for n, _ in model.named_parameters())
+        # The group still works, and so does the model.
+        lorainit.collect_statistics(
+            model, config(), data=part(ROWS, even(size), rank), needs={"gradient"}, progress=False
+        )
+        return f"{type(error).__name__}: {error}"
+    raise AssertionError("nothing was raised")
+
+
+class _Stubborn(lorainit.PiSSA):
+    """Cannot solve one shape of layer."""
+
+    def solve(self, weight: Tensor, *args: Any) -> Any:
+        if weight.shape[-2:] == (8, 16):
+            raise lorainit.errors.FactorizationError("no")
+        return super().solve(weight, *args)
+
+
+def failing_solve(rank: int, size: int, kind: str) -> str:
+    try:
+        lorainit.get_peft_model(wrapped(kind), config(), method=_Stubborn(), progress=False)
+    except LorainitError as error:
+        return f"{type(error).__name__}: {error}"
+    raise AssertionError("nothing was raised")
+
+
+def different_weights(rank: int, size: int) -> None:
+    lorainit.collect_statistics(
+        models.llama(seed=rank), config(), data=batches(RAGGED, 2), needs={"gradient"}
+    )
+
+
+def by_oneself(rank: int, size: int) -> float:
+    """Only one process collects, and has been told that it is alone."""
+    if rank:
+        return 0.0
+    with distributed.alone():
+        found = lorainit.collect_statistics(
+            models.llama(), config(), data=batches(RAGGED, 2), needs={"gradient"}, progress=False
+        )
+    return float(found.metadata["sequences"])
+
+
+def anchored_over_shards(rank: int, size: int) -> None:
+    model = sharded(get_peft_model(models.llama(), config()))
+    lorainit.get_peft_model(model, None, method=lorainit.PiSSA(), progress=False)

@@ -1,0 +1,166 @@
+"""One to three processes find what one finds alone, wrapped and sharded as people do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import lorainit
+from lorainit.types import STATISTICS
+from tests.distributed import scenarios
+from tests.distributed.launch import GROUP_TIMEOUT, Failed, launch, succeeded
+from tests.statistics import models
+from tests.statistics.models import batches
+
+# Each kind and number of processes in seconds; the rest of the table in minutes.
+QUICK = {("fsdp", 1), ("ddp", 2), ("fsdp", 2), ("plain", 3)}
+QUICK_STARTS = {("ddp", 2), ("fsdp_after", 2), ("fsdp_adapter", 2), ("plain", 3)}
+
+
+def table(kinds: list[str], quick: set[tuple[str, int]]) -> list[Any]:
+    return [
+        pytest.param(size, kind, marks=[] if (kind, size) in quick else pytest.mark.slow)
+        for size in (1, 2, 3)
+        for kind in kinds
+    ]
+
+
+KINDS = ["plain", "ddp", "fsdp"]
+NAMES = list(scenarios.METHODS)
+
+
+def close(found: dict[str, Tensor], other: dict[str, Tensor], tolerance: float) -> None:
+    assert set(found) == set(other)
+    for key, value in found.items():
+        scale = float(other[key].double().norm()) or 1.0
+        assert float((value.double() - other[key].double()).norm()) <= tolerance * scale, key
+
+
+@pytest.fixture(scope="module")
+def alone() -> Any:
+    """Statistics of one process without a group, and starts with their loss curves."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(100)
+        statistics = lorainit.collect_statistics(
+            models.llama(),
+            scenarios.config(),
+            data=batches(scenarios.RAGGED, 2),
+            needs=STATISTICS,
+            progress=False,
+        )
+        starts = scenarios.starts(0, 1, "plain", NAMES)
+    return scenarios.plain(statistics), starts
+
+
+@pytest.mark.parametrize(("size", "kind"), table(KINDS, QUICK))
+def test_statistics(size: int, kind: str, alone: Any, tmp_path: Path) -> None:
+    results = succeeded(launch(scenarios.statistics_of_splits, size, tmp_path, kind))
+    for split in range(len(results[0]) - 1):
+        for name, layer in alone[0].items():
+            close(results[0][split][name], layer, 1e-5)
+    for other in results[1:]:
+        for mine, theirs in zip(results[0], other, strict=True):
+            for name, layer in mine.items():
+                assert all(torch.equal(value, theirs[name][key]) for key, value in layer.items())
+
+
+@pytest.mark.parametrize(
+    ("size", "kind"), table([*KINDS, "fsdp_after", "fsdp_adapter"], QUICK_STARTS)
+)
+def test_starts_and_curves(size: int, kind: str, alone: Any, tmp_path: Path) -> None:
+    # An anchored method cannot start an adapter that is sharded already.
+    names = [n for n in NAMES if kind != "fsdp_adapter" or n in ("lora_da", "eva", "natural")]
+    results = succeeded(launch(scenarios.starts, size, tmp_path, kind, names))
+    for name in names:
+        start, curve = results[0][name]
+        for other in results[1:]:
+            assert all(torch.equal(value, other[name][0][key]) for key, value in start.items())
+            assert other[name][1] == curve
+        if name == "vanilla":
+            continue  # PEFT's own random numbers; the same on all processes
+        one_start, one_curve = alone[1][name]
+        if name == "natural":
+            # A direction that it does not use is any direction: only the product is determined.
+            close(products(start), products(one_start), 1e-2)
+            assert curve == pytest.approx(one_curve, rel=1e-2)
+        else:
+            close(start, one_start, 1e-3)
+            assert curve == pytest.approx(one_curve, rel=1e-4)
+
+
+def products(start: dict[str, Tensor]) -> dict[str, Tensor]:
+    """``B A`` of every layer."""
+    return {
+        key: start[key.replace("lora_A", "lora_B")] @ value
+        for key, value in start.items()
+        if "lora_A" in key
+    }
+
+
+@pytest.mark.parametrize(
+    ("split", "cap", "total", "drawn"),
+    [
+        ([3, 3, 3], 6, 6, [2, 2, 2]),
+        ([3, 3, 3], 2, 2, [1, 1, 0]),
+        ([7, 1, 1], 8, 8, [6, 1, 1]),
+        ([9, 0, 0], 5, 5, [5, 0, 0]),
+        ([3, 3, 3], 100, 9, [3, 3, 3]),
+    ],
+)
+def test_cap_is_over_all(
+    split: list[int], cap: int, total: int, drawn: list[int], tmp_path: Path
+) -> None:
+    results = succeeded(launch(scenarios.caps, 3, tmp_path, split, cap))
+    assert [count for count, _ in results] == [total] * 3
+    assert [number for _, number in results] == drawn
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_data_that_fails_on_one(size: int, tmp_path: Path) -> None:
+    *others, failed = launch(scenarios.failing_data, size, tmp_path, "raises")
+    assert (failed.kind, failed.text) == ("OSError", "the disk is gone")
+    for other in others:
+        assert isinstance(other, Failed)
+        assert other.kind == "ProcessError"
+        assert f"process {size - 1} failed" in other.text
+        assert "the disk is gone" in other.text
+
+
+def test_process_that_dies(tmp_path: Path) -> None:
+    # The launch fails the test if they do not end within the group's time-out.
+    *others, dead = launch(scenarios.failing_data, 3, tmp_path, "dies", timeout=GROUP_TIMEOUT)
+    assert dead is None
+    assert all(isinstance(other, Failed) for other in others)
+
+
+@pytest.mark.parametrize("kind", ["plain", "fsdp"])
+def test_loss_that_fails_on_one(kind: str, tmp_path: Path) -> None:
+    first, second = succeeded(launch(scenarios.failing_loss, 2, tmp_path, kind))
+    assert first.startswith("NonFiniteError")
+    assert second.startswith("ProcessError: process 0 failed")
+
+
+@pytest.mark.parametrize("kind", ["plain", "fsdp"])
+def test_solve_that_fails_on_one(kind: str, tmp_path: Path) -> None:
+    results = succeeded(launch(scenarios.failing_solve, 3, tmp_path, kind))
+    assert all("FactorizationError" in text and "self_attn" in text for text in results)
+
+
+def test_different_weights_are_refused(tmp_path: Path) -> None:
+    for result in launch(scenarios.different_weights, 2, tmp_path):
+        assert isinstance(result, Failed)
+        assert "different base weights" in result.text
+
+
+def test_one_process_by_itself(tmp_path: Path) -> None:
+    assert succeeded(launch(scenarios.by_oneself, 2, tmp_path)) == [9.0, 0.0]
+
+
+def test_anchor_over_a_sharded_adapter_is_refused(tmp_path: Path) -> None:
+    for result in launch(scenarios.anchored_over_shards, 2, tmp_path):
+        assert isinstance(result, Failed)
+        assert "apply fully_shard afterwards" in result.text
