@@ -161,6 +161,21 @@ def test_train_and_compare(place: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert len(starts) == 1, "a run left something behind for the next"
 
 
+def test_report_from_the_shell(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, start, page = (tmp_path / n for n in ("s.safetensors", "start", "page.html"))
+    assert run(place, f"collect --model @model --data @pairs.jsonl --output {file} --quiet") == 0
+    line = f"--model @model --statistics {file} --rank 4 --quiet"
+    assert run(place, f"init {line} --method filet --output {start}") == 0
+    capsys.readouterr()
+    line = f"report --model @model --statistics {file} --adapter {start} --rank 4 --output {page}"
+    assert run(place, f"{line} --json") == 0
+    advice = json.loads(capsys.readouterr().out)["advice"]
+    assert advice
+    assert "It is anchored" in page.read_text(encoding="utf-8")
+
+
 def test_train_names_the_extra(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -132,7 +132,9 @@ def matrix(names: Sequence[str], values: Mapping[tuple[str, str], float], label:
 def _svg(
     width: float, height: float, label: str, parts: Sequence[str], *, natural: bool = False
 ) -> str:
-    size = f' style="width:{width * 1.1:.0f}px;min-width:{width:.0f}px"' if natural else ""
+    wide, least = 1.1 * width, 0.72 * width  # smaller on a phone, then it scrolls
+    style = f' style="width:min(100vw - 58px,{wide:.0f}px);min-width:{least:.0f}px"'
+    size = style if natural else ""
     return (
         f'<div class="scroll"><svg viewBox="0 0 {width:.0f} {height:.0f}" role="img" '
         f'aria-label="{escape(label)}"{size}>{"".join(parts)}</svg></div>'
