@@ -29,6 +29,7 @@ BLOCK = re.compile(r"^(?P<note><!--[^\n]*-->\n)?```(?P<kind>\w+)\n(?P<code>.*?)^
 NOT_RUN = {
     "Trainer(model=model, ...)": "a sketch; tests/life/test_trainer.py resumes in both ways",
     'lorainit.export(model, "served"': "goes on from the sketch; tests/adapters/test_export.py",
+    "dist.init_process_group": "needs several processes; tests/distributed",
     "BitsAndBytesConfig": "needs bitsandbytes",
 }
 """Blocks by a text in them, with the reason."""
@@ -52,6 +53,8 @@ def surroundings(folder: Path) -> dict[str, object]:
         "config": tiny.config(),
         "data": data,
         "dataloader": data,
+        "needs": lorainit.LoraDA.needs,
+        "rank": 0,
     }
 
 
