@@ -25,6 +25,7 @@ from lorainit.statistics.losses import (
     innermost,
     run_forward,
 )
+from lorainit.statistics.plan import Plan, free_budget, make_plan
 from lorainit.statistics.positions import batch_positions
 from lorainit.statistics.rounds import even_rounds, is_sharded, sample, shared_population
 from lorainit.statistics.store import Statistics
@@ -59,6 +60,7 @@ class CollectSettings:
     on_nonfinite: Literal["raise", "skip"] = "raise"
     on_unused: Literal["raise", "default"] = "raise"
     progress: bool = True
+    max_memory: int | None = None
 
     def __post_init__(self) -> None:
         if not self.needs:
@@ -83,6 +85,10 @@ class CollectSettings:
                     f"{name} must be one of {', '.join(map(repr, choices))}, got "
                     f"{getattr(self, name)!r}"
                 )
+        if self.max_memory is not None and self.max_memory < 1:
+            raise ValueError(
+                f"max_memory must be bytes, at least 1, or None, got {self.max_memory}"
+            )
         if self.max_sequences is not None and self.max_sequences < 1:
             raise ValueError(f"max_sequences must be at least 1 or None, got {self.max_sequences}")
 
@@ -109,16 +115,80 @@ def collect(
         batches = sample(data, settings.max_sequences)
         if loss_fn is None and settings.needs & GRADIENT_STATISTICS:
             _check_labels(model, batches)
-        with measuring(model):
-            with distributed.together():
-                run = _pass(model, modules, batches, settings, loss_fn, device, share_inputs=True)
-            if not distributed.everywhere(run.state.sharing_held()):
-                logger.info("inputs shared in one batch were not in another; collecting them apart")
-                with distributed.together():
-                    run = _pass(
-                        model, modules, batches, settings, loss_fn, device, share_inputs=False
-                    )
-    return _finish(run, settings, population, device)
+        plan = _plan(modules, settings, device, _dtype(model))
+        logger.info(str(plan))
+        parts = []
+        for group in plan.passes:
+            some = {name: modules[name] for name in group}
+            with measuring(model):
+                run = _run(model, some, batches, settings, loss_fn, device)
+            part = _finish(run, settings, population, device)
+            # What is kept of one pass makes room for the next.
+            parts.append(part.to("cpu") if plan.offload else part)
+            del run, part
+    return _merged(parts, modules, settings)
+
+
+def _plan(
+    modules: Mapping[str, nn.Module],
+    settings: CollectSettings,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Plan:
+    """The passes, the same on every process."""
+    shapes = {name: _shape(module) for name, module in modules.items()}
+    known = {name: shape for name, shape in shapes.items() if shape is not None}
+    budget = settings.max_memory if settings.max_memory is not None else free_budget(device)
+    budgets = [b for b in distributed.gather_objects(budget) if isinstance(b, int)]
+    budget = min(budgets) if budgets else None
+    if budget is None or len(known) < len(shapes):
+        known = {name: shape or (0, 0) for name, shape in shapes.items()}
+        budget = None
+    return make_plan(known, settings.needs, budget, element=8 if dtype == torch.float64 else 4)
+
+
+def _shape(module: nn.Module) -> tuple[int, int] | None:
+    """``(out, in)`` as the layer says it, whatever its weight is stored as."""
+    for names in (("out_features", "in_features"), ("nf", "nx")):
+        out, inner = (getattr(module, name, None) for name in names)
+        if isinstance(out, int) and isinstance(inner, int):
+            return out, inner
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, Tensor) and weight.dim() == 2 and hasattr(module, "nf"):
+        return weight.shape[1], weight.shape[0]
+    return None
+
+
+def _merged(
+    parts: list[Statistics], modules: Mapping[str, nn.Module], settings: CollectSettings
+) -> Statistics:
+    """The passes' statistics as one, in the targets' order."""
+    if len(parts) == 1:
+        return parts[0]
+    layers = {name: part[name] for part in parts for name in part}
+    metadata = dict(parts[0].metadata)
+    metadata["unused"] = [name for part in parts for name in part.metadata["unused"]]
+    if not layers:
+        _check_unused(metadata["unused"], layers, settings)
+    return Statistics({name: layers[name] for name in modules if name in layers}, metadata)
+
+
+def _run(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    batches: list[dict[str, Any]],
+    settings: CollectSettings,
+    loss_fn: LossFunction | None,
+    device: torch.device,
+) -> _Run:
+    """One pass; once more where inputs that one batch shared are apart in another."""
+    with distributed.together():
+        run = _pass(model, modules, batches, settings, loss_fn, device, share_inputs=True)
+    if distributed.everywhere(run.state.sharing_held()):
+        return run
+    logger.info("inputs shared in one batch were not in another; collecting them apart")
+    with distributed.together():
+        return _pass(model, modules, batches, settings, loss_fn, device, share_inputs=False)
 
 
 def _check_labels(model: nn.Module, batches: list[dict[str, Any]]) -> None:
