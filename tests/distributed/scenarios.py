@@ -30,7 +30,8 @@ METHODS: dict[str, Any] = {
     "lora_da": lambda: lorainit.LoraDA(),
     "filet": lambda: lorainit.FILet(),
     "pissa": lambda: lorainit.PiSSA(),
-    "eva": lambda: lorainit.EVA(),
+    # Ranks stay as configured: those of an adapter that is there already cannot move.
+    "eva": lambda: lorainit.EVA(rho=1.0),
     "vanilla": lambda: lorainit.Vanilla(),
     "natural": lambda: lorainit.Natural(steps=2),
 }
