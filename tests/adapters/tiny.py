@@ -23,7 +23,7 @@ METHODS = {
     "displaced": lorainit.LoraDA(),
     "anchored": lorainit.FILet(),
     "anchored-weight": lorainit.PiSSA(),
-    "zero-b": lorainit.EVA(),
+    "zero-b": lorainit.EVA(rho=1.0),
     "default": lorainit.Vanilla(),
 }
 
