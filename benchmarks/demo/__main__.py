@@ -35,7 +35,7 @@ from benchmarks.demo import report  # noqa: E402
 from benchmarks.demo.run import Data, load_data, run_base, run_method  # noqa: E402
 from benchmarks.demo.settings import Entry, Settings, entries, result_key  # noqa: E402
 
-DEFAULT_METHODS = ("lora", "lora-da", "filet", "natural")
+DEFAULT_METHODS = ("lora", "lora-da", "filet")
 
 
 class _ThroughTqdm(logging.Handler):
