@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import statistics as stats
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import is_dataclass
 from typing import Any, Literal
@@ -11,6 +12,7 @@ from typing import Any, Literal
 import peft
 from peft import LoraConfig, PeftModel
 from torch import nn
+from tqdm.auto import tqdm
 
 from lorainit.adapters import install as installing
 from lorainit.adapters.patterns import with_ranks
@@ -187,7 +189,7 @@ def get_peft_model(
         distributed.broadcast(adapter_tensors(wrapped, adapter_name), 0)
     if not plain:
         left_out |= installing.left_at_default(wrapped, adapter_name, start.factors, left_out)
-    logger.info(_summary(method, start, left_out))
+    _say(_summary(method, start, left_out), progress)
     return wrapped
 
 
@@ -217,6 +219,14 @@ def _wrap(
 def _settings_of(method: Method) -> dict[str, object]:
     """A method's name, and its settings where it is a dataclass."""
     return settings_of(method) if is_dataclass(method) else {"method": type(method).__name__}
+
+
+def _say(line: str, progress: bool) -> None:
+    """Log the line; where nobody listens to the log, show it above the progress bars."""
+    if logger.isEnabledFor(logging.INFO):
+        logger.info(line)
+    elif progress:
+        tqdm.write(line, file=sys.stderr)
 
 
 def _summary(method: Method, start: Start, left_out: Mapping[str, str]) -> str:
