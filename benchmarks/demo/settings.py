@@ -37,11 +37,11 @@ class Settings:
     statistics_batch: int = 16
     rank: int = 8
     alpha: int = 16
-    steps: int = 40
+    steps: int = 30
     batch_size: int = 8
     learning_rate: float = 1e-3
     warmup_steps: int = 3
-    held_out: int = 128
+    held_out: int = 96
     score_steps: tuple[int, ...] = (5, 15)
     score_batch: int = 16
     seed: int = 0
