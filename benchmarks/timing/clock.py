@@ -1,0 +1,126 @@
+"""Seconds, memory, limits, and where a measurement was made."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import platform
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import peft
+import torch
+import transformers
+
+import lorainit
+
+
+class OverTimeError(Exception):
+    """A part ran past its limit."""
+
+
+@contextmanager
+def limited(seconds: int) -> Iterator[None]:
+    def stop(*_: object) -> None:
+        raise OverTimeError(f"stopped after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(max(1, seconds))
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+class Clock:
+    """Seconds of named stretches, the device drained at both ends."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stretch(self, name: str) -> Iterator[None]:
+        self.wait()
+        begin = time.perf_counter()
+        yield
+        self.wait()
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
+
+    def wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    @contextmanager
+    def watching(self, **places: tuple[Any, str]) -> Iterator[dict[str, Any]]:
+        """Stretches of functions that others call: their name to (where, attribute).
+
+        Gives what each of them returned last.
+        """
+        results: dict[str, Any] = {}
+
+        def watched(name: str, work: Callable[..., Any]) -> Callable[..., Any]:
+            def timed(*args: Any, **kwargs: Any) -> Any:
+                with self.stretch(name):
+                    results[name] = work(*args, **kwargs)
+                return results[name]
+
+            return timed
+
+        with contextlib.ExitStack() as stack:
+            for name, (where, attribute) in places.items():
+                work = watched(name, getattr(where, attribute))
+                stack.enter_context(mock.patch.object(where, attribute, work))
+            yield results
+
+
+def cleared() -> None:
+    """Give back what nobody holds."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def peak_gib(device: torch.device) -> float | None:
+    """Largest allocation since `reset_peak`; unknown on a CPU."""
+    if device.type != "cuda":
+        return None
+    return torch.cuda.max_memory_allocated(device) / 2**30
+
+
+def reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def provenance(device: torch.device) -> dict[str, Any]:
+    """Device, versions, revision and date."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
+    revision = ""
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        revision = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            check=True,
+            text=True,
+        ).stdout.strip()
+    return {
+        "device": name or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+        "python": platform.python_version(),
+        "lorainit": lorainit.__version__,
+        "revision": revision,
+        "date": time.strftime("%Y-%m-%d"),
+    }
