@@ -134,7 +134,7 @@ def data_of(case: Case, machine: Machine) -> list[dict[str, Tensor]]:
 
 def collected(model: nn.Module, data: list[dict[str, Tensor]]) -> lorainit.Statistics:
     return lorainit.collect_statistics(
-        model, speed.config(), data=data, needs=LoraDA.needs, progress=False
+        model, speed.config(), data=data, needs=LoraDA.needs, gather=False, progress=False
     )
 
 
@@ -143,7 +143,6 @@ def stretches(machine: Machine) -> Iterator[None]:
     """Inside, what a start consists of is timed apart; all processes wait for one another there."""
     from lorainit import pipeline, start
     from lorainit.adapters import install as installing
-    from lorainit.statistics import distributed
 
     def timed(name: str, work: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -154,7 +153,7 @@ def stretches(machine: Machine) -> Iterator[None]:
 
     with ExitStack() as stack:
         for owner, function in (
-            (distributed, "reduce_layers"),
+            (sys.modules["lorainit.statistics.collect"], "reduce_layers"),
             (start, "collect"),
             (start, "solve_layers"),
             (installing, "install"),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 from collections.abc import Mapping
 
 from peft import LoraConfig, PeftModel
-from torch import Tensor, nn
+from torch import nn
 
 from lorainit.adapters import install as installing
 from lorainit.adapters.patterns import with_ranks
@@ -20,7 +21,7 @@ from lorainit.errors import (
     RankError,
     StatisticsFileError,
 )
-from lorainit.statistics import Statistics
+from lorainit.statistics import Statistics, distributed
 from lorainit.types import LayerStatistics, Method
 
 logger = logging.getLogger("lorainit")
@@ -147,29 +148,45 @@ def with_possible_ranks(
 def check_statistics(statistics: Statistics, targets: Targets, method: Method) -> None:
     """The statistics must be of these layers, of this model, and hold what the method reads."""
     unused = set(statistics.metadata.get("unused", ()))
-    missing = [n for n in targets.layers if n not in statistics and n not in unused]
+    shares = statistics.shares
+    if shares is not None and (shares.rank, shares.size) != distributed.world():
+        raise StatisticsFileError(
+            f"the statistics are shared out over {shares.size} processes, of which this was "
+            f"{shares.rank}; now it is {distributed.world()[0]} of {distributed.world()[1]}. Use them "
+            "where they were collected, or save them there and load the file."
+        )
+    names = set(statistics.names)
+    missing = [n for n in targets.layers if n not in names and n not in unused]
     if missing:
-        known = next(iter(statistics), "none")
+        known = next(iter(statistics.names), "none")
         raise StatisticsFileError(
             f"the statistics hold no layer '{missing[0]}' ({len(missing)} of {len(targets.layers)} "
             f"targets are missing; they hold for example '{known}'). They were collected for other "
             "targets or another model: collect them again with this configuration."
         )
-    for name, target in targets.layers.items():
-        if name in unused:
-            continue
-        layer = statistics[name]
-        lacking = method.needs - layer.available
-        if lacking:
-            raise MissingStatisticError(
-                f"{type(method).__name__} needs {', '.join(sorted(lacking))}, which the statistics do not "
-                f"hold (layer '{name}'; there is: {', '.join(sorted(layer.available))}). Collect again "
-                f"with needs=lorainit.{type(method).__name__}().needs."
+    reached = {n: target for n, target in targets.layers.items() if n not in unused}
+    # Each process sees its own layers, and all must agree before they gather weights together.
+    with contextlib.nullcontext() if shares is None else distributed.together():
+        for name, target in reached.items():
+            if name in statistics:
+                _check_layer(name, target, statistics[name], method)
+    for name, target in reached.items():
+        stored = statistics.fingerprints.get(name)
+        if stored is not None and not same_weight(stored, fingerprint(target.module, name)):
+            raise StatisticsFileError(
+                f"layer '{name}' has other weights than the model that the statistics were made for. "
+                "Load that model, or collect the statistics again."
             )
-        _check_layer(name, target, layer, statistics.fingerprints.get(name))
 
 
-def _check_layer(name: str, target: Target, layer: LayerStatistics, stored: Tensor | None) -> None:
+def _check_layer(name: str, target: Target, layer: LayerStatistics, method: Method) -> None:
+    lacking = method.needs - layer.available
+    if lacking:
+        raise MissingStatisticError(
+            f"{type(method).__name__} needs {', '.join(sorted(lacking))}, which the statistics do not "
+            f"hold (layer '{name}'; there is: {', '.join(sorted(layer.available))}). Collect again "
+            f"with needs=lorainit.{type(method).__name__}().needs."
+        )
     spec = target.spec
     for field, size in (
         ("gradient_sum", (spec.out_features, spec.in_features)),
@@ -184,11 +201,6 @@ def _check_layer(name: str, target: Target, layer: LayerStatistics, stored: Tens
                 f"layer '{name}': {field} has shape {tuple(tensor.shape)}, this model's layer wants "
                 f"{size}. The statistics were made for another model."
             )
-    if stored is not None and not same_weight(stored, fingerprint(target.module, name)):
-        raise StatisticsFileError(
-            f"layer '{name}' has other weights than the model that the statistics were made for. Load "
-            "that model, or collect the statistics again."
-        )
 
 
 def unused_targets(statistics: Statistics, targets: Targets) -> dict[str, str]:

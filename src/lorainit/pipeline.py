@@ -46,6 +46,7 @@ def collect_statistics(
     loss_fn: LossFunction | None = None,
     on_nonfinite: Literal["raise", "skip"] = "raise",
     on_unused: Literal["raise", "default"] = "raise",
+    gather: bool = True,
     progress: bool = True,
 ) -> Statistics:
     """Collect what methods read, in one pass over a few batches of target data.
@@ -65,6 +66,9 @@ def collect_statistics(
             from the logits; mean squared error for regression) does not fit.
         on_nonfinite: what to do about a batch whose loss is not finite.
         on_unused: what to do about targets that no sequence reached.
+        gather: over several processes, give all layers to every process. If not, each keeps about as
+            many bytes of layers as every other, and the result serves `get_peft_model` on the same
+            processes, or ``save``, which all of them must call.
         progress: show a progress bar.
 
     Returns:
@@ -84,6 +88,7 @@ def collect_statistics(
         on_nonfinite=on_nonfinite,
         on_unused=on_unused,
         progress=progress,
+        gather=gather,
     )
     measured = Measured(model, targets, settings, loss_fn, 0.0, progress)
     with adapters_off(model):
@@ -161,6 +166,7 @@ def get_peft_model(
                 on_nonfinite=on_nonfinite,
                 on_unused=on_unused,
                 progress=progress,
+                gather=False,
             )
 
         def reallocate(ranks: Mapping[str, int]) -> Targets:

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from lorainit.adapters.targets import Target
 from lorainit.adapters.weights import read_weight
 from lorainit.calibration import SearchResult, search_length
+from lorainit.division import device_of, solvers
 from lorainit.methods.metric import KroneckerMetric, cut
 from lorainit.methods.natural import Natural
 from lorainit.statistics import LossFunction, Statistics, distributed
@@ -30,6 +31,7 @@ from lorainit.statistics.displace import LowRank, displaced
 from lorainit.statistics.guard import measuring, unchanged_rng
 from lorainit.statistics.losses import batch_loss
 from lorainit.statistics.rounds import even_rounds, is_sharded
+from lorainit.statistics.travel import Slot, from_owners
 from lorainit.types import Factors, LayerStatistics, LossReduction
 
 logger = logging.getLogger("lorainit")
@@ -121,130 +123,152 @@ def first_length(terms: Mapping[str, LowRank], targets: Mapping[str, Target], si
 # --- repeated natural steps -------------------------------------------------------------------
 
 
-@dataclass(eq=False)
+_Pairs = dict[str, tuple[Tensor, Tensor]]
+"""``left`` ``(out, rank)`` and ``right`` ``(rank, in)`` by layer."""
+
+
+@dataclass(frozen=True, eq=False)
 class _Stack:
-    """Layers of one shape and rank, their present displacement and their newest step, stacked."""
+    """Layers of one shape and rank: their newest step and where it begins, stacked."""
 
     targets: list[Target]
-    left: Tensor | None = None
-    right: Tensor | None = None
-    metric: KroneckerMetric | None = None
-    step_left: Tensor | None = None
-    step_right: Tensor | None = None
+    metric: KroneckerMetric
+    step: tuple[Tensor, Tensor]
+    present: tuple[Tensor, Tensor] | None
 
-    @property
-    def rank(self) -> int:
-        return self.targets[0].spec.rank
-
-    def set_step(self, method: Natural, statistics: Mapping[str, LayerStatistics]) -> None:
+    @classmethod
+    def measured(
+        cls, method: Natural, targets: list[Target], statistics: Statistics, present: _Pairs
+    ) -> _Stack:
         """Metric and step from statistics taken at the present displacement."""
-        device = next(self.targets[0].module.parameters()).device
+        device = next(targets[0].module.parameters()).device
         if device.type == "meta":
             # The weight is offloaded; the statistics are where they were collected.
-            device = statistics[self.targets[0].name].gradient.device
-        layers = [statistics[t.name].only(method.needs).to(device=device) for t in self.targets]
-        self.metric, (left, right) = method.step(LayerStatistics.stack(layers), self.rank)
-        self.step_left, self.step_right = left, right
+            device = statistics[targets[0].name].gradient.device
+        layers = [statistics[t.name].only(method.needs).to(device=device) for t in targets]
+        metric, step = method.step(LayerStatistics.stack(layers), targets[0].spec.rank)
+        if not present:
+            return cls(targets, metric, step, None)
+        left, right = (torch.stack([present[t.name][i] for t in targets]) for i in (0, 1))
+        return cls(targets, metric, step, (left, right))
 
     def moved(self, length: float, directions: int) -> tuple[Tensor, Tensor]:
         """The displacement after a step of this length along its first directions, cut to rank."""
-        assert self.metric is not None
-        assert self.step_left is not None
-        assert self.step_right is not None
-        used = torch.arange(self.step_left.shape[-1], device=self.step_left.device) < directions
-        step = self.step_left * (used * length)
-        if self.left is None or self.right is None:
-            return step, self.step_right
+        left, right = self.step
+        used = torch.arange(left.shape[-1], device=left.device) < directions
+        left = left * (used * length)
+        if self.present is None:
+            return left, right
         whole = self.metric.into(
-            torch.cat([self.left, step], dim=-1), torch.cat([self.right, self.step_right], dim=-2)
+            torch.cat([self.present[0], left], dim=-1), torch.cat([self.present[1], right], dim=-2)
         )
-        return self.metric.out_of(*cut(*whole, self.rank))
+        return self.metric.out_of(*cut(*whole, self.targets[0].spec.rank))
 
 
 @dataclass(eq=False)
 class NaturalSteps:
     """Natural steps over all layers, one after the other.
 
+    Many processes divide the layers: each takes the steps of its own, and all know the displacement
+    of all layers.
+
     Attributes:
         method: its settings.
         targets: by name.
         probe: the loss on calibration sequences.
+        searches: one a step.
     """
 
     method: Natural
     targets: Mapping[str, Target]
     probe: Probe
     searches: list[SearchResult] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        groups: dict[tuple[Any, ...], list[Target]] = {}
-        for target in self.targets.values():
-            spec = target.spec
-            device = next((p.device for p in target.module.parameters()), None)
-            key = (spec.out_features, spec.in_features, spec.rank, device)
-            groups.setdefault(key, []).append(target)
-        self.stacks = [_Stack(members) for members in groups.values()]
-
-    def terms(self, placed: Callable[[_Stack], tuple[Tensor, Tensor] | None]) -> dict[str, LowRank]:
-        """One displacement by layer, from what `placed` gives for each stack."""
-        out = {}
-        for stack in self.stacks:
-            pair = placed(stack)
-            if pair is None:
-                continue
-            left, right = pair[0].float(), pair[1].float()
-            for i, target in enumerate(stack.targets):
-                out[target.name] = LowRank(left[i], right[i])
-        return out
+    _at: _Pairs = field(default_factory=dict)
+    _stacks: list[_Stack] = field(default_factory=list)
+    _owners: Mapping[str, int] = field(default_factory=dict)
 
     def present(self) -> dict[str, LowRank]:
         """The displacement so far."""
-        return self.terms(
-            lambda s: None if s.left is None or s.right is None else (s.left, s.right)
-        )
+        return {n: LowRank(left.float(), right.float()) for n, (left, right) in self._at.items()}
 
     def take(self, statistics: Statistics) -> SearchResult:
         """One step from statistics taken at the present displacement; its length is measured."""
-        for stack in self.stacks:
-            stack.set_step(self.method, statistics)
+        self._owners = solvers(self.targets, statistics)
+        with distributed.together():
+            self._stacks = [
+                _Stack.measured(self.method, members, statistics, self._at)
+                for members in self._groups()
+            ]
         result, directions = self._search()
         if result.length > 0:
-            for stack in self.stacks:
-                stack.left, stack.right = stack.moved(result.length, directions)
+            self._at = self._pairs(lambda s: s.moved(result.length, directions), torch.float64)
         elif not self.searches:
             # Not one length helps: keep the directions, and start where the model is.
-            for stack in self.stacks:
-                stack.left, stack.right = stack.moved(0.0, 0)
+            self._at = self._pairs(lambda s: s.moved(0.0, 0), torch.float64)
         self.searches.append(result)
-        for stack in self.stacks:
-            if stack.left is not None and stack.right is not None:
-                stack.left, stack.right = stack.left.contiguous(), stack.right.contiguous()
-                distributed.broadcast([stack.left, stack.right], 0)
-            stack.metric = stack.step_left = stack.step_right = None
+        self._stacks = []
         return result
 
     def factors(self) -> dict[str, Factors]:
         """The displacement as the adapter's factors."""
         out = {}
-        for stack in self.stacks:
-            assert stack.left is not None
-            assert stack.right is not None
-            scaling = torch.tensor([t.spec.scaling for t in stack.targets])
-            for i, target in enumerate(stack.targets):
-                a, b = self.method.factors(stack.left[i], stack.right[i], float(scaling[i]))
-                out[target.name] = Factors(a.float(), b.float(), anchored=False)
-        return {name: out[name] for name in self.targets}
+        for name, target in self.targets.items():
+            a, b = self.method.factors(*self._at[name], target.spec.scaling)
+            out[name] = Factors(a.float(), b.float(), anchored=False)
+        return out
+
+    def _groups(self) -> list[list[Target]]:
+        """This process's layers, those of one shape, rank and device together."""
+        groups: dict[tuple[Any, ...], list[Target]] = {}
+        for name, target in self.targets.items():
+            if self._owners[name] == distributed.world()[0]:
+                spec = target.spec
+                device = next((p.device for p in target.module.parameters()), None)
+                key = (spec.out_features, spec.in_features, spec.rank, device)
+                groups.setdefault(key, []).append(target)
+        return list(groups.values())
+
+    def _pairs(
+        self,
+        placed: Callable[[_Stack], tuple[Tensor, Tensor]],
+        dtype: torch.dtype,
+        width: int | None = None,
+    ) -> _Pairs:
+        """What `placed` gives for each stack, by layer, of all processes' layers.
+
+        Its pairs have the layer's rank, or `width` where that is given.
+        """
+        own: dict[Any, Tensor] = {}
+        with distributed.together():
+            for stack in self._stacks:
+                left, right = (half.to(dtype).contiguous() for half in placed(stack))
+                for i, target in enumerate(stack.targets):
+                    own[target.name, "left"], own[target.name, "right"] = left[i], right[i]
+        slots = []
+        for name, target in self.targets.items():
+            spec, owner = target.spec, self._owners[name]
+            rank = spec.rank if width is None else min(width, spec.rank)
+            slots.append(Slot((name, "left"), owner, (spec.out_features, rank), dtype))
+            slots.append(Slot((name, "right"), owner, (rank, spec.in_features), dtype))
+        device = device_of(next(iter(self.targets.values())))
+        from_owners(own, slots, device)
+        return {name: (own[name, "left"], own[name, "right"]) for name in self.targets}
+
+    def _terms(
+        self, placed: Callable[[_Stack], tuple[Tensor, Tensor]], width: int | None = None
+    ) -> dict[str, LowRank]:
+        return {n: LowRank(*p) for n, p in self._pairs(placed, torch.float32, width).items()}
 
     def _search(self) -> tuple[SearchResult, int]:
         """Length, and how many directions to use: first a few, then others at lengths near by."""
-        largest = max(stack.rank for stack in self.stacks)
+        largest = max(target.spec.rank for target in self.targets.values())
         candidates = sorted({min(2**i, largest) for i in range(largest.bit_length() + 1)})
         base = self.probe.loss(self.present())
 
         def loss_at(length: float, directions: int) -> float:
             if length == 0:
                 return base
-            return self.probe.loss(self.terms(lambda s: s.moved(length, directions)))
+            return self.probe.loss(self._terms(lambda s: s.moved(length, directions)))
 
         few = candidates[min(1, len(candidates) - 1)]
         first = self._first_length(few)
@@ -272,8 +296,8 @@ class NaturalSteps:
     def _first_length(self, directions: int) -> float:
         if self.searches and self.searches[-1].length > 0:
             return self.searches[-1].length / 4
-        unit = self.terms(
-            lambda s: (s.step_left[..., :directions], s.step_right[..., :directions, :])  # type: ignore[index]
+        unit = self._terms(
+            lambda s: (s.step[0][..., :directions], s.step[1][..., :directions, :]), directions
         )
         return first_length(unit, self.targets, _FIRST_SIZE)
 

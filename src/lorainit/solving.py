@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import zip_longest
 from typing import Any, Literal
 
 import torch
@@ -10,9 +11,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from lorainit.adapters.targets import Target
-from lorainit.adapters.weights import read_weight
+from lorainit.adapters.weights import part_of_gather, read_weight
+from lorainit.division import device_of, solvers
 from lorainit.errors import AdapterError, LorainitError, NonFiniteError
 from lorainit.statistics import Statistics, distributed
+from lorainit.statistics.travel import Slot, from_owners
 from lorainit.types import Factors, LayerSpec, LayerStatistics, Method, RanksDirections
 
 _CHUNK_BYTES = 1 << 30
@@ -33,9 +36,11 @@ def solve_layers(
     """Factors of every target, and ``|s B A| / |W|`` of each.
 
     Layers of one shape, rank and scaling are solved together. Many processes divide the work: each
-    solves its part, and gives it to the others.
+    solves its part (the layers whose statistics it holds, where they are shared out), and gives it to
+    the others.
     """
     rank, size = distributed.world()
+    owners = solvers(targets, statistics)
     failure: Exception | None = None
     solved: dict[str, Factors] = {}
     sizes: dict[str, float] = {}
@@ -46,11 +51,11 @@ def solve_layers(
         disable=None if progress else True,
     )
     with bar, torch.no_grad():
-        for index, chunk in enumerate(list(_chunks(targets, size))):
-            mine = index % size == rank and failure is None
+        for chunks in _rounds(targets, owners, size):
             try:
-                weights = _weights(chunk, mine)
-                if mine:
+                weights = _weights(chunks, rank)
+                if chunks[rank] and failure is None:
+                    chunk = chunks[rank]
                     layers = [
                         LayerStatistics() if statistics is None else statistics[t.name]
                         for t in chunk
@@ -64,10 +69,10 @@ def solve_layers(
                 failure = failure or error
                 if size == 1:
                     break
-            bar.update(len(chunk))
+            bar.update(sum(map(len, chunks)))
         distributed.raise_together(failure)
         if size > 1:
-            solved, sizes = _exchanged(targets, solved, sizes)
+            solved, sizes = _exchanged(targets, owners, solved, sizes)
     return {name: solved[name] for name in targets}, {name: sizes[name] for name in targets}
 
 
@@ -78,63 +83,75 @@ def value_directions(
     limits: Mapping[str, int],
 ) -> dict[str, Tensor]:
     """What each layer's leading directions are worth, ``(limit,)`` by name, the same everywhere."""
+    rank, _ = distributed.world()
+    owners = solvers(targets, statistics)
     found: dict[str, Tensor] = {}
     by_limit: dict[int, dict[str, Target]] = {}
     for name, target in targets.items():
-        by_limit.setdefault(limits[name], {})[name] = target
-    with torch.no_grad():
+        if owners[name] == rank:
+            by_limit.setdefault(limits[name], {})[name] = target
+    budget = _chunk_bytes(targets)
+    with torch.no_grad(), distributed.together():
         for limit, members in by_limit.items():
-            for chunk in _chunks(members):
+            for chunk in _chunks(members, budget):
                 layers = [
-                    _for_solving(statistics[t.name], method.needs, _device(t), None) for t in chunk
+                    _for_solving(statistics[t.name], method.needs, device_of(t), None)
+                    for t in chunk
                 ]
-                values = method.rank_values(LayerStatistics.stack(layers), limit).cpu()
-                found |= {t.name: values[i] for i, t in enumerate(chunk)}
-    distributed.broadcast([found[name] for name in targets], 0)
-    return found
+                values = method.rank_values(LayerStatistics.stack(layers), limit)
+                # In one dtype, so that all know what is coming.
+                found |= {t.name: values[i].double().cpu() for i, t in enumerate(chunk)}
+    slots = [Slot(n, owners[n], (limits[n],), torch.float64) for n in targets]
+    from_owners(found, slots, torch.device("cpu"))
+    return {name: found[name] for name in targets}
 
 
-def _weights(chunk: list[Target], mine: bool) -> list[Tensor]:
-    """The weights of a chunk that is to be solved here; sharded ones are gathered by everyone."""
+def _weights(chunks: Sequence[list[Target]], rank: int) -> list[Tensor]:
+    """The weights of this process's chunk; sharded ones are gathered by everyone, one at a time."""
     weights = []
-    for target in chunk:
-        if mine:
-            weights.append(read_weight(target.module, target.name))
-        elif hasattr(getattr(target.module, "weight", None), "full_tensor"):
-            read_weight(target.module, target.name)
+    failure: Exception | None = None
+    for owner, chunk in enumerate(chunks):
+        for target in chunk:
+            try:
+                if owner == rank:
+                    weights.append(read_weight(target.module, target.name))
+                else:
+                    part_of_gather(target.module)
+            except Exception as error:
+                # The others go on gathering, and this process with them.
+                failure = failure or error
+    if failure is not None:
+        raise failure
     return weights
 
 
 def _exchanged(
-    targets: Mapping[str, Target], solved: Mapping[str, Factors], sizes: Mapping[str, float]
+    targets: Mapping[str, Target],
+    owners: Mapping[str, int],
+    solved: Mapping[str, Factors],
+    sizes: Mapping[str, float],
 ) -> tuple[dict[str, Factors], dict[str, float]]:
     """Every process's factors on every process, the same to the last bit."""
     described = {n: (f.A.dtype, f.B.dtype, f.anchored, sizes[n]) for n, f in solved.items()}
-    rank, _ = distributed.world()
-    factors: dict[str, Factors] = {}
-    measured: dict[str, float] = {}
-    for source, theirs in enumerate(distributed.gather_objects(described)):
-        travelling: list[Tensor] = []
-        for name, (a_dtype, b_dtype, anchored, size) in theirs.items():
-            spec = targets[name].spec
-            if source == rank:
-                own = solved[name]
-                pair = Factors(own.A.contiguous(), own.B.contiguous(), own.anchored)
-            else:
-                device = _device(targets[name])
-                a = torch.empty(spec.rank, spec.in_features, dtype=a_dtype, device=device)
-                b = torch.empty(spec.out_features, spec.rank, dtype=b_dtype, device=device)
-                pair = Factors(a, b, anchored)
-            factors[name], measured[name] = pair, size
-            travelling += [pair.A, pair.B]
-        distributed.broadcast(travelling, source)
-    return factors, measured
-
-
-def _device(target: Target) -> torch.device:
-    """Where a layer's factors lie: with its weight, or on the CPU while that is elsewhere."""
-    found = next((p.device for p in target.module.parameters()), torch.device("cpu"))
-    return torch.device("cpu") if found.type == "meta" else found
+    known = {
+        n: entry for theirs in distributed.gather_objects(described) for n, entry in theirs.items()
+    }
+    tensors = {(n, "A"): f.A for n, f in solved.items()} | {
+        (n, "B"): f.B for n, f in solved.items()
+    }
+    by_device: dict[torch.device, list[Slot]] = {}
+    for name, target in targets.items():
+        spec, (a_dtype, b_dtype, *_) = target.spec, known[name]
+        by_device.setdefault(device_of(target), []).extend(
+            [
+                Slot((name, "A"), owners[name], (spec.rank, spec.in_features), a_dtype),
+                Slot((name, "B"), owners[name], (spec.out_features, spec.rank), b_dtype),
+            ]
+        )
+    for device, slots in by_device.items():
+        from_owners(tensors, slots, device)
+    factors = {n: Factors(tensors[n, "A"], tensors[n, "B"], known[n][2]) for n in targets}
+    return factors, {n: known[n][3] for n in targets}
 
 
 def _solve_chunk(
@@ -199,8 +216,20 @@ def _for_solving(
     return layer.only(needs).to(device=device, dtype=dtype)
 
 
-def _chunks(targets: Mapping[str, Target], parts: int = 1) -> Iterator[list[Target]]:
-    """Targets of one shape, rank, scaling and device, as many as fit a chunk, in `parts` or more."""
+def _rounds(
+    targets: Mapping[str, Target], owners: Mapping[str, int], size: int
+) -> Iterator[list[list[Target]]]:
+    """Rounds of one chunk for each process, so that all solve at once between two gathers."""
+    budget = _chunk_bytes(targets)
+    mine: list[dict[str, Target]] = [{} for _ in range(size)]
+    for name, target in targets.items():
+        mine[owners[name]][name] = target
+    chunks = [_chunks(members, budget) for members in mine]
+    yield from (list(turn) for turn in zip_longest(*chunks, fillvalue=[]))
+
+
+def _chunks(targets: Mapping[str, Target], budget: int) -> Iterator[list[Target]]:
+    """Targets of one shape, rank, scaling and device, as many as `budget` bytes allow."""
     groups: dict[tuple[Any, ...], list[Target]] = {}
     for target in targets.values():
         spec = target.spec
@@ -208,22 +237,22 @@ def _chunks(targets: Mapping[str, Target], parts: int = 1) -> Iterator[list[Targ
         key = (spec.out_features, spec.in_features, spec.rank, spec.scaling, device)
         groups.setdefault(key, []).append(target)
     for (rows, columns, *_), members in groups.items():
-        size = 4 * (rows * rows + rows * columns + columns * columns)
-        # What is free differs between processes, and all must cut the same.
-        budget = -distributed.largest(-_chunk_bytes(members[0]))
-        step = max(1, min(budget // size, -(-len(members) // parts)))
+        step = max(1, budget // (4 * (rows * rows + rows * columns + columns * columns)))
         for first in range(0, len(members), step):
             yield members[first : first + step]
 
 
-def _chunk_bytes(target: Target) -> int:
-    """How large a stack may be, in bytes of its statistics."""
-    device = next((p.device for p in target.module.parameters()), None)
-    if device is None or device.type != "cuda":
-        return _CHUNK_BYTES
-    reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    free: int = torch.cuda.mem_get_info(device)[0] + reserved
-    return max(_CHUNK_BYTES, free // _CUDA_SHARE)
+def _chunk_bytes(targets: Mapping[str, Target]) -> int:
+    """How large a stack may be, in bytes of its statistics; the same on every process."""
+    budget = None
+    for device in {device_of(target) for target in targets.values()}:
+        size = _CHUNK_BYTES
+        if device.type == "cuda":
+            reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+            size = max(size, (torch.cuda.mem_get_info(device)[0] + reserved) // _CUDA_SHARE)
+        budget = size if budget is None else min(budget, size)
+    # What is free differs between processes, and all must cut the same.
+    return -distributed.largest(-(budget or _CHUNK_BYTES))
 
 
 def relative_size(pair: Factors, weight: Tensor, scaling: float) -> float:

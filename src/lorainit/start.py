@@ -85,7 +85,7 @@ class Measured:
             found = collect(
                 self.model, modules, data, self.settings, self.loss_fn, population=population
             )
-        found.fingerprints = {name: fingerprints[name] for name in found}
+        found.fingerprints = {name: fingerprints[name] for name in found.names}
         return found
 
     @staticmethod

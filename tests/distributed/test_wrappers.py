@@ -10,7 +10,7 @@ from torch import nn
 
 import lorainit
 from lorainit.adapters.wrappers import unwrapped
-from lorainit.statistics.distributed import allotments, pack_half, unpack_half
+from lorainit.statistics.distributed import allotments
 from tests.distributed.scenarios import METHODS, RAGGED, config
 from tests.statistics import models
 from tests.statistics.models import batches
@@ -78,18 +78,6 @@ def test_offloaded_by_accelerate(where: str, name: str, tmp_path: Any) -> None:
         torch.testing.assert_close(
             found(**batch).logits, expected(**batch).logits, rtol=1e-4, atol=1e-5
         )
-
-
-@pytest.mark.parametrize("width", [1, 2, 5, 8])
-def test_half_of_a_symmetric_matrix(width: int) -> None:
-    rows = torch.randn(7, width, dtype=torch.float64)
-    matrix = rows.T @ rows
-    flat = torch.full((width * (width + 1) // 2,), torch.nan, dtype=torch.float64)
-    pack_half(matrix.triu(), flat)
-    back = torch.full_like(matrix, torch.nan)
-    unpack_half(flat, back)
-    torch.testing.assert_close(back, matrix)
-    assert torch.equal(back, back.T)
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,13 @@ def read_weight(module: nn.Module, name: str) -> Tensor:
     return weight
 
 
+def part_of_gather(module: nn.Module) -> None:
+    """What `read_weight` asks of the other processes: give this one's part of a sharded weight."""
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, Tensor) and hasattr(weight, "full_tensor"):
+        weight.full_tensor()
+
+
 def _floating(module: nn.Module, name: str) -> Tensor:
     weight = getattr(module, "weight", None)
     if isinstance(weight, Tensor) and weight.device.type == "meta":

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -27,8 +27,9 @@ from lorainit.statistics.losses import (
 )
 from lorainit.statistics.plan import Plan, free_budget, make_plan
 from lorainit.statistics.positions import batch_positions
+from lorainit.statistics.reduction import reduce_layers
 from lorainit.statistics.rounds import even_rounds, is_sharded, sample, shared_population
-from lorainit.statistics.store import Statistics
+from lorainit.statistics.store import Shares, Statistics
 from lorainit.statistics.taps import TapState, tapped
 from lorainit.types import (
     GRADIENT_STATISTICS,
@@ -61,6 +62,7 @@ class CollectSettings:
     on_unused: Literal["raise", "default"] = "raise"
     progress: bool = True
     max_memory: int | None = None
+    gather: bool = True
 
     def __post_init__(self) -> None:
         if not self.needs:
@@ -168,9 +170,17 @@ def _merged(
     layers = {name: part[name] for part in parts for name in part}
     metadata = dict(parts[0].metadata)
     metadata["unused"] = [name for part in parts for name in part.metadata["unused"]]
-    if not layers:
-        _check_unused(metadata["unused"], layers, settings)
-    return Statistics({name: layers[name] for name in modules if name in layers}, metadata)
+    some = [part.shares for part in parts if part.shares is not None]
+    owners = {name: owner for shares in some for name, owner in shares.owners.items()}
+    if not any(part.names for part in parts):
+        _check_unused(metadata["unused"], (), settings)
+    return Statistics(
+        {name: layers[name] for name in modules if name in layers},
+        metadata,
+        shares=replace(some[0], owners={n: owners[n] for n in modules if n in owners})
+        if some
+        else None,
+    )
 
 
 def _run(
@@ -323,12 +333,11 @@ def _finish(
         )
     if state.backward and tokens == 0:
         raise DataError(_ALL_MASKED)
-    distributed.reduce_layers(state.layers, device)
+    owners = reduce_layers(state.layers, device, gather=settings.gather)
+    rank, size = distributed.world()
     layers: dict[str, LayerStatistics] = {}
-    unused = []
     for name, sums in state.layers.items():
-        if sums.positions == 0 and sums.gradient is None and sums.inputs.positions == 0:
-            unused.append(name)
+        if name not in owners or not (settings.gather or owners[name] == rank):
             continue
         layers[name] = sums.finish(
             sequences=sequences,
@@ -337,8 +346,10 @@ def _finish(
             loss_scale=run.loss_scale,
             population=population,
         )
-    _check_unused(unused, layers, settings)
-    _check_layers(layers)
+    unused = [name for name in state.layers if name not in owners]
+    _check_unused(unused, owners, settings)
+    with distributed.together():
+        _check_layers(layers)
     metadata: dict[str, Any] = {
         "needs": sorted(settings.needs),
         "token_mask": settings.token_mask,
@@ -349,15 +360,14 @@ def _finish(
         "population": population,
         "unused": unused,
     }
-    return Statistics(layers, metadata)
+    shares = None if settings.gather or size == 1 else Shares(owners, rank, size)
+    return Statistics(layers, metadata, shares=shares)
 
 
-def _check_unused(
-    unused: list[str], layers: Mapping[str, LayerStatistics], settings: CollectSettings
-) -> None:
+def _check_unused(unused: list[str], reached: Collection[str], settings: CollectSettings) -> None:
     if not unused:
         return
-    if not layers:
+    if not reached:
         raise TargetError(
             f"none of the {len(unused)} target layers ran in the forward pass (first: "
             f"'{unused[0]}'). "

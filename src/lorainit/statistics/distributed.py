@@ -1,4 +1,4 @@
-"""Many processes as one: sums and counts merge by addition, and an error anywhere is one everywhere.
+"""Many processes as one: counts are added, and an error anywhere is one everywhere.
 
 Every function is a collective where a process group is up: all processes must call it. Without a
 group, or inside `alone`, each is a group of one and nothing travels.
@@ -7,7 +7,7 @@ group, or inside `alone`, each is a group of one and nothing travels.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -17,10 +17,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lorainit.errors import ProcessError
-from lorainit.statistics.accumulators import InputSums, LayerSums
-
-BUCKET_BYTES = 1 << 27
-"""Tensors travel together up to this size; a larger one travels by itself."""
 
 _alone: ContextVar[bool] = ContextVar("alone", default=False)
 
@@ -177,182 +173,11 @@ def allotments(cap: int, available: Sequence[int], open_ended: Sequence[bool]) -
     return given
 
 
-# --- sums ---------------------------------------------------------------------------------------
-
-_LAYER_FIELDS = ("gradient", "output_second_moment", "output_squares")
-_INPUT_FIELDS = ("second_moment", "total")
-_SYMMETRIC = frozenset({"output_second_moment", "second_moment"})
-
-_Described = dict[str, tuple[tuple[int, ...], torch.dtype]]
-
-
-def reduce_layers(layers: Mapping[str, LayerSums], device: torch.device) -> None:
-    """Add the sums of all processes, in place, in sorted order of the layers' names.
-
-    Processes may have seen different layers, or none: what is missing counts as zero. Layers go on
-    sharing an input's sums only where they did on every process that has any. Tensors travel in
-    buckets, symmetric ones as half, while the next bucket is packed; counts in one message.
-    """
-    if world()[1] == 1:
-        return
-    names = sorted(layers)
-    described = _align(layers, names)
-    pieces: list[_Piece] = []
-    counted: list[LayerSums | InputSums] = []
-    seen: set[int] = set()
-    for name in names:
-        layer = layers[name]
-        owners: list[tuple[LayerSums | InputSums, tuple[str, ...]]] = [(layer, _LAYER_FIELDS)]
-        if id(layer.inputs) not in seen:
-            seen.add(id(layer.inputs))
-            owners.append((layer.inputs, _INPUT_FIELDS))
-        for owner, fields in owners:
-            counted.append(owner)
-            for field in fields:
-                if field in described[name]:
-                    shape, dtype = described[name][field]
-                    pieces.append(_Piece(owner, field, shape, dtype))
-    counts = torch.tensor([owner.positions for owner in counted], device=communication_device(_CPU))
-    dist.all_reduce(counts)
-    for owner, positions in zip(counted, counts.tolist(), strict=True):
-        owner.positions = int(positions)
-    _reduce(pieces, device)
-
-
-def _describe(layer: LayerSums) -> _Described:
-    pairs = [(field, getattr(layer, field)) for field in _LAYER_FIELDS]
-    pairs += [(field, getattr(layer.inputs, field)) for field in _INPUT_FIELDS]
-    return {field: (tuple(t.shape), t.dtype) for field, t in pairs if t is not None}
-
-
-def _align(layers: Mapping[str, LayerSums], names: Sequence[str]) -> dict[str, _Described]:
-    """The coarsest sharing that holds on all processes, and what there is of every layer."""
-    leaders: dict[int, str] = {}
-    own = {name: leaders.setdefault(id(layers[name].inputs), name) for name in names}
-    described = {name: _describe(layers[name]) for name in names}
-    # Nearly always everyone has seen the same, and one number says so.
-    if same_everywhere((own, described)):
-        return described
-    busy = any(layers[name].inputs.positions for name in names)
-    gathered = gather_objects((own if busy else None, described))
-    maps = [sharing for sharing, _ in gathered if sharing is not None]
-    common: dict[tuple[str, ...], str] = {}
-    for name in names:
-        leader = common.setdefault(tuple(sharing[name] for sharing in maps), name)
-        if leader == name:
-            if own[name] != name:
-                layers[name].inputs = layers[name].inputs.clone()
-        else:
-            layers[name].inputs = layers[leader].inputs
-    merged: dict[str, _Described] = {name: {} for name in names}
-    for _, theirs in gathered:
-        for name in names:
-            merged[name].update(theirs[name])
-    return merged
-
-
-class _Piece:
-    """One tensor on its way: packed into a bucket, and unpacked from it again."""
-
-    def __init__(
-        self,
-        owner: LayerSums | InputSums,
-        field: str,
-        shape: tuple[int, ...],
-        dtype: torch.dtype,
-    ) -> None:
-        self.owner, self.field, self.shape, self.dtype = owner, field, shape, dtype
-        self.half = field in _SYMMETRIC
-        rows = shape[0]
-        self.length = rows * (rows + 1) // 2 if self.half else rows * (*shape, 1)[1]
-
-    def pack(self, into: Tensor) -> None:
-        """Write the tensor, or zeros, into ``(length,)``."""
-        tensor: Tensor | None = getattr(self.owner, self.field)
-        if tensor is None:
-            into.zero_()
-        elif self.half:
-            pack_half(tensor, into)
-        else:
-            into.copy_(tensor.reshape(-1))
-
-    def unpack(self, flat: Tensor, device: torch.device) -> None:
-        """Take the sum from ``(length,)``."""
-        tensor: Tensor | None = getattr(self.owner, self.field)
-        if tensor is None:
-            tensor = torch.empty(self.shape, dtype=self.dtype, device=device)
-            setattr(self.owner, self.field, tensor)
-        if self.half:
-            unpack_half(flat, tensor)
-        else:
-            tensor.copy_(flat.view(self.shape))
-
-
-def _reduce(pieces: Sequence[_Piece], device: torch.device) -> None:
-    """All-reduce in buckets; one travels while the next is packed."""
-    travelling: tuple[Any, Tensor, list[_Piece]] | None = None
-    for bucket in _buckets(pieces):
-        total = sum(piece.length for piece in bucket)
-        flat = torch.empty(total, dtype=bucket[0].dtype, device=communication_device(device))
-        for piece, part in zip(bucket, torch.split(flat, [p.length for p in bucket]), strict=True):
-            piece.pack(part)
-        work = dist.all_reduce(flat, async_op=True)
-        if travelling is not None:
-            _arrive(*travelling, device)
-        travelling = (work, flat, bucket)
-    if travelling is not None:
-        _arrive(*travelling, device)
-
-
-def _arrive(work: Any, flat: Tensor, bucket: list[_Piece], device: torch.device) -> None:
-    work.wait()
-    for piece, part in zip(bucket, torch.split(flat, [p.length for p in bucket]), strict=True):
-        piece.unpack(part, device)
-
-
-def _buckets(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
-    bucket: list[_Piece] = []
-    size = 0
-    for piece in pieces:
-        new = piece.length * piece.dtype.itemsize
-        if bucket and (size + new > BUCKET_BYTES or piece.dtype != bucket[0].dtype):
-            yield bucket
-            bucket, size = [], 0
-        bucket.append(piece)
-        size += new
-    if bucket:
-        yield bucket
-
-
-def pack_half(matrix: Tensor, into: Tensor) -> None:
-    """The upper triangle of a symmetric ``(n, n)``, as ``(n (n + 1) / 2,)``; the lower is not read.
-
-    The triangle of the first diagonal block and that of the second, transposed, fill a rectangle;
-    the block beside them is another. No list of indices, which would be larger than the matrix.
-    """
-    first = matrix.shape[0] // 2
-    second = matrix.shape[0] - first
-    rectangle = into[: second * (first + 1)].view(second, first + 1)
-    rectangle.zero_()
-    rectangle[:, :second].copy_(matrix[first:, first:].triu().mT)
-    rectangle[:first, 1:] += matrix[:first, :first].triu().to(into.device)
-    into[second * (first + 1) :].view(first, second).copy_(matrix[:first, first:])
-
-
-def unpack_half(flat: Tensor, matrix: Tensor) -> None:
-    """The inverse of `pack_half`, into the whole of ``(n, n)``."""
-    first = matrix.shape[0] // 2
-    second = matrix.shape[0] - first
-    rectangle = flat[: second * (first + 1)].view(second, first + 1)
-    beside = flat[second * (first + 1) :].view(first, second)
-    upper, lower = rectangle[:first, 1:].triu(), rectangle[:, :second].tril()
-    matrix[:first, :first].copy_(upper + upper.triu(1).mT)
-    matrix[first:, first:].copy_(lower + lower.tril(-1).mT)
-    matrix[:first, first:].copy_(beside)
-    matrix[first:, :first].copy_(beside.mT)
-
-
 # --- tensors that one process has and all want ----------------------------------------------------
+
+
+BUCKET_BYTES = 1 << 27
+"""Tensors travel together up to this size; a larger one travels by itself."""
 
 
 def broadcast(tensors: Sequence[Tensor], source: int) -> None:

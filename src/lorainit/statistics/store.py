@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,31 @@ _FORMAT = "lorainit-statistics"
 _FORMAT_VERSION = 1
 
 
+@dataclass(frozen=True)
+class Shares:
+    """How layers are shared out over processes.
+
+    Attributes:
+        owners: the rank that holds each layer, in the layers' order; the same on every process.
+        rank: of this process.
+        size: number of processes.
+    """
+
+    owners: Mapping[str, int]
+    rank: int
+    size: int
+
+
 class Statistics(Mapping[str, LayerStatistics]):
     """Statistics by target: the base model's own dotted module name to `LayerStatistics`.
+
+    Where they are shared out over processes, each holds some layers, and the mapping is of those.
 
     Attributes:
         metadata: what they were made of: needs, token mask, loss reduction, counts, model class.
         fingerprints: a few entries of each layer's base weight, ``(<= 32,)`` float32, by which a
-            file that was made for another model is told apart.
+            file that was made for another model is told apart. Of all layers, everywhere.
+        shares: which process holds which layer; None where this one holds all.
     """
 
     def __init__(
@@ -38,15 +56,22 @@ class Statistics(Mapping[str, LayerStatistics]):
         layers: Mapping[str, LayerStatistics],
         metadata: Mapping[str, Any] | None = None,
         fingerprints: Mapping[str, Tensor] | None = None,
+        shares: Shares | None = None,
     ) -> None:
         self._layers = dict(layers)
         self.metadata: dict[str, Any] = dict(metadata or {})
         self.fingerprints: dict[str, Tensor] = dict(fingerprints or {})
+        self.shares = shares
 
     def __getitem__(self, name: str) -> LayerStatistics:
         try:
             return self._layers[name]
         except KeyError:
+            if self.shares is not None and name in self.shares.owners:
+                raise KeyError(
+                    f"process {self.shares.owners[name]} holds the statistics of layer '{name}', "
+                    f"this one is {self.shares.rank}. Ask there, or call gathered() on all processes."
+                ) from None
             raise KeyError(
                 f"no statistics for layer '{name}'; there are {len(self)} layers"
                 + (f", the first is '{next(iter(self))}'" if len(self) else "")
@@ -59,20 +84,26 @@ class Statistics(Mapping[str, LayerStatistics]):
         return len(self._layers)
 
     def __repr__(self) -> str:
+        of = "" if self.shares is None else f" of {len(self.shares.owners)}"
         return (
-            f"Statistics({len(self)} layers, {self.metadata.get('sequences', '?')} sequences, "
+            f"Statistics({len(self)}{of} layers, {self.metadata.get('sequences', '?')} sequences, "
             f"needs={self.metadata.get('needs')})"
         )
 
     @property
+    def names(self) -> list[str]:
+        """Names of all layers, those that other processes hold included."""
+        return list(self._layers if self.shares is None else self.shares.owners)
+
+    @property
     def available(self) -> frozenset[str]:
-        """Names of the statistics that every layer can give."""
+        """Names of the statistics that every layer here can give."""
         sets = [layer.available for layer in self._layers.values()]
         return frozenset.intersection(*sets) if sets else frozenset()
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors, each shared one counted once."""
+        """Bytes of all tensors here, each shared one counted once."""
         return sum(t.numel() * t.element_size() for t in self._unique_tensors()[0].values())
 
     def to(
@@ -91,7 +122,7 @@ class Statistics(Mapping[str, LayerStatistics]):
             values = {f: getattr(layer, f) for f in LayerStatistics.TENSORS}
             tensors: dict[str, Any] = {f: move(t) for f, t in values.items() if t is not None}
             layers[name] = replace(layer, **tensors)
-        return Statistics(layers, self.metadata, self.fingerprints)
+        return Statistics(layers, self.metadata, self.fingerprints, self.shares)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file: aside first, then renamed, so an old file survives a failure.
