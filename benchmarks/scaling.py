@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -33,7 +34,11 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 import lorainit
-from benchmarks import speed
+from benchmarks.timing import cases as timed_cases
+from benchmarks.timing.cases import SHAPES
+from benchmarks.timing.clock import cleared, limited
+from benchmarks.timing.clock import provenance as common_provenance
+from benchmarks.timing.model import batches_of, build, config
 from lorainit.adapters.wrappers import adapter_tensors
 from lorainit.methods import LoraDA
 
@@ -52,6 +57,17 @@ class Case:
     shape: str = "llama-2-7b"
     start: bool = False
     limit: int = 90
+
+    def whole(self) -> timed_cases.Case:
+        """The same amount of data for one process."""
+        return timed_cases.Case(
+            "",
+            "",
+            self.shape,
+            sequences=self.sequences,
+            tokens=self.tokens,
+            batch=self.batch,
+        )
 
     @property
     def key(self) -> str:
@@ -117,7 +133,7 @@ class Machine:
 
 def model_of(case: Case, machine: Machine) -> nn.Module:
     """The same random weights on every card, then sharded where the case says so."""
-    model = speed.build(speed.SHAPES[case.shape], machine.device)
+    model = build(SHAPES[case.shape], machine.device)
     if case.kind == "fsdp":
         for layer in model.model.layers:
             fully_shard(layer)
@@ -127,14 +143,12 @@ def model_of(case: Case, machine: Machine) -> nn.Module:
 
 def data_of(case: Case, machine: Machine) -> list[dict[str, Tensor]]:
     """This process's batches: every so-manieth of those that one process would see."""
-    whole = speed.Case("", "", case.shape, case.sequences, case.tokens, case.batch)
-    batches = speed.batches_of(whole, speed.SHAPES[case.shape].vocabulary)
-    return batches[machine.rank :: machine.world]
+    return batches_of(case.whole())[machine.rank :: machine.world]
 
 
-def collected(model: nn.Module, data: list[dict[str, Tensor]]) -> lorainit.Statistics:
+def collected(case: Case, model: nn.Module, data: list[dict[str, Tensor]]) -> lorainit.Statistics:
     return lorainit.collect_statistics(
-        model, speed.config(), data=data, needs=LoraDA.needs, gather=False, progress=False
+        model, config(case.whole()), data=data, needs=LoraDA.needs, gather=False, progress=False
     )
 
 
@@ -253,13 +267,13 @@ def run_case(case: Case, machine: Machine, folder: Path) -> dict[str, Any]:
     record: dict[str, Any] = {"peak_gib": peaks}
     model = model_of(case, machine)
     data = data_of(case, machine)
-    speed.cleared()
-    collected(model, data[:1])
+    cleared()
+    collected(case, model, data[:1])
     for number in (1, 2):
         # Each begins with an empty allocator, like a user's; what is warm are the libraries.
-        speed.cleared()
+        cleared()
         with machine.peak("pass", peaks), machine.stretch(f"pass {number}"):
-            found = collected(model, data)
+            found = collected(case, model, data)
         if number == 1:
             del found
     record["statistics_gib"] = machine.gathered(found.nbytes / 2**30)
@@ -267,11 +281,11 @@ def run_case(case: Case, machine: Machine, folder: Path) -> dict[str, Any]:
         case, "statistics", sketches(found, machine), machine, folder
     )
     del found
-    speed.cleared()
+    cleared()
     if case.start:
         with machine.peak("start", peaks), stretches(machine), machine.stretch("start"):
             wrapped = lorainit.get_peft_model(
-                model, speed.config(), method=LoraDA(), data=data, progress=False
+                model, config(case.whole()), method=LoraDA(), data=data, progress=False
             )
         digests = machine.gathered(digest(adapter_tensors(wrapped, "default")))
         record["factors_identical"] = len(set(digests)) == 1
@@ -325,7 +339,7 @@ def run_links(machine: Machine) -> dict[str, Any]:
 
 
 def provenance(machine: Machine) -> dict[str, Any]:
-    found = speed.provenance(machine.device)
+    found = common_provenance(machine.device)
     if machine.device.type == "cuda":
         found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
         found["nccl_settings"] = {k: v for k, v in os.environ.items() if k.startswith("NCCL_")}
@@ -363,7 +377,10 @@ def main(arguments: list[str] | None = None) -> int:
 
     def say(record: dict[str, Any]) -> None:
         if machine.rank == 0 or "error" in record:
-            speed.say({"rank": machine.rank, "processes": machine.world, **record}, path)
+            line = json.dumps({"rank": machine.rank, "processes": machine.world, **record})
+            print(line, flush=True)
+            with path.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
 
     say({"name": "provenance", **provenance(machine)})
     works: list[tuple[dict[str, Any], int, Callable[[], dict[str, Any]]]] = [
@@ -378,9 +395,9 @@ def main(arguments: list[str] | None = None) -> int:
     for record, limit, work in works:
         machine.seconds = {}
         try:
-            with speed.limited(limit):
+            with limited(limit):
                 record |= work()
-            speed.cleared()
+            cleared()
         except Exception as error:
             record["error"] = f"{type(error).__name__}: {error}"[:500]
             record["trace"] = traceback.format_exc()[-1500:]
