@@ -19,6 +19,7 @@ import pytest
 from lorainit import errors
 from lorainit.cli.parser import build_parser
 from tests.adapters import tiny
+from tests.life.mixtures import mixtral
 from tests.life.sft import texts, tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -50,6 +51,7 @@ def surroundings(folder: Path) -> dict[str, object]:
         "tokenizer": words,
         "model": tiny.llama(),
         "base_model": tiny.llama(),
+        "mixture": mixtral(),
         "config": tiny.config(),
         "data": data,
         "dataloader": data,

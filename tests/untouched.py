@@ -35,7 +35,8 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         plain = {k: v for k, v in vars(module).items() if isinstance(v, bool | int | float | str)}
-        found[f"module {name}"] = (id(module), type(module), plain)
+        # A method of its own on an instance is a kind of hook, too.
+        found[f"module {name}"] = (id(module), type(module), plain, sorted(vars(module)))
         found[f"hooks {name}"] = {kind: list(getattr(module, kind)) for kind in HOOKS}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         grad = parameter.grad

@@ -12,7 +12,7 @@ from torch import nn
 
 from lorainit.adapters import install as installing
 from lorainit.adapters.patterns import with_ranks
-from lorainit.adapters.targets import Target, Targets, match_targets
+from lorainit.adapters.targets import Target, Targets, converted, match_targets
 from lorainit.adapters.weights import fingerprint, same_weight
 from lorainit.errors import (
     AdapterError,
@@ -103,6 +103,7 @@ def configuration(
             config.init_lora_weights,
         )
         config.init_lora_weights = True
+    converted(model, config)
     return config
 
 
@@ -126,9 +127,10 @@ def with_possible_ranks(
 ) -> Targets:
     """Refuse ranks above what the layer and the method allow, or cap them at the same scaling."""
     factor = int(getattr(method, "rank_factor", 1))
+    ranks = {t.configured_name: t.spec.rank for t in targets.layers.values()}
     limits = {
-        name: min(t.spec.out_features, t.spec.in_features) // factor
-        for name, t in targets.layers.items()
+        t.configured_name: min(t.spec.out_features, t.spec.in_features) // factor
+        for t in targets.layers.values()
         if factor * t.spec.rank > min(t.spec.out_features, t.spec.in_features)
     }
     if not limits:
@@ -137,11 +139,11 @@ def with_possible_ranks(
         name, limit = next(iter(limits.items()))
         divided = f" / {factor}" if factor > 1 else ""
         raise RankError(
-            f"layer '{name}' has rank {targets.layers[name].spec.rank} in the configuration, above its "
+            f"layer '{name}' has rank {ranks[name]} in the configuration, above its "
             f"min(out, in){divided} = {limit} ({len(limits)} such layers). Lower r, give these layers "
             "a rank_pattern, or pass cap_rank=True."
         )
-    with_ranks(config, limits, [*targets.layers, *targets.left_out])
+    with_ranks(config, limits, targets.configured_names)
     return match_targets(model, config)
 
 

@@ -170,7 +170,7 @@ def get_peft_model(
             )
 
         def reallocate(ranks: Mapping[str, int]) -> Targets:
-            with_ranks(config, ranks, [*targets.layers, *targets.left_out])
+            with_ranks(config, ranks, targets.configured_names)
             return match_targets(model, config)
 
         measured = Measured(

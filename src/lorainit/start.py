@@ -109,6 +109,8 @@ class Measured:
         if not isinstance(method, RanksDirections) or method.rho <= 1:
             return self
         served = _served(self.targets, unused_targets(statistics, self.targets))
+        # The experts of one parameter have one rank: theirs stays.
+        served = {name: target for name, target in served.items() if not target.is_expert}
         configured = {name: target.spec.rank for name, target in served.items()}
         share = int(getattr(method, "rank_factor", 1))
         possible = {

@@ -13,7 +13,7 @@ start.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +45,7 @@ class _AnchoredFactor(nn.Module):
     Attributes:
         trained: parameter, the half that learns.
         anchor: buffer of the same shape, the start, never written after installing.
+        experts: how many pairs of factors lie in this one, as PEFT lays out a stacked parameter's.
     """
 
     _rank_dim: int
@@ -53,8 +54,9 @@ class _AnchoredFactor(nn.Module):
     trained: nn.Parameter
     anchor: Tensor
 
-    def __init__(self, start: Tensor, anchor: Tensor | None = None) -> None:
+    def __init__(self, start: Tensor, anchor: Tensor | None = None, *, experts: int = 1) -> None:
         super().__init__()
+        self.experts = experts
         anchor = start if anchor is None else anchor
         # Contiguous, whatever the solver's layout: a reloaded factor is, and fused optimizers pair
         # its elements with their saved state by memory order.
@@ -66,12 +68,42 @@ class _AnchoredFactor(nn.Module):
     @property
     def rank(self) -> int:
         """Rank of the trained half."""
-        return self.trained.shape[self._rank_dim]
+        return self.trained.shape[self._rank_dim] // self.experts
 
     @property
     def weight(self) -> Tensor:
         """The factor of twice the rank, as PEFT reads it; gradients flow to the trained half."""
-        return torch.cat([self.trained, self._sign * self._start()], dim=self._rank_dim)
+        start = self._sign * self._start()
+        if self.experts == 1:
+            return torch.cat([self.trained, start], dim=self._rank_dim)
+        both = [self._stacked(half, self.experts) for half in (self.trained, start)]
+        return torch.cat(both, dim=1).flatten(self._rank_dim, self._rank_dim + 1)
+
+    @classmethod
+    def _stacked(cls, factor: Tensor, experts: int) -> Tensor:
+        """With the rank in dimension one: ``(experts, rank, .)`` or ``(., rank, experts)``."""
+        rows, columns = factor.shape
+        if cls._rank_dim == 0:
+            return factor.reshape(experts, -1, columns)
+        return factor.reshape(rows, -1, experts)
+
+    @classmethod
+    def _halves(cls, whole: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+        """The trained half of a plain factor of twice the rank, and the anchor: see `weight`."""
+        if experts == 1:
+            trained, anchor = whole.chunk(2, dim=cls._rank_dim)
+        else:
+            trained, anchor = (
+                half.flatten(cls._rank_dim, cls._rank_dim + 1)
+                for half in cls._stacked(whole, experts).chunk(2, dim=1)
+            )
+        return trained, cls._sign * anchor
+
+    @classmethod
+    def of_whole(cls, whole: Tensor, bias: Tensor | None = None, *, experts: int = 1) -> Self:
+        """From a plain factor of twice the rank, as it was saved."""
+        extra = {} if bias is None else {"bias": bias}
+        return cls(*cls._halves(whole, experts), **extra, experts=experts)
 
     def _start(self) -> Tensor:
         """The anchor in the trained half's dtype, and sharded as that is, whoever changed it."""
@@ -107,10 +139,10 @@ class _AnchoredFactor(nn.Module):
                 "of another rank or without an anchor: load it with PeftModel.from_pretrained."
             )
             return
-        trained, anchor = whole.chunk(2, dim=self._rank_dim)
+        trained, anchor = self._halves(whole, self.experts)
         with torch.no_grad():
             self.trained.copy_(placed_like(trained, self.trained))
-            self.anchor.copy_(self._sign * whole_of(anchor))
+            self.anchor.copy_(whole_of(anchor))
 
 
 class AnchoredA(_AnchoredFactor):
@@ -127,7 +159,7 @@ class AnchoredA(_AnchoredFactor):
     @property
     def out_features(self) -> int:
         """Twice the rank: what PEFT sees."""
-        return 2 * self.rank
+        return 2 * self.trained.shape[0]
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., in)`` to ``(..., 2 rank)``."""
@@ -147,15 +179,20 @@ class AnchoredB(_AnchoredFactor):
     bias: nn.Parameter | None
 
     def __init__(
-        self, start: Tensor, anchor: Tensor | None = None, bias: Tensor | None = None
+        self,
+        start: Tensor,
+        anchor: Tensor | None = None,
+        bias: Tensor | None = None,
+        *,
+        experts: int = 1,
     ) -> None:
-        super().__init__(start, anchor)
+        super().__init__(start, anchor, experts=experts)
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
 
     @property
     def in_features(self) -> int:
         """Twice the rank: what PEFT sees."""
-        return 2 * self.rank
+        return 2 * self.trained.shape[1]
 
     @property
     def out_features(self) -> int:

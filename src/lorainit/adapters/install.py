@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lorainit.adapters.anchor import AnchoredA, AnchoredB, placed_like
 from lorainit.adapters.origin import Origin, remember
 from lorainit.adapters.patterns import scale_ranks, scaled, spell_out
+from lorainit.adapters.stacks import in_peft, is_stack, stacked_a, stacked_b
 from lorainit.errors import AdapterError
 from lorainit.types import Factors
 
@@ -34,6 +35,13 @@ def is_linear(layer: LoraLayer, adapter_name: str) -> bool:
     if adapter_name not in layer.lora_A or isinstance(layer, ParamWrapper):
         return False
     return isinstance(layer.lora_A[adapter_name], nn.Linear | AnchoredA)
+
+
+def takes_factors(layer: LoraLayer, adapter_name: str) -> bool:
+    """Whether the adapter of this layer can be started: a linear layer, or a stack of experts."""
+    if adapter_name not in layer.lora_A:
+        return False
+    return is_linear(layer, adapter_name) or is_stack(layer)
 
 
 def is_anchored(layer: LoraLayer, adapter_name: str) -> bool:
@@ -105,8 +113,9 @@ def install(
     Args:
         model: holds the adapter `adapter_name`.
         adapter_name: of the adapter to write.
-        factors: by the base model's module names. Layers without factors keep PEFT's start; if any
-            factors are anchored, they get an anchor of zeros, so that all layers have one rank.
+        factors: by the base model's module names, of experts by their parameter's name and their
+            number. Layers and experts without factors keep PEFT's start; if any factors are
+            anchored, they get an anchor of zeros, so that all layers have one rank.
         settings: what found the factors, for the record; JSON-ready.
 
     Raises:
@@ -114,23 +123,25 @@ def install(
     """
     check_not_merged(model)
     layers = adapter_layers(model, adapter_name)
-    missing = [name for name in factors if name not in layers]
+    given = _by_layer(layers, factors)
+    missing = set(factors).difference(*(pairs for pairs in given.values()))
     if missing:
         raise AdapterError(
-            f"adapter '{adapter_name}' has no layer '{missing[0]}' ({len(missing)} in all): its "
+            f"adapter '{adapter_name}' has no layer '{min(missing)}' ({len(missing)} in all): its "
             "configuration matches other modules than the one that the factors were made with."
         )
-    for name, pair in factors.items():
-        _check_shapes(name, layers[name], adapter_name, pair)
+    for place, pairs in given.items():
+        for name, pair in pairs.items():
+            _check_shapes(name, layers[place], adapter_name, pair)
     was_anchored = any(is_anchored(layer, adapter_name) for layer in layers.values())
     anchored = any(pair.anchored for pair in factors.values())
     if anchored or was_anchored:
         _refuse_sharded(layers, adapter_name)
     with torch.no_grad():
         prepared = {
-            name: _prepare(layer, adapter_name, factors.get(name), anchored)
+            name: _prepare(layer, adapter_name, given[name], anchored)
             for name, layer in layers.items()
-            if is_linear(layer, adapter_name)
+            if takes_factors(layer, adapter_name)
         }
         # The object may be the user's own.
         model.peft_config[adapter_name] = copy.deepcopy(model.peft_config[adapter_name])
@@ -146,10 +157,24 @@ def install(
     remember(model, adapter_name, Origin(anchored, dict(settings or {})))
 
 
+def _by_layer(
+    layers: Mapping[str, LoraLayer], factors: Mapping[str, Factors]
+) -> dict[str, dict[str, Factors]]:
+    """Which factors each layer of the adapter gets, by their own names: one pair, or one an expert."""
+    found: dict[str, dict[str, Factors]] = {}
+    for name, layer in layers.items():
+        own = [name]
+        if is_stack(layer):
+            stem = _name_in_patterns(name, layer)
+            own = [f"{stem}.{index}" for index in range(layer.num_experts)]
+        found[name] = {key: factors[key] for key in own if key in factors}
+    return found
+
+
 def _refuse_sharded(layers: Mapping[str, LoraLayer], adapter_name: str) -> None:
     """An anchor makes new parameters, which the adapter's sharding would not know of."""
     for name, layer in layers.items():
-        if is_linear(layer, adapter_name) and hasattr(
+        if takes_factors(layer, adapter_name) and hasattr(
             _trained(layer.lora_A[adapter_name]), "device_mesh"
         ):
             raise AdapterError(
@@ -173,9 +198,12 @@ def left_at_default(
         said: names, or their ends, that are known to be left out already.
     """
     found = {}
+    stacks = {name.rpartition(".")[0] for name in served}
     for name, layer in adapter_layers(model, adapter_name).items():
         full = _name_in_patterns(name, layer)
-        if name in served or any(full == end or full.endswith("." + end) for end in said):
+        if name in served or (is_stack(layer) and full in stacks):
+            continue
+        if any(full == end or full.endswith("." + end) for end in said):
             continue
         kind = "a parameter of" if isinstance(layer, ParamWrapper) else "a"
         found[full] = f"{kind} {type(layer.get_base_layer()).__name__}, no linear layer"
@@ -191,7 +219,7 @@ def anchor_loaded(model: PeftModel, adapter_name: str) -> None:
     layers = {
         name: layer
         for name, layer in adapter_layers(model, adapter_name).items()
-        if is_linear(layer, adapter_name) and not is_anchored(layer, adapter_name)
+        if takes_factors(layer, adapter_name) and not is_anchored(layer, adapter_name)
     }
     for name, layer in layers.items():
         if layer.r[adapter_name] % 2:
@@ -203,20 +231,25 @@ def anchor_loaded(model: PeftModel, adapter_name: str) -> None:
     with torch.no_grad():
         for layer in layers.values():
             old_a, old_b = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
-            a, start_a = old_a.weight.detach().chunk(2, dim=0)
-            b, start_b = old_b.weight.detach().chunk(2, dim=1)
-            pair = AnchoredA(a, start_a), AnchoredB(b, -start_b, old_b.bias)
+            experts = _experts(layer)
+            pair = (
+                AnchoredA.of_whole(old_a.weight.detach(), experts=experts),
+                AnchoredB.of_whole(old_b.weight.detach(), old_b.bias, experts=experts),
+            )
             _swap(layer, adapter_name, pair)
 
 
 def _check_shapes(name: str, layer: LoraLayer, adapter_name: str, pair: Factors) -> None:
-    if not is_linear(layer, adapter_name):
+    if not takes_factors(layer, adapter_name):
         raise AdapterError(
             f"layer '{name}' ({type(layer).__name__}) takes no factors: it is no linear layer."
         )
-    a, b = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
-    have = tuple(_trained(a).shape), tuple(_trained(b).shape)
+    a, b = _trained(layer.lora_A[adapter_name]), _trained(layer.lora_B[adapter_name])
     given = tuple(pair.A.shape), tuple(pair.B.shape)
+    if is_stack(layer):
+        a, b = stacked_a(a, layer.num_experts)[0], stacked_b(b, layer.num_experts)[0]
+        a, b = in_peft(layer, a, b)
+    have = tuple(a.shape), tuple(b.shape)
     if have != given:
         raise AdapterError(
             f"layer '{name}': the adapter has A, B of shapes {have}, the factors {given}. Give the "
@@ -231,10 +264,18 @@ def _trained(factor: nn.Module) -> Tensor:
 _Pair = tuple[nn.Module, nn.Module] | tuple[Tensor, Tensor] | None
 
 
-def _prepare(layer: LoraLayer, adapter_name: str, pair: Factors | None, anchored: bool) -> _Pair:
+def _prepare(
+    layer: LoraLayer, adapter_name: str, pairs: Mapping[str, Factors], anchored: bool
+) -> _Pair:
     """What a layer is to hold: new modules, or values for those it has, or None for no change."""
     old_a, old_b = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
     like_a, like_b = _trained(old_a), _trained(old_b)
+    pair: Factors | None
+    start: Factors | None
+    if pairs and is_stack(layer):
+        pair, start = _filled(layer, like_a, like_b, pairs)
+    else:
+        pair = start = next(iter(pairs.values()), None)
     if pair is None:
         if like_a.is_meta:
             a, b = _default_start(like_a, like_b, layer)
@@ -248,14 +289,42 @@ def _prepare(layer: LoraLayer, adapter_name: str, pair: Factors | None, anchored
     if bias is not None and bias.is_meta:
         bias = torch.zeros_like(bias, device=a.device)
     if anchored:
-        keep = pair is not None and pair.anchored
+        experts = _experts(layer)
+        if start is None or not start.anchored:
+            start_a, start_b = torch.zeros_like(a), torch.zeros_like(b)
+        else:
+            start_a, start_b = _like(start.A, a, layer), _like(start.B, b, layer)
         return (
-            AnchoredA(a, a if keep else torch.zeros_like(a)),
-            AnchoredB(b, b if keep else torch.zeros_like(b), bias),
+            AnchoredA(a, start_a, experts=experts),
+            AnchoredB(b, start_b, bias, experts=experts),
         )
     if isinstance(old_a, AnchoredA) or like_a.is_meta:
         return _linear(a, None), _linear(b, bias)
     return a, b
+
+
+def _filled(
+    layer: ParamWrapper, like_a: Tensor, like_b: Tensor, pairs: Mapping[str, Factors]
+) -> tuple[Factors, Factors]:
+    """All experts' factors in PEFT's layout, those without any at PEFT's start, and their anchors."""
+    if like_a.is_meta:
+        a, b = _default_start(like_a, like_b, layer)
+    else:
+        a, b = like_a.detach().clone(), like_b.detach().clone()
+    start_a, start_b = torch.zeros_like(a), torch.zeros_like(b)
+    for name, pair in pairs.items():
+        index = int(name.rpartition(".")[2])
+        new = in_peft(layer, pair.A, pair.B)
+        for whole_a, whole_b in ((a, b), (start_a, start_b))[: 2 if pair.anchored else 1]:
+            stacked_a(whole_a, layer.num_experts)[index] = new[0].to(a)
+            stacked_b(whole_b, layer.num_experts)[index] = new[1].to(b)
+    anchored = any(pair.anchored for pair in pairs.values())
+    return Factors(a, b), Factors(start_a, start_b, anchored)
+
+
+def _experts(layer: LoraLayer) -> int:
+    """Pairs in the layer's one: more than one in a stack of experts only."""
+    return int(layer.num_experts) if is_stack(layer) else 1
 
 
 def _put(layer: LoraLayer, adapter_name: str, pair: _Pair) -> None:
@@ -280,6 +349,10 @@ def _swap(layer: LoraLayer, adapter_name: str, pair: tuple[nn.Module, nn.Module]
 
 def _materialize(layer: LoraLayer, adapter_name: str) -> None:
     """PEFT's own start for factors on the meta device that no method serves."""
+    if isinstance(layer, ParamWrapper) and layer.lora_A[adapter_name].weight.is_meta:
+        old = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
+        a, b = _default_start(*old, layer)
+        _swap(layer, adapter_name, (_linear(a, None), _linear(b, None)))
     if adapter_name not in layer.lora_embedding_A:
         return
     for holder in (layer.lora_embedding_A, layer.lora_embedding_B):
@@ -348,11 +421,11 @@ def _set_rank_scale(
     """Tell PEFT the rank it sees, with every scaling as it was; other kinds of layers stay."""
     alpha_factor = factor**0.5 if config.use_rslora else factor
     for layer in layers.values():
-        if is_linear(layer, adapter_name):
+        if takes_factors(layer, adapter_name):
             layer.r[adapter_name] = round(layer.r[adapter_name] * factor)
             layer.lora_alpha[adapter_name] = scaled(layer.lora_alpha[adapter_name], alpha_factor)
     scale_ranks(config, factor)
-    if not all(is_linear(layer, adapter_name) for layer in layers.values()):
+    if not all(takes_factors(layer, adapter_name) for layer in layers.values()):
         spell_out(
             config,
             {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from peft import LoraConfig, PeftModel
 from peft.tuners.tuners_utils import (
@@ -17,12 +17,13 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lorainit.errors import TargetError
+from lorainit.experts import ExpertLayer, ExpertStack, expert_parameters
 from lorainit.types import LayerSpec
 
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """One layer that can be started from data.
+    """One layer that can be started from data: a linear layer, or one expert of a stacked parameter.
 
     Attributes:
         spec: its name, shape, rank and scaling.
@@ -37,6 +38,16 @@ class Target:
         """Dotted name in the base model."""
         return self.spec.name
 
+    @property
+    def is_expert(self) -> bool:
+        """Whether it is one of several that PEFT adapts, and gives one rank, as one parameter."""
+        return isinstance(self.module, ExpertLayer)
+
+    @property
+    def configured_name(self) -> str:
+        """The name by which PEFT looks up rank and alpha: an expert's is its parameter's."""
+        return self.name.rpartition(".")[0] if self.is_expert else self.name
+
 
 @dataclass(frozen=True, eq=False)
 class Targets:
@@ -50,6 +61,12 @@ class Targets:
 
     layers: dict[str, Target]
     left_out: dict[str, str]
+
+    @property
+    def configured_names(self) -> list[str]:
+        """Every name by which PEFT looks up rank and alpha, once."""
+        names = [target.configured_name for target in self.layers.values()]
+        return list(dict.fromkeys([*names, *self.left_out]))
 
 
 def base_model_of(model: nn.Module) -> nn.Module:
@@ -66,10 +83,12 @@ def match_targets(model: nn.Module, peft_config: LoraConfig) -> Targets:
     Args:
         model: a base model, or a PeftModel, of which the base is matched.
         peft_config: any LoraConfig: names, regular expressions, ``"all-linear"``,
-            ``layers_to_transform``, ``exclude_modules``, patterns for rank and alpha.
+            ``layers_to_transform``, ``exclude_modules``, patterns for rank and alpha,
+            ``target_parameters``, of which each expert is a target, named by its number.
 
     Raises:
-        TargetError: nothing matches, or nothing that matches can be served.
+        TargetError: nothing matches, nothing that matches can be served, or experts are to be
+            adapted in a way that PEFT has for linear layers only.
     """
     base = base_model_of(model)
     config = _resolved(base, peft_config)
@@ -81,21 +100,79 @@ def match_targets(model: nn.Module, peft_config: LoraConfig) -> Targets:
             continue
         if isinstance(module, BaseTunerLayer):
             wrapped.append(name + ".")
-        found = check_target_module_exists(config, name)
-        if not found:
-            continue
         inner = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        _match_parameters(config, name, inner, layers, left_out)
+        if not check_target_module_exists(config, name):
+            continue
         shape = weight_shape(inner)
         if shape is None:
             left_out[name] = f"{type(inner).__name__} is not a linear layer"
             continue
         spec = _spec(config, name, shape)
         layers[name] = Target(spec, inner)
-    for parameter in getattr(config, "target_parameters", None) or ():
-        left_out[parameter] = "a parameter, as of fused experts, not a layer"
     if not layers:
         raise TargetError(_nothing_matched(config, left_out))
+    _check_experts(config, layers)
     return Targets(layers, left_out)
+
+
+def _match_parameters(
+    config: LoraConfig,
+    name: str,
+    module: nn.Module,
+    layers: dict[str, Target],
+    left_out: dict[str, str],
+) -> None:
+    """Add what ``target_parameters`` match in one module, by PEFT's rule: a name, or its end."""
+    wanted = getattr(config, "target_parameters", None) or ()
+    stack: ExpertStack | None = None
+    for parameter, _ in module.named_parameters(recurse=False):
+        key = f"{name}.{parameter}"
+        if not any(key == w or key.endswith(f".{w}") for w in wanted):
+            continue
+        if parameter not in expert_parameters(module):
+            left_out[key] = f"a parameter of {type(module).__name__}, no linear layer"
+            continue
+        stack = stack or ExpertStack(module)
+        for layer in stack.layers[parameter]:
+            spec = _spec(config, key, (layer.out_features, layer.in_features))
+            spec = replace(spec, name=f"{key}.{layer.index}")
+            layers[spec.name] = Target(spec, layer)
+
+
+def _check_experts(config: LoraConfig, layers: dict[str, Target]) -> None:
+    """What PEFT refuses for parameters is found before any long work."""
+    odd = [
+        f"{key}={getattr(config, key)!r}"
+        for key in ("lora_dropout", "use_dora", "lora_bias")
+        if getattr(config, key, False)
+    ]
+    name = next((n for n, target in layers.items() if target.is_expert), None)
+    if odd and name is not None:
+        raise TargetError(
+            f"'{name}' is an expert in a stacked parameter, which PEFT does not adapt with "
+            f"{', '.join(odd)}. Leave that out of the LoraConfig, or the experts out of its targets."
+        )
+
+
+def converted(model: nn.Module, config: LoraConfig) -> None:
+    """PEFT's own translation of experts' names from before transformers 5, in place.
+
+    ``w1`` of a Mixtral, and ``"all-linear"``, stand for parameters there. PEFT does this when it
+    creates the adapter; done again it changes nothing.
+    """
+    base = base_model_of(model)
+    if not hasattr(getattr(base, "config", None), "model_type"):
+        return
+    try:
+        from peft.utils import transformers_weight_conversion as conversion
+
+        mapping = conversion.get_model_conversion_mapping
+        convert = conversion.convert_peft_config_for_transformers
+    except (ImportError, AttributeError):
+        # An older PEFT, or transformers before 5: nothing to translate.
+        return
+    convert(config, model=base, conversions=mapping(base))
 
 
 def weight_shape(module: nn.Module) -> tuple[int, int] | None:
@@ -117,6 +194,7 @@ def weight_shape(module: nn.Module) -> tuple[int, int] | None:
 def _resolved(base: nn.Module, peft_config: LoraConfig) -> LoraConfig:
     """A copy of the configuration with its shorthands spelled out."""
     config = copy.deepcopy(peft_config)
+    converted(base, config)
     if config.target_modules is None and not getattr(config, "target_parameters", None):
         model_type = getattr(getattr(base, "config", None), "model_type", None)
         known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type)

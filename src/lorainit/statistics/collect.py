@@ -376,11 +376,9 @@ def _check_unused(unused: list[str], reached: Collection[str], settings: Collect
     if settings.on_unused == "raise":
         shown = ", ".join(f"'{n}'" for n in unused[:5]) + (", ..." if len(unused) > 5 else "")
         raise TargetError(
-            f"{len(unused)} target layer(s) never ran, or got no gradient: {shown}. Leave them "
-            "out with "
-            "exclude_modules, give data that reaches them, or pass on_unused='default' to start "
-            "them "
-            "as PEFT does."
+            f"{len(unused)} target layer(s) never ran, or got no gradient: {shown}. Give data that "
+            "reaches them (experts: more sequences, of more kinds), leave them out with "
+            "exclude_modules, or pass on_unused='default' to start them as PEFT does."
         )
 
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lorainit.experts import routed
+
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
@@ -47,6 +49,7 @@ def displaced(modules: Mapping[str, nn.Module], terms: Mapping[str, LowRank]) ->
         return hook
 
     with ExitStack() as stack:
+        stack.enter_context(routed(modules[name] for name in terms))
         for name, term in terms.items():
             handle = modules[name].register_forward_hook(make_hook(term), with_kwargs=True)
             stack.callback(handle.remove)

@@ -53,12 +53,30 @@ class BatchPositions:
     main: CountedPositions | None
     encoder: CountedPositions | None
 
-    def indices_for(self, leading: torch.Size, *, reads_encoder: bool) -> Tensor | None:
-        """Flat indices that count for an input of these leading dimensions, None for all."""
+    def indices_for(
+        self,
+        leading: torch.Size,
+        *,
+        reads_encoder: bool,
+        rows: tuple[Tensor, int] | None = None,
+    ) -> Tensor | None:
+        """Flat indices that count for an input of these leading dimensions, None for all.
+
+        Args:
+            leading: dimensions of the input but its last.
+            reads_encoder: whether the encoder's mask is the input's.
+            rows: where the input is a choice of the model's positions: which, and of how many.
+        """
         mask = self.encoder if reads_encoder else self.main
-        if mask is None or not mask.matches(leading):
+        if mask is None or mask.indices is None:
             return None
-        return mask.indices
+        if rows is not None:
+            chosen, total = rows
+            if total != mask.shape[0] * mask.shape[1]:
+                return None
+            kept = torch.isin(chosen, mask.indices.to(chosen.device))
+            return kept.nonzero().squeeze(1)
+        return mask.indices if mask.matches(leading) else None
 
 
 def batch_positions(

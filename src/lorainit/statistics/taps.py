@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lorainit.errors import DataError
+from lorainit.experts import ExpertLayer, routed
 from lorainit.statistics.accumulators import InputSums, LayerSums
 from lorainit.statistics.positions import BatchPositions
 from lorainit.types import GRADIENT_STATISTICS
@@ -33,6 +34,7 @@ class _Read:
     reads_encoder: bool
     opens: bool
     layers: set[str]
+    rows: tuple[Tensor, int] | None = None
     counted: bool = False
 
 
@@ -76,8 +78,8 @@ class TapState:
         self._reads.clear()
         self._encoder_outputs.clear()
 
-    def arrived(self, name: str, x: Tensor) -> _Read:
-        """Note that layer `name` reads `x`, and which sums count it.
+    def arrived(self, name: str, x: Tensor, rows: tuple[Tensor, int] | None = None) -> _Read:
+        """Note that layer `name` reads `x`, at `rows` of the model's positions, and which sums count it.
 
         A layer that on its very first call reads a tensor that another layer's very first call read
         joins its sums. From then on they are expected to read the same tensors; `sharing_held`
@@ -96,7 +98,7 @@ class TapState:
                 read.layers.add(name)
                 return read
         reads_encoder = name in self.encoder_layers or x.data_ptr() in self._encoder_outputs
-        read = _Read(weakref.ref(x), x._version, layer.inputs, reads_encoder, first, {name})
+        read = _Read(weakref.ref(x), x._version, layer.inputs, reads_encoder, first, {name}, rows)
         self._reads.append(read)
         return read
 
@@ -109,7 +111,9 @@ class TapState:
         assert operand is not None
         assert self.positions is not None
         leading = operand.shape[:-1]
-        indices = self.positions.indices_for(leading, reads_encoder=read.reads_encoder)
+        indices = self.positions.indices_for(
+            leading, reads_encoder=read.reads_encoder, rows=read.rows
+        )
         flat_x = None if x is None else x.reshape(-1, x.shape[-1])
         flat_g = None if g is None else g.reshape(-1, g.shape[-1])
         if "gradient" in self.needs and flat_g is not None and flat_x is not None:
@@ -138,6 +142,11 @@ class TapState:
             for layer in self.layers.values()
             if layer.inputs.positions
         )
+
+
+def _in_model(module: nn.Module) -> nn.Module:
+    """The module of the model that a layer is, or is a part of."""
+    return module.stack.owner if isinstance(module, ExpertLayer) else module
 
 
 def _rows(flat: Tensor, indices: Tensor | None) -> Tensor:
@@ -193,22 +202,26 @@ def tapped(
                     "tensor, so "
                     "no statistics can be taken of it. Leave it out with exclude_modules."
                 )
+            rows = module.rows if isinstance(module, ExpertLayer) else None
             if not state.backward:
-                state.count(name, state.arrived(name, x), x.detach(), None)
+                state.count(name, state.arrived(name, x, rows), x.detach(), None)
                 return None
             if not torch.is_grad_enabled():
                 # The discarded forward of reentrant checkpointing; the recomputed one will come.
                 return None
-            read = state.arrived(name, x)
+            read = state.arrived(name, x, rows)
             saved = x.detach() if state.keeps_input else None
             return _Tap.apply(output, saved, anchor, state, name, read)  # type: ignore[no-untyped-call]
 
         return hook
 
     with ExitStack() as stack:
+        stack.enter_context(routed(modules.values()))
         if encoder is not None:
             inside = {id(module) for module in encoder.modules()}
-            state.encoder_layers = frozenset(n for n, m in modules.items() if id(m) in inside)
+            state.encoder_layers = frozenset(
+                n for n, m in modules.items() if id(_in_model(m)) in inside
+            )
             handle = encoder.register_forward_hook(
                 lambda module, args, output: state.note_encoder_output(output)
             )
