@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import lorainit
 from lorainit.errors import LorainitError
-from lorainit.statistics import distributed
+from lorainit.statistics import distributed, travel
 from lorainit.statistics.rounds import is_sharded
 from lorainit.types import STATISTICS
 from tests.statistics import models
@@ -123,6 +123,118 @@ def statistics_of_splits(rank: int, size: int, kind: str) -> list[dict[str, Any]
     )
     found.append({n: {"mean": layer.input_second_moment} for n, layer in inputs.items()})
     return found
+
+
+TRAVELLERS: dict[str, tuple[tuple[int, ...], torch.dtype, bool]] = {
+    "wide": ((5, 37), torch.float32, False),
+    "square": ((40, 40), torch.float32, True),
+    "small": ((3, 3), torch.float64, True),
+    "one": ((1, 1), torch.float32, True),
+    "vector": ((11,), torch.float32, False),
+    "stack": ((2, 3, 4), torch.float64, False),
+    "nobody's": ((2, 2), torch.float32, False),
+}
+"""Shape, dtype, whether symmetric."""
+
+
+def traveller(name: str, rank: int) -> Tensor | None:
+    """A process's part: some have none, and of a symmetric one what lies below is not a number."""
+    shape, dtype, symmetric = TRAVELLERS[name]
+    if name == "nobody's" or (name == "wide" and rank == 1):
+        return None
+    generator = torch.Generator().manual_seed(rank)
+    tensor = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    return tensor + tensor.mT if symmetric else tensor
+
+
+def below_strips(width: int) -> Tensor:
+    """What does not travel of a symmetric matrix of this width."""
+    rows, columns = torch.meshgrid(torch.arange(width), torch.arange(width), indexing="ij")
+    return columns < rows // -(-width // 16) * -(-width // 16)
+
+
+def travelling(rank: int, size: int, nbytes: int) -> dict[str, dict[str, Tensor]]:
+    """To the owners, and from them to all, in buffers of so many bytes."""
+    travel.BUFFER_BYTES = travel.SEGMENT_BYTES = nbytes
+    slots = [
+        travel.Slot(name, index % size, *TRAVELLERS[name]) for index, name in enumerate(TRAVELLERS)
+    ]
+    tensors = {name: t for name in TRAVELLERS if (t := traveller(name, rank)) is not None}
+    for name, (shape, _, symmetric) in TRAVELLERS.items():
+        if symmetric:
+            tensors[name].masked_fill_(below_strips(shape[0]), torch.nan)
+    cpu = torch.device("cpu")
+    travel.to_owners(tensors, slots, cpu)
+    assert set(tensors) == {slot.key for slot in slots if slot.owner == rank}
+    owned = {name: tensor.clone() for name, tensor in tensors.items()}
+    travel.from_owners(tensors, slots, cpu)
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in owned.items())
+    return {"owned": owned, "all": tensors}
+
+
+def shared_out(rank: int, size: int, folder: str) -> dict[str, Any]:
+    """Statistics that stay where they are solved: gathered, saved, loaded and started from."""
+    how: dict[str, Any] = {"needs": lorainit.Natural().needs, "progress": False}
+    data = part(RAGGED, SPLITS[size][0], rank)
+    whole = lorainit.collect_statistics(models.llama(), config(), data=data, **how)
+    mine = lorainit.collect_statistics(models.llama(), config(), data=data, gather=False, **how)
+    assert mine.shares is not None
+    assert mine.names == list(whole)
+    assert set(mine) == {n for n, owner in mine.shares.owners.items() if owner == rank}
+    assert_same(mine.gathered(), whole)
+    path = f"{folder}/statistics.safetensors"
+    mine.save(path)
+    loaded = lorainit.Statistics.load(path)
+    assert_same(loaded, whole)
+    assert list(loaded.fingerprints) == list(whole)
+    again = lorainit.Statistics.load(path, gather=False)
+    assert again.shares is not None
+    assert again.names == mine.names
+    assert again.nbytes < whole.nbytes
+    starts_found = [
+        adapter(
+            lorainit.get_peft_model(
+                models.llama(), config(), method=method, statistics=given, progress=False
+            )
+        )
+        for method in (lorainit.LoraDA(), lorainit.Natural(rho=2.0))
+        for given in (whole, mine, again)
+    ]
+    messages = []
+    for work in (
+        lambda: mine[next(n for n in mine.names if n not in mine)],
+        lambda: mine.save(f"{path}/inside/a/file"),
+        lambda: started_alone(mine),
+    ):
+        try:
+            work()
+        except (KeyError, OSError, LorainitError) as error:
+            messages.append(f"{type(error).__name__}: {error}")
+    return {
+        "nbytes": (mine.nbytes, whole.nbytes),
+        "starts": starts_found,
+        "messages": messages,
+    }
+
+
+def started_alone(statistics: lorainit.Statistics) -> None:
+    with distributed.alone():
+        lorainit.get_peft_model(
+            models.llama(), config(), method=lorainit.LoraDA(), statistics=statistics
+        )
+
+
+def assert_same(found: lorainit.Statistics, expected: lorainit.Statistics) -> None:
+    assert found.shares is None
+    assert list(found) == list(expected)
+    assert found.metadata == expected.metadata
+    for name, layer in expected.items():
+        for key in layer.TENSORS:
+            mine, other = getattr(found[name], key), getattr(layer, key)
+            assert (mine is None) == (other is None)
+            assert mine is None or torch.equal(mine, other)
+        for key in (*layer.COUNTS, "loss_reduction", "population"):
+            assert getattr(found[name], key) == getattr(layer, key)
 
 
 def caps(rank: int, size: int, split: list[int], cap: int) -> tuple[float, int]:

@@ -29,7 +29,8 @@ from lorainit.statistics.plan import Plan, free_budget, make_plan
 from lorainit.statistics.positions import batch_positions
 from lorainit.statistics.reduction import reduce_layers
 from lorainit.statistics.rounds import even_rounds, is_sharded, sample, shared_population
-from lorainit.statistics.store import Shares, Statistics
+from lorainit.statistics.sharing import Shares
+from lorainit.statistics.store import Statistics
 from lorainit.statistics.taps import TapState, tapped
 from lorainit.types import (
     GRADIENT_STATISTICS,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, get_args
 
 from torch import Tensor
@@ -37,11 +37,23 @@ def layer_record(layer: LayerStatistics, places: Mapping[str, str]) -> dict[str,
     }
 
 
-def read_layers(text: str, tensors: Mapping[str, Tensor]) -> dict[str, LayerStatistics]:
-    """Layers from the JSON table of their records."""
+def read_table(text: str) -> dict[str, dict[str, Any]]:
+    """Records by layer, from their JSON table; each has a dictionary of its tensors' keys."""
     table = _dictionary(json.loads(text), "the table of layers")
     if not table:
         raise ValueError("there is no layer in it")
+    for name, record in table.items():
+        entry = _dictionary(record, f"the record of layer '{name}'")
+        places = _dictionary(entry["tensors"], f"the tensors of layer '{name}'")
+        if not all(isinstance(key, str) for key in places.values()):
+            raise TypeError(f"the tensors of layer '{name}' are not named by texts")
+    return table
+
+
+def read_layers(
+    table: Mapping[str, dict[str, Any]], tensors: Mapping[str, Tensor]
+) -> dict[str, LayerStatistics]:
+    """Layers from their records."""
     return {name: _read_layer(name, entry, tensors) for name, entry in table.items()}
 
 
@@ -54,9 +66,7 @@ def read_metadata(text: str) -> dict[str, Any]:
     return metadata
 
 
-def read_fingerprints(
-    tensors: Mapping[str, Tensor], layers: Mapping[str, LayerStatistics]
-) -> dict[str, Tensor]:
+def read_fingerprints(tensors: Mapping[str, Tensor], layers: Iterable[str]) -> dict[str, Tensor]:
     """Fingerprints of the layers' base weights, where the file holds them."""
     found = {}
     for name in layers:
@@ -69,9 +79,10 @@ def read_fingerprints(
     return found
 
 
-def _read_layer(name: str, record: object, tensors: Mapping[str, Tensor]) -> LayerStatistics:
-    entry = _dictionary(record, f"the record of layer '{name}'")
-    places = _dictionary(entry["tensors"], f"the tensors of layer '{name}'")
+def _read_layer(
+    name: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> LayerStatistics:
+    places = entry["tensors"]
     unknown = set(places) - set(LayerStatistics.TENSORS)
     if unknown:
         raise ValueError(f"layer '{name}' has unknown tensors {sorted(unknown)}")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,25 +19,12 @@ from torch import Tensor
 from lorainit._version import __version__
 from lorainit.errors import StatisticsFileError
 from lorainit.statistics import records
+from lorainit.statistics.sharing import Shares, shares_of, table_of, write_shared
+from lorainit.statistics.travel import from_owners
 from lorainit.types import LayerStatistics
 
 _FORMAT = "lorainit-statistics"
 _FORMAT_VERSION = 1
-
-
-@dataclass(frozen=True)
-class Shares:
-    """How layers are shared out over processes.
-
-    Attributes:
-        owners: the rank that holds each layer, in the layers' order; the same on every process.
-        rank: of this process.
-        size: number of processes.
-    """
-
-    owners: Mapping[str, int]
-    rank: int
-    size: int
 
 
 class Statistics(Mapping[str, LayerStatistics]):
@@ -124,8 +112,23 @@ class Statistics(Mapping[str, LayerStatistics]):
             layers[name] = replace(layer, **tensors)
         return Statistics(layers, self.metadata, self.fingerprints, self.shares)
 
+    def gathered(self) -> Statistics:
+        """All layers on every process. Where they are shared out, all processes must call it."""
+        if self.shares is None:
+            return self
+        tensors, places = self._unique_tensors()
+        own = {name: records.layer_record(self[name], places[name]) for name in self}
+        table = table_of(own, tensors, self.shares)
+        device = next((t.device for t in tensors.values()), torch.device("cpu"))
+        from_owners(tensors, table.slots, device)
+        layers = records.read_layers(table.records, tensors)
+        return Statistics(layers, self.metadata, self.fingerprints)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file: aside first, then renamed, so an old file survives a failure.
+
+        Where the layers are shared out over processes, all must call it, and the first writes all
+        layers, one tensor at a time.
 
         Raises:
             OSError: the file cannot be written; what was there before is still there.
@@ -133,19 +136,24 @@ class Statistics(Mapping[str, LayerStatistics]):
         path = Path(path)
         tensors, places = self._unique_tensors()
         layers = {name: records.layer_record(self[name], places[name]) for name in self}
-        tensors |= {records.FINGERPRINT + name: t for name, t in self.fingerprints.items()}
+        prints = {records.FINGERPRINT + name: t for name, t in self.fingerprints.items()}
+        table = None if self.shares is None else table_of(layers, tensors, self.shares)
         header = {
             "format": _FORMAT,
             "version": str(_FORMAT_VERSION),
             "lorainit": __version__,
-            "layers": json.dumps(layers),
+            "layers": json.dumps(layers if table is None else table.records),
             "metadata": json.dumps(self.metadata),
         }
         aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, aside, header)
-            os.replace(aside, path)
+            if table is None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                kept = {k: t.detach().cpu().contiguous() for k, t in (tensors | prints).items()}
+                save_file(kept, aside, header)
+                os.replace(aside, path)
+            else:
+                write_shared(path, aside, table, tensors, prints, header)
         except (OSError, SafetensorError) as error:
             raise OSError(
                 f"statistics could not be written to '{path}': {error}. What was there before is "
@@ -157,8 +165,20 @@ class Statistics(Mapping[str, LayerStatistics]):
                 aside.unlink(missing_ok=True)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Statistics:
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        device: torch.device | str = "cpu",
+        *,
+        gather: bool = True,
+    ) -> Statistics:
         """Read a file that `save` wrote. It is data: nothing in it is executed.
+
+        Args:
+            path: of the file.
+            device: where the tensors shall lie.
+            gather: over several processes, read all layers on every one. If not, each reads its
+                share, as `collect_statistics` deals them out.
 
         Raises:
             StatisticsFileError: not such a file, truncated, or of a newer format.
@@ -170,24 +190,30 @@ class Statistics(Mapping[str, LayerStatistics]):
             with safe_open(path, framework="pt", device=str(device)) as file:
                 header = file.metadata() or {}
                 _check_header(path, header)
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
-            if isinstance(error, StatisticsFileError):
-                raise
+                table = records.read_table(header["layers"])
+                shares = None if gather else _shares(table, file)
+                own = table
+                if shares is not None:
+                    own = {n: r for n, r in table.items() if shares.owners[n] == shares.rank}
+                wanted = {key for record in own.values() for key in record["tensors"].values()}
+                wanted |= {key for key in file.keys() if key.startswith(records.FINGERPRINT)}  # noqa: SIM118
+                tensors = {key: file.get_tensor(key) for key in sorted(wanted)}
+            layers = records.read_layers(own, tensors)
+            metadata = records.read_metadata(header["metadata"])
+            prints = records.read_fingerprints(tensors, table)
+        except SafetensorError as error:
             raise StatisticsFileError(
                 f"'{path}' cannot be read as a statistics file ({error}): it is truncated or "
                 "damaged. Collect the statistics again."
             ) from error
-        try:
-            layers = records.read_layers(header["layers"], tensors)
-            metadata = records.read_metadata(header["metadata"])
-            prints = records.read_fingerprints(tensors, layers)
-        except (KeyError, TypeError, ValueError, RecursionError) as error:
+        except (KeyError, TypeError, ValueError, RecursionError, RuntimeError) as error:
+            if isinstance(error, StatisticsFileError):
+                raise
             raise StatisticsFileError(
                 f"'{path}': its table of layers is damaged or does not fit its tensors "
                 f"({type(error).__name__}: {str(error)[:200]}). Collect the statistics again."
             ) from error
-        return cls(layers, metadata, prints)
+        return cls(layers, metadata, prints, shares)
 
     def _unique_tensors(self) -> tuple[dict[str, Tensor], dict[str, dict[str, str]]]:
         """Tensors by key, a shared one under its first layer's key only; and each layer's keys."""
@@ -204,6 +230,13 @@ class Statistics(Mapping[str, LayerStatistics]):
                 tensors[key] = tensor
                 places[name][field] = key
         return tensors, places
+
+
+def _shares(table: Mapping[str, Mapping[str, Any]], file: Any) -> Shares | None:
+    """How the layers are dealt out; None for one process."""
+    places = {name: list(record["tensors"].values()) for name, record in table.items()}
+    shares = shares_of(places, lambda key: math.prod(file.get_slice(key).get_shape()))
+    return None if shares.size == 1 else shares
 
 
 def _check_header(path: Path, header: Mapping[str, str]) -> None:

@@ -1,0 +1,56 @@
+"""Sums to their owners and back, and statistics that are shared out over processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lorainit.statistics.travel import divide
+from tests.distributed import scenarios
+from tests.distributed.launch import launch, succeeded
+
+
+@pytest.mark.parametrize(("size", "nbytes"), [(3, 160), (2, 1 << 20)])
+def test_sums_travel_to_their_owners_and_back(size: int, nbytes: int, tmp_path: Path) -> None:
+    results = succeeded(launch(scenarios.travelling, size, tmp_path, nbytes))
+    for index, (name, (shape, dtype, _)) in enumerate(scenarios.TRAVELLERS.items()):
+        parts = [scenarios.traveller(name, rank) for rank in range(size)]
+        expected = sum((p for p in parts if p is not None), torch.zeros(shape, dtype=dtype))
+        for rank, result in enumerate(results):
+            assert (name in result["owned"]) == (rank == index % size)
+            torch.testing.assert_close(result["all"][name], expected)
+            assert torch.equal(result["all"][name], results[0]["all"][name])
+
+
+def test_division_is_even() -> None:
+    weights = {f"layer {i}": 1 + i % 7 for i in range(60)}
+    owners = divide(weights, 8)
+    loads = [sum(w for n, w in weights.items() if owners[n] == part) for part in range(8)]
+    assert list(owners) != list(weights)  # the heaviest first
+    assert set(owners) == set(weights)
+    assert max(loads) - min(loads) <= 1
+    assert set(divide({"a": 1, "b": 1}, 5).values()) <= set(range(5))
+
+
+def test_statistics_shared_out(tmp_path: Path) -> None:
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    results = succeeded(launch(scenarios.shared_out, 3, tmp_path / "run", str(kept)))
+    whole = results[0]["nbytes"][1]
+    assert sum(result["nbytes"][0] for result in results) == whole
+    assert max(result["nbytes"][0] for result in results) < whole / 2
+    for result in results:
+        for number, start in enumerate(result["starts"]):
+            # Whole, shared out, and from the file: one method's three starts are one.
+            first = results[0]["starts"][number // 3 * 3]
+            assert all(torch.equal(value, first[key]) for key, value in start.items())
+    for rank, result in enumerate(results):
+        elsewhere, unwritten, other = result["messages"]
+        assert elsewhere.startswith("KeyError")
+        assert "gathered()" in elsewhere
+        assert unwritten.startswith("OSError" if rank == 0 else "ProcessError: process 0 failed")
+        assert "could not be written" in unwritten or rank
+        assert other.startswith("StatisticsFileError")
+        assert "save them there" in other
