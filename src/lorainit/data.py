@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +25,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lorainit.errors import DataError
+from lorainit.errors import DataError, MissingExtraError
 
 IGNORED = -100
+
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.%:\[\]+-]+)?(?<!\.jsonl)(?<!\.json)")
+"""``owner/name``, with a split perhaps; a relative path of a JSON file is none."""
 
 
 class Tokenizer(Protocol):
@@ -53,11 +57,18 @@ class Example:
 
 
 def read_records(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """All records of a file of JSON lines; empty lines are passed over.
+    """All records of a file of JSON lines (empty lines are passed over), or of a data set by name.
+
+    Args:
+        path: of a file; or ``OWNER/NAME`` or ``OWNER/NAME:SPLIT`` on the Hugging Face hub (the split
+            is ``train`` unless said), which the package ``datasets`` loads.
 
     Raises:
-        DataError: no such file, no records, or a line that is no JSON object.
+        DataError: no such file or data set, no records, or a line that is no JSON object.
+        MissingExtraError: a name is given, and ``datasets`` is not installed.
     """
+    if _HUB_NAME.fullmatch(str(path)) and not Path(path).is_file():
+        return _from_hub(str(path))
     path = Path(path)
     if not path.is_file():
         raise DataError(f"there is no data file '{path}'. Give a file of JSON lines.")
@@ -74,6 +85,28 @@ def read_records(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     if not records:
         raise DataError(f"'{path}' holds no records. Give a file of JSON lines.")
     return records
+
+
+def _from_hub(name: str) -> list[dict[str, Any]]:
+    place, _, split = name.partition(":")
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise MissingExtraError(
+            f"there is no data file '{name}', and to read a data set of that name from the hub the "
+            "package 'datasets' is needed: install it with pip install 'lorainit[train]'"
+        ) from error
+    try:
+        found = [dict(record) for record in load_dataset(place, split=split or "train")]
+    except Exception as error:  # whatever the hub, the network or the files' readers raise
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(
+            f"there is no data file '{name}', and the hub gave no data set of that name ({first}). "
+            "Look at the name, the split and the network, or give a file of JSON lines."
+        ) from error
+    if not found:
+        raise DataError(f"the data set '{name}' holds no records. Give another split.")
+    return found
 
 
 def _record(line: str, path: Path, number: int) -> dict[str, Any]:

@@ -37,5 +37,9 @@ class AdapterError(LorainitError, ValueError):
     """An adapter cannot be installed, exported or reloaded as asked."""
 
 
+class MissingExtraError(LorainitError, ImportError):
+    """Something was asked for that needs a package which is not among the required ones."""
+
+
 class ProcessError(LorainitError, RuntimeError):
     """Another process of the group failed, so this one stops too."""

@@ -190,7 +190,9 @@ def get_peft_model(
     with unchanged_rng_on_error(device), installing.undone_on_error(model, adapter_name):
         wrapped = _wrap(model, config, adapter_name, existing, autocast_adapter_dtype)
         with distributed.together():
-            installing.install(wrapped, adapter_name, start.factors, _settings_of(method))
+            installing.install(
+                wrapped, adapter_name, start.factors, _settings_of(method), _measured(start)
+            )
         # PEFT's own random start of the layers left at it, too.
         distributed.broadcast(adapter_tensors(wrapped, adapter_name), 0)
     if not plain:
@@ -225,6 +227,18 @@ def _wrap(
 def _settings_of(method: Method) -> dict[str, object]:
     """A method's name, and its settings where it is a dataclass."""
     return settings_of(method) if is_dataclass(method) else {"method": type(method).__name__}
+
+
+def _measured(start: Start) -> dict[str, float]:
+    """Losses on the calibration sequences, before and after the start."""
+    if start.search is None:
+        return {}
+    search = start.search
+    return {
+        "base_loss": search.start_loss,
+        "start_loss": search.loss,
+        "length": search.length,
+    }
 
 
 def _say(line: str, progress: bool) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 import json
 import shlex
 import subprocess
@@ -12,7 +13,9 @@ from peft import PeftModel
 
 import lorainit
 from lorainit.cli import main
-from lorainit.cli.parser import build_parser, with_file
+from lorainit.cli.commands import COMMANDS as COMMANDS_BY_NAME
+from lorainit.cli.parser import SHELL_ONLY, arguments_of, build_parser, with_file
+from lorainit.report import read_curves
 from tests.adapters import tiny
 
 COMMANDS = ("methods", "collect", "init", "train", "compare", "report", "export")
@@ -151,14 +154,65 @@ def test_train_and_compare(place: Path, tmp_path: Path, capsys: pytest.CaptureFi
     losses = json.loads(capsys.readouterr().out)["losses"]
     assert losses[-1] < losses[0]
     assert (tmp_path / "t" / "adapter_model.safetensors").is_file()
+    (curve,) = read_curves(tmp_path / "t")
+    assert [loss for _, loss in curve.points] == losses
+
+
+@pytest.mark.parametrize("data", ["pairs", "chats"])
+def test_compare_tunes_every_method(
+    place: Path, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     line = (
-        "compare --model @model --data @pairs.jsonl --methods vanilla,lora-one --held-out 8 "
-        "--learning-rates 1e-3,1e-2 --steps 4 --rank 4 --json"
+        f"compare --model @model --data @{data}.jsonl --methods vanilla,lora-one,filet --held-out 8 "
+        f"--learning-rates 1e-5,1e-4 --steps 8 --rank 4 --output {tmp_path}/c.json"
     )
     assert run(place, line) == 0
-    runs = json.loads(capsys.readouterr().out)["runs"]
-    starts = {run["start_loss"] for run in runs["vanilla"]}
-    assert len(starts) == 1, "a run left something behind for the next"
+    shown = capsys.readouterr().out
+    result = json.loads((tmp_path / "c.json").read_text())
+    for name, runs in result["runs"].items():
+        # A larger rate is better here, so further ones are tried.
+        assert [run["rate"] for run in runs] == pytest.approx([1e-5, 1e-4, 1e-3, 1e-2])
+        assert len({run["start_loss"] for run in runs}) == 1, "a run left something for the next"
+        assert len({run["train_losses"][0] for run in runs}) == 1
+        best = result["best"][name]
+        assert best["loss"] == min(run["loss"] for run in runs) < best["start_loss"]
+        assert best["curve"][0] == [0, best["start_loss"]]
+        assert [step for step, _ in best["curve"]] == [0, 2, 4, 6, 8]
+        assert f"{best['loss']:.4f}" in shown
+    for kept in ("vanilla", "filet"):
+        assert result["best"][kept]["start_loss"] == pytest.approx(result["base_loss"], rel=1e-6)
+    assert result["best"]["lora-one"]["start_loss"] != pytest.approx(result["base_loss"], rel=1e-6)
+    assert "outermost" in shown
+    assert len(read_curves(tmp_path / "c.json")) == 6
+
+
+def test_compare_is_the_same_for_one_method_alone(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever was trained before it on the same base model."""
+    losses = []
+    for methods in ("pissa,eva", "eva"):
+        line = (
+            f"compare --model @model --data @pairs.jsonl --methods {methods} --held-out 8 "
+            "--learning-rates 1e-3 --steps 4 --rank 4 --dropout 0.1 --json"
+        )
+        assert run(place, line) == 0
+        losses.append(json.loads(capsys.readouterr().out)["runs"]["eva"][0]["train_losses"])
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("command", ["collect", "init", "train --method natural", "compare"])
+def test_every_long_command_has_a_plan(
+    command: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("trl")
+    line = f"{command} --model @model --data @pairs.jsonl --output {tmp_path}/o --dry-run"
+    assert run(place, line) == 0
+    shown = capsys.readouterr().out
+    for word in ("layers", "memory", "passes", "time"):
+        assert f"\n{word} " in f"\n{shown}"
+    assert ("training" in shown) == (command.split()[0] in ("train", "compare"))
+    assert not (tmp_path / "o").exists()
 
 
 def test_report_from_the_shell(
@@ -173,7 +227,14 @@ def test_report_from_the_shell(
     assert run(place, f"{line} --json") == 0
     advice = json.loads(capsys.readouterr().out)["advice"]
     assert advice
-    assert "It is anchored" in page.read_text(encoding="utf-8")
+    text = page.read_text(encoding="utf-8")
+    assert "It is anchored" in text
+    assert "Measured on" not in text
+    # With data the losses are measured, whatever the method; an anchored start has the base's.
+    assert run(place, f"{line} --data @pairs.jsonl --max-sequences 16 --json") == 0
+    said = json.loads(capsys.readouterr().out)["advice"]
+    assert any("starts at the base model's loss" in entry["text"] for entry in said)
+    assert "Measured on 16 records of pairs.jsonl" in page.read_text(encoding="utf-8")
 
 
 def test_train_names_the_extra(
@@ -197,7 +258,6 @@ WRONG = {
     "init --model @model --method pissa --device nowhere --output @x": "--device nowhere",
     "init --model @model --method pissa --output @pairs.jsonl/x": "cannot be written",
     "collect --model @model --data @pairs.jsonl --method pissa --output @x": "nothing to do",
-    "compare --model @model --data @pairs.jsonl --learning-rates a": "positive numbers",
     "compare --model @model --data @pairs.jsonl --held-out 32": "too few",
     "train --model @model --data @pairs.jsonl --output @x": "--adapter",
     "export --model @model --adapter @nothing --output @x": "adapter_config.json",
@@ -217,7 +277,13 @@ def test_bad_input_is_one_line_with_the_remedy(
 
 
 def test_wrong_usage_is_two() -> None:
-    for line in ("init", "nothing", "init --model m --output o --rank 0"):
+    for line in (
+        "init",
+        "nothing",
+        "init --model m --output o --rank 0",
+        "compare --model m --data d --learning-rates a",
+        "init --model m --output o --set gamma",
+    ):
         with pytest.raises(SystemExit) as done:
             main(shlex.split(line))
         assert done.value.code == 2
@@ -237,11 +303,81 @@ def test_options_from_yaml_give_way_to_those_of_the_shell(tmp_path: Path) -> Non
     file.write_text(
         "model: m\noutput: o\nrank: 8\nrslora: true\nset:\n  gamma: 32\ntarget_modules: [q, v]\n"
     )
-    words = with_file(["init", "--config", str(file), "--rank", "4"])
+    words = with_file(["init", "--config", str(file), "--rank", "4", "--set", "beta=2"])
     options = build_parser().parse_args(words)
     assert (options.model, options.rank, options.rslora) == ("m", 4, True)
-    assert options.set == ["gamma=32"]
+    assert options.set == {"gamma": "32", "beta": "2"}
     assert options.target_modules == "q,v"
+
+
+def test_a_file_with_an_unknown_option_names_those_there_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "start.yaml"
+    file.write_text("model: m\nrnak: 8\n")
+    assert main(["init", "--config", str(file), "--output", "o"]) == 1
+    said = capsys.readouterr().err
+    assert "'lorainit init' has no option 'rnak'" in said
+    assert "target_modules" in said
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_shell_file_and_python_have_one_signature(command: str, tmp_path: Path) -> None:
+    """The shell, YAML and a call take the same names, and give the function the same values."""
+    function = COMMANDS_BY_NAME[command]
+    parameters = inspect.signature(function).parameters
+    options = build_parser()._subparsers._group_actions[0].choices[command]._actions
+    flags = {flag for action in options for flag in action.option_strings}
+    shell = {flag.removeprefix("--").replace("-", "_") for flag in flags if flag.startswith("--")}
+    assert shell - set(SHELL_ONLY) - {"help"} == set(parameters)
+    assert all(p.kind is p.KEYWORD_ONLY for p in parameters.values())
+
+    required = [name for name, p in parameters.items() if p.default is p.empty]
+    words = [word for name in required for word in (f"--{name.replace('_', '-')}", "x")]
+    parsed = arguments_of(build_parser().parse_args([command, *words]))
+    bound = inspect.signature(function).bind(**dict.fromkeys(required, "x"))
+    bound.apply_defaults()
+    assert parsed == bound.arguments
+
+    file = tmp_path / "options.yaml"
+    file.write_text("".join(f"{name}: x\n" for name in required))
+    read = build_parser().parse_args(with_file([command, "--config", str(file)]))
+    assert arguments_of(read) == parsed
+
+
+def test_every_option_goes_through_a_file_and_the_shell_alike(tmp_path: Path) -> None:
+    from lorainit.cli import commands
+
+    given = {
+        "model": "m", "output": "o", "data": "d.jsonl", "methods": ["eva", "pissa"],
+        "learning_rates": [1e-4, 0.5], "steps": 3, "alpha": 2.5, "rslora": True,
+        "target_modules": "q_proj,v_proj", "loss_reduction": "token", "seed": -1,
+    }  # fmt: skip
+    file = tmp_path / "compare.yaml"
+    file.write_text(json.dumps(given))  # JSON is YAML
+    read = arguments_of(build_parser().parse_args(with_file(["compare", "--config", str(file)])))
+    defaults = {
+        name: p.default for name, p in inspect.signature(commands.compare).parameters.items()
+    }
+    assert read == defaults | given
+
+
+def test_commands_from_python(place: Path, tmp_path: Path) -> None:
+    from lorainit.cli import commands
+
+    outcome = commands.init(
+        model=str(place / "model"),
+        data=str(place / "pairs.jsonl"),
+        method="eva",
+        set={"rho": 1.5},
+        target_modules=["q_proj", "v_proj"],
+        rank=4,
+        output=str(tmp_path / "start"),
+        quiet=True,
+    )
+    assert outcome.values["layers"] == 4
+    assert outcome.values["settings"]["rho"] == 1.5
+    assert (tmp_path / "start" / "adapter_config.json").is_file()
 
 
 def test_public_names_come_when_they_are_used() -> None:

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 
-from lorainit.data import collate, encode, load_batches
-from lorainit.errors import DataError
+from lorainit.data import collate, encode, load_batches, read_records
+from lorainit.errors import DataError, MissingExtraError
 from tests.life.sft import TEMPLATE, tokenizer
 
 CHAT = [
@@ -105,3 +106,25 @@ def test_messages_need_a_template() -> None:
     tok.chat_template = None
     with pytest.raises(DataError, match="no chat template"):
         encode({"messages": CHAT}, tok)
+
+
+def test_a_data_set_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`datasets` reads a folder of that name as it reads the hub's, split and all."""
+    pytest.importorskip("datasets")
+    folder = tmp_path / "owner" / "name"
+    folder.mkdir(parents=True)
+    for split, count in (("train", 5), ("test", 3)):
+        lines = [f'{{"text": "w{i}"}}\n' for i in range(count)]
+        (folder / f"{split}.jsonl").write_text("".join(lines))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    assert [r["text"] for r in read_records("owner/name")] == [f"w{i}" for i in range(5)]
+    assert len(read_records("owner/name:test")) == 3
+    assert len(read_records("owner/name:train[:2]")) == 2
+    with pytest.raises(DataError, match="gave no data set of that name"):
+        read_records("owner/name:nothing")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(MissingExtraError, match="pip install 'lorainit"):
+        read_records("owner/name")
+    with pytest.raises(DataError, match="no data file"):
+        read_records("data/train.jsonl")

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -10,8 +12,13 @@ import pytest
 import torch
 
 import lorainit
-from lorainit.report import report
+from lorainit.adapters.install import adapter_layers
+from lorainit.adapters.origin import origin_of
+from lorainit.errors import DataError
+from lorainit.report import Curve, StartLoss, read_curves, report
+from lorainit.report.drawing import _scale
 from lorainit.report.measure import measure_layer, place_of
+from lorainit.report.promise import Displacement, displacements_of, promise_of, total
 from lorainit.report.sizes import sizes_of
 from tests.adapters import tiny
 
@@ -31,15 +38,19 @@ def statistics() -> lorainit.Statistics:
 @pytest.fixture(scope="module")
 def page(statistics: lorainit.Statistics, tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("report") / "page.html"
-    model = tiny.start(tiny.llama(), lorainit.LoraDA())
-    report(
-        model, tiny.config(), statistics, file, sizes=sizes_of(model), progress=False
-    )  # fmt: skip
+    model = tiny.start(tiny.llama(), lorainit.Natural(), data=[tiny.batch(rows=12)])
+    noisy = tuple((float(i), 4.0 - i / 100 + i % 3 / 5) for i in range(1, 101))
+    curves = [
+        Curve("natural", ((0.0, 4.0), (50.0, 3.4), (100.0, 3.0)), held_out=True),
+        Curve("natural", noisy),
+        Curve("<b>vanilla</b>", ((0.0, 4.2), (100.0, 3.1)), held_out=True),
+    ]
+    report(model, tiny.config(), statistics, file, curves=curves, progress=False)
     return file
 
 
 class Balanced(HTMLParser):
-    VOID = frozenset({"meta", "rect", "line", "polyline", "br"})
+    VOID = frozenset({"meta", "rect", "line", "polyline", "circle", "br"})
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,6 +75,140 @@ def test_page_is_whole_and_asks_nothing_of_the_network(page: Path) -> None:
     assert "model.layers.1.mlp.down_proj" in text
     assert text.count("<polyline") > 3
     assert "r = 4" in text
+    assert "&lt;b&gt;vanilla" in text
+    assert text.count('class="line c0"') == 2  # held out, and the mean of the noisy one
+    assert text.count('class="line c0 noise"') == 1
+
+
+def test_the_loss_at_the_start_is_the_measured_one(
+    page: Path, statistics: lorainit.Statistics
+) -> None:
+    """Natural writes what it measured into the adapter's origin, and the page shows it."""
+    model = tiny.start(tiny.llama(), lorainit.Natural(), data=[tiny.batch(rows=12)])
+    measured = origin_of(model, "default").measured
+    assert measured["start_loss"] < measured["base_loss"]
+    text = page.read_text(encoding="utf-8")
+    assert f"<td>{measured['base_loss']:.4f}</td>" in text
+    assert f"<td>{measured['start_loss']:.4f}</td>" in text
+
+
+def test_the_origin_keeps_what_was_measured(tmp_path: Path) -> None:
+    model = tiny.start(tiny.llama(), lorainit.Natural(), data=[tiny.batch(rows=12)])
+    model.save_pretrained(tmp_path)
+    again = lorainit.load_adapter(tiny.llama(), tmp_path)
+    assert origin_of(again, "default").measured == origin_of(model, "default").measured != {}
+
+
+@pytest.mark.parametrize("reduction", ["sequence", "token"])
+def test_promise_against_autograd(reduction: str) -> None:
+    """The slope is the derivative of the loss along the adapter; half of the step, half of it."""
+    data = [tiny.batch(rows=12)]
+    found = lorainit.collect_statistics(
+        tiny.llama(), tiny.config(), data=data, needs=lorainit.Natural.needs,
+        loss_reduction=reduction, progress=False,
+    )  # fmt: skip
+    model = tiny.start(tiny.llama(), lorainit.LoraOne(), data=data, loss_reduction=reduction)
+    slopes = {
+        name: promise_of(displacement, found[name])
+        for name, displacement in displacements_of(model, "default").items()
+    }
+    batch = data[0]
+
+    def loss(length: float) -> torch.Tensor:
+        for layer in adapter_layers(model, "default").values():
+            layer.scaling["default"] = 2.0 * length
+        logits = model(**batch).logits[:, :-1]
+        labels = batch["labels"][:, 1:]
+        each = torch.nn.functional.cross_entropy(
+            logits.mT, labels, ignore_index=-100, reduction="none"
+        ).double()
+        if reduction == "token":
+            return each.sum() / (labels != -100).sum()
+        return (each.sum(1) / (labels != -100).sum(1)).mean()
+
+    h = 1e-2
+    with torch.no_grad():
+        expected = float(loss(h) - loss(-h)) / (2 * h)
+    assert total(slopes).slope == pytest.approx(expected, rel=0.02)
+    assert total(slopes).slope < 0 < total(slopes).bend
+
+
+def test_bend_is_the_fisher_of_a_linear_classifier() -> None:
+    """Softmax regression on one position a sequence: the factors are exact, and so is the bend."""
+    from lorainit.types import LayerStatistics
+
+    torch.manual_seed(0)
+    inputs, outputs, count = 5, 4, 4000
+    x = torch.randn(count, inputs, dtype=torch.float64) * torch.linspace(0.5, 2, inputs)
+    # Logits do not depend on the input, so the output's factor does not either.
+    probabilities = torch.softmax(torch.randn(outputs, dtype=torch.float64), 0)
+    labels = torch.multinomial(probabilities, count, replacement=True)
+    g = probabilities - torch.nn.functional.one_hot(labels, outputs)
+    exact = torch.diag(probabilities) - torch.outer(probabilities, probabilities)
+    left, right = torch.randn(outputs, 2).double(), torch.randn(2, inputs).double()
+    delta = left @ right
+    hessian = float((delta.mT @ exact @ delta * (x.mT @ x / count)).sum())
+    found = LayerStatistics(
+        gradient_sum=g.mT @ x,
+        input_second_moment_sum=x.mT @ x,
+        output_second_moment_sum=g.mT @ g,
+        sequences=count,
+        label_tokens=count,
+        positions=count,
+    )
+    promise = promise_of(Displacement(left, right), found)
+    assert promise.bend == pytest.approx(hessian, rel=0.05)
+    # Sequences of three such positions, whose mean is the loss: gradients a third, the same bend.
+    found = replace(found, output_second_moment_sum=g.mT @ g / 9, sequences=count / 3)
+    assert promise_of(Displacement(left, right), found).bend == pytest.approx(hessian, rel=0.05)
+    found = replace(
+        found, output_second_moment_sum=g.mT @ g, sequences=count / 3, loss_reduction="token"
+    )
+    assert promise_of(Displacement(left, right), found).bend == pytest.approx(hessian, rel=0.05)
+
+
+def test_curves_of_a_trainer_and_of_a_comparison(tmp_path: Path) -> None:
+    log = [
+        {"step": 10, "loss": 3.0, "learning_rate": 1e-4},
+        {"step": 10, "eval_loss": 3.2},
+        {"step": 20, "loss": float("nan")},
+        {"step": 30, "loss": 2.0},
+        {"step": 30, "train_runtime": 4.0, "train_loss": 2.5},
+    ]
+    for step, kept in ((20, log[:3]), (30, log)):
+        folder = tmp_path / "mine" / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        (folder / "trainer_state.json").write_text(json.dumps({"log_history": kept}))
+    trained, held = read_curves(tmp_path / "mine")
+    assert trained == Curve("mine", ((10.0, 3.0), (30.0, 2.0)))
+    assert held == Curve("mine", ((10.0, 3.2),), held_out=True)
+    best = {"rate": 1e-3, "curve": [[0, 4.0], [5, 3.0]], "train_losses": [4.0, 3.5]}
+    (tmp_path / "c.json").write_text(json.dumps({"best": {"eva": best}}))
+    held, trained = read_curves(tmp_path / "c.json")
+    assert held == Curve("eva, 0.001", ((0.0, 4.0), (5.0, 3.0)), held_out=True)
+    assert trained.points == ((1.0, 4.0), (2.0, 3.5))
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"log_history": []}', "{}"])
+def test_files_without_curves_are_named(content: str, tmp_path: Path) -> None:
+    (tmp_path / "c.json").write_text(content)
+    with pytest.raises(DataError, match=r"c\.json"):
+        read_curves(tmp_path / "c.json")
+    with pytest.raises(DataError, match="no learning curve"):
+        read_curves(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    "values", [[1.0], [2.0, 2.0], [0.01, 0.02], [3.0, 2.5, 1e4], [-1.0, 1.0], [0.0, 0.0]]
+)
+def test_axes_hold_their_values(values: list[float]) -> None:
+    low, high, ticks = _scale(values)
+    assert low <= min(values) < high
+    assert low == ticks[0]
+    assert high == ticks[-1]
+    assert 2 <= len(ticks) <= 8
+    if max(values) < 100:
+        assert high >= max(values)
 
 
 def test_numbers_against_their_definitions(statistics: lorainit.Statistics) -> None:
@@ -104,13 +249,17 @@ def test_sizes_are_of_the_product() -> None:
 def test_advice_names_few_sequences_and_long_starts(
     statistics: lorainit.Statistics, tmp_path: Path
 ) -> None:
-    sizes = dict.fromkeys(statistics, 0.9)
-    arguments = (tiny.llama(), tiny.config(), statistics, tmp_path / "a.html")
-    said = report(*arguments, sizes=sizes, progress=False)
+    rest = (tiny.config(), statistics, tmp_path / "a.html")
+    long = tiny.start(tiny.llama(), lorainit.LoraOne(gamma=1.0))
+    loss = StartLoss(4.0, 5.0, "12 records")
+    said = report(long, *rest, loss=loss, progress=False)
     words = " ".join(text for kind, text in said if kind == "warn")
     assert "Only 12 sequences" in words
     assert "long first step" in words
-    anchored = report(*arguments, sizes=sizes, anchored=True, progress=False)
+    assert "The start raises the loss from 4 to 5" in words
+    said = report(long, *rest, loss=replace(loss, start=3.0), progress=False)
+    assert "The start lowers the loss from 4 to 3" in " ".join(text for _, text in said)
+    anchored = report(tiny.start(tiny.llama(), lorainit.PiSSA()), *rest, progress=False)
     assert "long first step" not in " ".join(text for _, text in anchored)
 
 
@@ -146,7 +295,7 @@ def test_browser_draws_it(page: Path, look: str, tmp_path: Path) -> None:
     image = pytest.importorskip("PIL.Image")
     shot = tmp_path / "shot.png"
     command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
-    command += [f"--window-size={'500' if look == 'phone' else '1100'},1400"]
+    command += [f"--window-size={'500,3600' if look == 'phone' else '1100,2400'}"]
     command += ["--blink-settings=preferredColorScheme=0"] if look == "dark" else []
     command += [f"--user-data-dir={tmp_path}/profile", f"--screenshot={shot}", page.as_uri()]
     subprocess.run(command, check=True, capture_output=True, timeout=120)

@@ -105,6 +105,7 @@ def install(
     adapter_name: str,
     factors: Mapping[str, Factors],
     settings: Mapping[str, Any] | None = None,
+    measured: Mapping[str, float] | None = None,
 ) -> None:
     """Write factors into an adapter whose layers PEFT has created.
 
@@ -117,6 +118,7 @@ def install(
             number. Layers and experts without factors keep PEFT's start; if any factors are
             anchored, they get an anchor of zeros, so that all layers have one rank.
         settings: what found the factors, for the record; JSON-ready.
+        measured: losses before and after, where they were measured; for the record too.
 
     Raises:
         AdapterError: factors for a layer that the adapter does not have, or of another shape.
@@ -154,7 +156,8 @@ def install(
         _set_rank_scale(
             model.peft_config[adapter_name], layers, adapter_name, 2.0 if anchored else 0.5
         )
-    remember(model, adapter_name, Origin(anchored, dict(settings or {})))
+    origin = Origin(anchored, dict(settings or {}), measured=dict(measured or {}))
+    remember(model, adapter_name, origin)
 
 
 def _by_layer(

@@ -30,11 +30,14 @@ class Origin:
         anchored: the second half of every factor's rank is the frozen start.
         settings: the method's name and settings, JSON-ready.
         version: of this package.
+        measured: where the length was measured: ``base_loss``, ``start_loss``, on the sequences held
+            back, and the ``length``.
     """
 
     anchored: bool
     settings: Mapping[str, Any] = field(default_factory=dict)
     version: str = __version__
+    measured: Mapping[str, float] = field(default_factory=dict)
 
 
 class StartedLoraConfig(LoraConfig):  # type: ignore[misc]
@@ -83,7 +86,12 @@ def read_origin(folder: Path, config: LoraConfig) -> Origin | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         found = (content["r"], content["lora_alpha"])
-        origin = Origin(bool(content["anchored"]), content["settings"], str(content["version"]))
+        origin = Origin(
+            bool(content["anchored"]),
+            content["settings"],
+            str(content["version"]),
+            dict(content.get("measured", {})),
+        )
     except (ValueError, KeyError, TypeError) as error:
         raise AdapterError(
             f"{path} is damaged ({error}). Say anchored=True or anchored=False yourself."

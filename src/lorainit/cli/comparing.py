@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import logging
 import math
 import time
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
+from torch import Tensor
 from torch.utils.data import Subset
 from tqdm.auto import tqdm
 
+from lorainit.cli.plan import plan
 from lorainit.cli.shared import (
+    check_parent,
     class_of,
+    known_methods,
     load_model,
     load_records,
     lora_config,
-    names_of,
+    mean_loss,
     sample_arguments,
     speaking,
 )
@@ -28,12 +35,24 @@ from lorainit.errors import DataError
 from lorainit.pipeline import collect_statistics, get_peft_model
 from lorainit.statistics.batches import to_device
 
+_POINTS = 4
+"""How often the held-out loss is measured in a run, after its start."""
+
+_MORE_RATES = 2
+"""How many rates are tried beyond those given, while the best of a method is the outermost."""
+
 
 def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """The table: start, best rate and held-out loss of every method."""
-    names = names_of(options.methods)
-    rates = _rates(options.learning_rates)
+    names = known_methods(options.methods)
+    rates = _checked(options.learning_rates)
+    needs = frozenset().union(*(class_of(name)().needs for name in names))
     with speaking(options):
+        if options.dry_run:
+            runs = len(names) * len(rates)
+            return plan(options, needs, trained=runs * options.steps * options.batch_size)
+        if options.output:
+            check_parent(options.output)
         records = load_records(options)
         if len(records) < options.held_out + options.batch_size:
             raise DataError(
@@ -41,63 +60,48 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
                 "a smaller --held-out."
             )
         held = batches_of(Subset(records, range(options.held_out)), options.batch_size)
-        data = batches_of(
-            Subset(records, range(options.held_out, len(records))), options.batch_size
-        )
-        table = _runs(options, names, rates, data, held)
-    best = {name: min(runs, key=lambda r: r["loss"]) for name, runs in table.items()}
-    order = sorted(names, key=lambda name: best[name]["loss"])
-    lines = [
-        f"{'method':<12}{'best rate':>10}{'start loss':>12}{'held-out loss':>15}{'start, s':>10}"
-    ]
-    for name in order:
-        row = best[name]
-        lines.append(
-            f"{name:<12}{row['rate']:>10.2g}{row['start_loss']:>12.4f}{row['loss']:>15.4f}"
-            f"{row['seconds']:>10.1f}"
-        )
-    edges = [n for n in order if len(rates) > 1 and best[n]["rate"] in (rates[0], rates[-1])]
-    if edges:
-        lines.append(
-            f"at the edge of the rates tried: {', '.join(edges)}. Try further ones before you judge."
-        )
-    lines.append(
-        f"one run each, {options.steps} steps, {options.held_out} held-out records: small differences "
-        "are noise."
-    )
-    return {"best": best, "runs": table}, "\n".join(lines)
+        rest = Subset(records, range(options.held_out, len(records)))
+        result = _runs(options, names, rates, batches_of(rest, options.batch_size), held, needs)
+    if options.output:
+        Path(options.output).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return result, _table(options, result)
 
 
-def _rates(text: str) -> list[float]:
-    try:
-        rates = sorted(float(part) for part in text.split(",") if part.strip())
-    except ValueError:
-        rates = []
-    if not rates or rates[0] <= 0:
-        raise ValueError(f"--learning-rates {text}: write positive numbers with commas, 1e-4,3e-4.")
+def _checked(given: Sequence[float]) -> list[float]:
+    rates = sorted({float(rate) for rate in given})
+    if not rates or not (rates[0] > 0 and math.isfinite(rates[-1])):
+        raise ValueError(
+            f"--learning-rates {','.join(map(str, given))}: write positive numbers with commas, "
+            "1e-4,3e-4."
+        )
     return rates
 
 
 def _runs(
-    options: argparse.Namespace, names: list[str], rates: list[float], data: Any, held: Any
-) -> dict[str, list[dict[str, Any]]]:
+    options: argparse.Namespace,
+    names: list[str],
+    rates: list[float],
+    data: Any,
+    held: Any,
+    needs: frozenset[str],
+) -> dict[str, Any]:
     model = load_model(options)
     sample = sample_arguments(options)
-    needs = frozenset().union(*(class_of(name)().needs for name in names))
+    base_loss = mean_loss(model, held)
     statistics = None
     if needs:
         statistics = collect_statistics(
             model, lora_config(options), data=data, needs=needs, **sample
         )
-    table: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
-    quiet = not sample["progress"]
+    table: dict[str, list[dict[str, Any]]] = {}
+    hidden = None if sample["progress"] else True
     bar = tqdm(
-        total=len(names) * len(rates), desc="compare", unit="run", disable=True if quiet else None
+        total=len(names) * len(rates) * options.steps, desc="compare", unit="step", disable=hidden
     )
-    # One line a run says little that the table does not.
+    # One line a start says little that the table does not.
     logging.getLogger("lorainit").setLevel(logging.WARNING)
     with bar:
-        for name, rate in itertools.product(names, rates):
+        for name in names:
             method = class_of(name)()
             calibrated = bool(getattr(method, "calibrated", False))
             torch.manual_seed(options.seed)
@@ -107,51 +111,134 @@ def _runs(
                 data=data if calibrated else None, **{**sample, "progress": False},
             )  # fmt: skip
             seconds = time.perf_counter() - begin
-            start_loss = held_out_loss(wrapped, held)
-            _train(wrapped, data, rate, options.steps)
-            loss = held_out_loss(wrapped, held)
-            table[name].append(
-                {"rate": rate, "start_loss": start_loss, "loss": loss, "seconds": seconds}
-            )
+            table[name] = _tuned(options, name, rates, wrapped, data, held, bar)
+            for trial in table[name]:
+                trial["seconds"] = seconds
             model = wrapped.unload()
             if hasattr(model, "peft_config"):
                 del model.peft_config
-            bar.update()
-    return table
+    best = {name: min(trials, key=lambda t: t["loss"]) for name, trials in table.items()}
+    return {
+        "base_loss": base_loss,
+        "steps": options.steps,
+        "held_out": options.held_out,
+        "best": best,
+        "runs": table,
+    }
 
 
-def held_out_loss(model: PeftModel, batches: Any) -> float:
-    """Mean loss of a label token."""
-    total, count = 0.0, 0
-    device = next(model.parameters()).device
-    model.eval()
-    with torch.no_grad():
-        for batch in batches:
-            labels = int((batch["labels"][:, 1:] != -100).sum())
-            if labels:
-                total += float(model(**to_device(batch, device)).loss) * labels
-                count += labels
-    loss = total / count if count else math.nan
-    return loss if math.isfinite(loss) else math.inf
+def _tuned(
+    options: argparse.Namespace,
+    name: str,
+    rates: list[float],
+    model: PeftModel,
+    data: Any,
+    held: Any,
+    bar: Any,
+) -> list[dict[str, Any]]:
+    """One method at every rate, and at some beyond while the best is the outermost."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    start = [p.detach().clone() for p in trainable]
+    start_loss = mean_loss(model, held)
+    trials: list[dict[str, Any]] = []
+
+    def attempt(rate: float) -> None:
+        bar.set_postfix_str(f"{name} at {rate:.2g}")
+        with torch.no_grad():
+            for parameter, value in zip(trainable, start, strict=True):
+                parameter.copy_(value)
+        torch.manual_seed(options.seed)
+        losses, curve = _train(model, trainable, data, held, rate, options.steps, bar)
+        trials.append(
+            {
+                "rate": rate,
+                "start_loss": start_loss,
+                "loss": curve[-1][1],
+                "curve": [[0, start_loss], *curve],
+                "train_losses": losses,
+            }
+        )
+        trials.sort(key=lambda t: t["rate"])
+
+    for rate in rates:
+        attempt(rate)
+    for _ in range(_MORE_RATES if len(rates) > 1 else 0):
+        edge = _beyond(trials)
+        if edge is None:
+            break
+        bar.total += options.steps
+        attempt(edge)
+    return trials
 
 
-def _train(model: PeftModel, data: Any, rate: float, steps: int) -> None:
-    """AdamW, a short warm-up, then a straight line to zero."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
+def _beyond(trials: Sequence[dict[str, Any]]) -> float | None:
+    """The next rate outwards, where the best of those tried is the outermost."""
+    by_rate = [trial["rate"] for trial in trials]
+    best = min(trials, key=lambda t: t["loss"])["rate"]
+    if len(by_rate) < 2 or not math.isfinite(min(t["loss"] for t in trials)):
+        return None
+    if best == by_rate[0]:
+        return float(f"{best * by_rate[0] / by_rate[1]:.2g}")
+    if best == by_rate[-1]:
+        return float(f"{best * by_rate[-1] / by_rate[-2]:.2g}")
+    return None
+
+
+def _train(
+    model: PeftModel,
+    trainable: Sequence[Tensor],
+    data: Any,
+    held: Any,
+    rate: float,
+    steps: int,
+    bar: Any,
+) -> tuple[list[float], list[list[float]]]:
+    """AdamW, a short warm-up, then a straight line to zero; losses, and held-out losses by step."""
+    optimizer = torch.optim.AdamW(trainable, lr=rate, weight_decay=0.0)
     warm = max(1, steps // 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda n: min((n + 1) / warm, max(0.0, (steps - n) / max(1, steps - warm)))
     )
-    device = parameters[0].device
-    model.train()
+    device = trainable[0].device
+    points = {max(1, round(steps * i / _POINTS)) for i in range(1, _POINTS + 1)}
+    losses, curve = [], []
     batches = itertools.islice(itertools.chain.from_iterable(itertools.repeat(data)), steps)
-    for batch in batches:
+    for number, batch in enumerate(batches, 1):
+        model.train()
         loss = model(**to_device(batch, device)).loss
-        if not bool(torch.isfinite(loss)):
-            continue
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
+        losses.append(float(loss))
+        if math.isfinite(losses[-1]):
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(trainable, 1.0)
+            optimizer.step()
+            schedule.step()
+        if number in points:
+            curve.append([number, mean_loss(model, held)])
+        bar.update()
+    return losses, curve
+
+
+def _table(options: argparse.Namespace, result: dict[str, Any]) -> str:
+    best, runs = result["best"], result["runs"]
+    order = sorted(best, key=lambda name: best[name]["loss"])
+    steps = [int(step) for step, _ in best[order[0]]["curve"]]
+    head = f"{'method':<12}{'best rate':>10}" + "".join(f"{f'step {s}':>10}" for s in steps)
+    lines = [
+        f"held-out loss of {options.held_out} records; the base model's is "
+        f"{result['base_loss']:.4f}",
+        head + f"{'start, s':>10}",
+    ]
+    for name in order:
+        row = best[name]
+        losses = "".join(f"{loss:>10.4f}" for _, loss in row["curve"])
+        lines.append(f"{name:<12}{row['rate']:>10.2g}{losses}{row['seconds']:>10.1f}")
+    edges = [name for name in order if _beyond(runs[name]) is not None]
+    if edges:
+        lines.append(
+            f"best at the outermost rate tried: {', '.join(edges)}. Try further ones before you judge."
+        )
+    lines.append(f"one run each of {options.steps} steps: small differences are noise.")
+    if options.output:
+        lines.append(f"curves of all runs: {options.output}")
+    return "\n".join(lines)

@@ -7,21 +7,15 @@ Exit codes: 0 done, 1 bad input (the message says what to do), 2 wrong usage, 3 
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
-import logging
 import sys
-import warnings
 from collections.abc import Sequence
-from typing import Any
 
-from lorainit.cli.parser import build_parser, with_file
+from lorainit.cli.commands import COMMANDS, Outcome
+from lorainit.cli.parser import arguments_of, build_parser, with_file
+from lorainit.errors import MissingExtraError
 
 BAD_INPUT, MISSING_EXTRA, INTERRUPTED = 1, 3, 130
-
-
-class MissingExtraError(Exception):
-    """A command needs packages that are not among the required ones."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,9 +30,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.command is None:
         parser.print_help()
         return 0
+    given = arguments_of(options)
+    given["quiet"] = options.quiet or options.json
     try:
-        module = _quiet_import(f"lorainit.cli.{options.module}")
-        result, text = module.run(options)
+        outcome = COMMANDS[options.command](**given)
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted; nothing half-written is left", file=sys.stderr)
         return INTERRUPTED
@@ -48,20 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.debug or not _is_known(error):
             raise
         return _failed(parser.prog, error, BAD_INPUT)
-    _show(options, result, text)
+    _show(options, outcome)
     return 0
-
-
-def _quiet_import(name: str) -> Any:
-    """Optional libraries that torch finds installed may complain about themselves; not here."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return importlib.import_module(name)
-    finally:
-        logging.disable(before)
 
 
 def _is_known(error: Exception) -> bool:
@@ -79,8 +62,8 @@ def _failed(program: str, error: Exception, code: int) -> int:
     return code
 
 
-def _show(options: argparse.Namespace, result: dict[str, Any], text: str) -> None:
+def _show(options: argparse.Namespace, outcome: Outcome) -> None:
     if options.json:
-        print(json.dumps(result, indent=2, default=str))
-    elif not options.quiet and text:
-        print(text)
+        print(json.dumps(outcome.values, indent=2, default=str))
+    elif not options.quiet and outcome.text:
+        print(outcome.text)

@@ -18,7 +18,12 @@ _SEARCH_FORWARDS = 20
 
 
 def plan(
-    options: argparse.Namespace, needs: frozenset[str], *, steps: int = 1, searched: bool = False
+    options: argparse.Namespace,
+    needs: frozenset[str],
+    *,
+    steps: int = 1,
+    searched: bool = False,
+    trained: float | None = None,
 ) -> tuple[dict[str, Any], str]:
     """What the command would do; the model's weights are not loaded.
 
@@ -27,6 +32,7 @@ def plan(
         needs: statistics to collect.
         steps: how often they are collected.
         searched: whether a length is measured by forward passes.
+        trained: sequences that training takes, counted again whenever they are; None: no training.
     """
     model = load_skeleton(options)
     targets = match_targets(model, lora_config(options))
@@ -36,6 +42,9 @@ def plan(
     collected = needs if records and not getattr(options, "statistics", None) else frozenset()
     parameters = sum(p.numel() for p in model.parameters())
     work = _work(targets, parameters, tokens, collected, steps, searched and records is not None)
+    if trained is not None:
+        # Forward and backward, the weights' own gradients left out.
+        work += 4.0 * parameters * trained * tokens / max(1, sequences)
     found: dict[str, Any] = {
         "layers": len(targets.layers),
         "left_out": targets.left_out,
@@ -48,6 +57,8 @@ def plan(
         "tokens": tokens,
         "passes": steps if collected else 0,
         "backward": bool(collected & GRADIENT_STATISTICS),
+        "trained_sequences": trained,
+        "model_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
         "statistics_bytes_at_most": sum(_bytes(t.spec, collected) for t in targets.layers.values()),
         "seconds_about": work / _speed(options),
     }
@@ -113,19 +124,22 @@ def _in_words(found: dict[str, Any], needs: frozenset[str]) -> str:
         + (f", {len(found['left_out'])} left at PEFT's start" if found["left_out"] else ""),
         f"adapter      {found['adapter_parameters']:,} parameters beside the model's "
         f"{found['model_parameters']:,}",
+        f"memory       {size_in_words(found['model_bytes'])} for the model",
     ]
     lines += [f"left out     {name}: {why}" for name, why in found["left_out"].items()]
     if needs:
         kind = "forward and backward" if found["backward"] else "forward only"
         lines += [
             f"statistics   {', '.join(sorted(needs))}",
-            f"memory       at most {size_in_words(found['statistics_bytes_at_most'])} for them "
+            f"             at most {size_in_words(found['statistics_bytes_at_most'])} for them "
             "(layers that read one tensor share it)",
             f"passes       {found['passes']}, {kind}, over {found['sequences']} sequences, about "
             f"{found['tokens']:,} tokens",
         ]
     else:
         lines.append("passes       none for statistics")
+    if found["trained_sequences"] is not None:
+        lines.append(f"training     {found['trained_sequences']:,.0f} sequences, repeats counted")
     lines.append(f"time         about {_duration(found['seconds_about'])}, roughly")
     return "\n".join(lines)
 

@@ -3,39 +3,68 @@
 from __future__ import annotations
 
 import argparse
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from lorainit.adapters.install import true_config
 from lorainit.adapters.load import load_adapter
-from lorainit.adapters.origin import origin_of
-from lorainit.cli.shared import load_model, lora_config, names_of, speaking
+from lorainit.cli.shared import (
+    check_parent,
+    known_methods,
+    load_data,
+    load_model,
+    lora_config,
+    mean_loss,
+    speaking,
+)
 from lorainit.report import report
-from lorainit.report.sizes import sizes_of
+from lorainit.report.curves import Curve, read_curves
+from lorainit.report.promise import StartLoss
 from lorainit.statistics import Statistics
 
 
 def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Write the page; its advice is the result."""
+    if options.data and not options.adapter:
+        raise ValueError("--data is there to measure an adapter's loss on: give --adapter too.")
     with speaking(options):
-        names = names_of(options.methods)
+        names = known_methods(options.methods)
+        curves = [curve for text in options.curves for curve in _curves(text)]
+        check_parent(options.output)
         statistics = Statistics.load(options.statistics)
-        model = load_model(options)
-        sizes, anchored = None, False
+        model, config, loss = load_model(options), lora_config(options), None
         if options.adapter:
+            data = load_data(options)
             model = load_adapter(model, options.adapter)
-            sizes = sizes_of(model)
-            origin = origin_of(model, "default")
-            anchored = origin is not None and origin.anchored
+            config = true_config(model, "default")
+            if data is not None:
+                loss = _measured(options, model, data)
         said = report(
             model,
-            lora_config(options),
+            config,
             statistics,
             options.output,
             methods=names,
-            sizes=sizes,
-            anchored=anchored,
+            loss=loss,
+            curves=curves,
             title=f"{Path(options.model).name}: what the data asks of the adapter",
-            progress=not (options.quiet or options.json),
+            progress=not options.quiet,
         )
     result = {"output": options.output, "advice": [{"kind": k, "text": t} for k, t in said]}
     return result, "\n".join([f"{options.output}:", *(f"  {text}" for _, text in said)])
+
+
+def _curves(text: str) -> list[Curve]:
+    """``PATH`` or ``NAME=PATH``."""
+    name, equals, path = text.partition("=")
+    return read_curves(path, name) if equals else read_curves(text)
+
+
+def _measured(options: argparse.Namespace, model: Any, data: Any) -> StartLoss:
+    batches = list(islice(data, -(-options.max_sequences // options.batch_size)))
+    records = sum(len(batch["labels"]) for batch in batches)
+    with model.disable_adapter():
+        base = mean_loss(model, batches)
+    name = Path(options.data).name
+    return StartLoss(base, mean_loss(model, batches), f"{records} records of {name}")

@@ -7,19 +7,22 @@ import ast
 import contextlib
 import dataclasses
 import logging
+import math
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig
 from torch.utils.data import DataLoader
 
-from lorainit.data import Records, batches_of, read_records
+from lorainit.data import IGNORED, Records, batches_of, read_records
 from lorainit.errors import DataError
 from lorainit.methods import METHODS
+from lorainit.statistics.batches import to_device
 from lorainit.types import Method
 
 
@@ -34,7 +37,7 @@ def speaking(options: argparse.Namespace) -> Iterator[None]:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     before = logger.level
-    logger.setLevel(logging.WARNING if options.quiet or options.json else logging.INFO)
+    logger.setLevel(logging.WARNING if options.quiet else logging.INFO)
     logger.addHandler(handler)
     try:
         with warnings.catch_warnings():
@@ -131,19 +134,24 @@ def lora_config(options: argparse.Namespace) -> LoraConfig:
     )
 
 
-def modules_of(text: str) -> str | list[str]:
-    """``all-linear``, a regular expression, or a list of names."""
-    names = [name.strip() for name in text.split(",") if name.strip()]
+def modules_of(given: str | Sequence[str]) -> str | list[str]:
+    """``all-linear``, a regular expression, or a list of names (with commas between them)."""
+    if not isinstance(given, str):
+        return list(given)
+    names = [name.strip() for name in given.split(",") if name.strip()]
     plain = all(part.replace("_", "").isalnum() for name in names for part in name.split("."))
-    return names if names and plain and text != "all-linear" else text
+    return names if names and plain and given != "all-linear" else given
 
 
-def names_of(text: str) -> list[str]:
-    """Names of methods with commas between them, each known."""
-    names = [name.strip() for name in text.split(",") if name.strip()]
+def known_methods(names: Sequence[str]) -> list[str]:
+    """The names of methods, each known, at least one.
+
+    Raises:
+        ValueError: there is no method of that name.
+    """
     for name in names or [""]:
         class_of(name)
-    return names
+    return list(names)
 
 
 def class_of(name: str) -> Any:
@@ -157,17 +165,16 @@ def method_of(options: argparse.Namespace) -> Method:
     """The method, with the settings given."""
     kind = class_of(options.method)
     base = kind.paper() if options.paper else kind()
-    known = {field.name: field.type for field in dataclasses.fields(kind)}
+    known = {field.name for field in dataclasses.fields(kind)}
     changes: dict[str, object] = {}
-    for text in options.set:
-        name, equals, value = text.partition("=")
-        name = name.strip().replace("-", "_")
-        if not equals or name not in known:
-            there = ", ".join(known) or "none"
+    for name, value in (options.set or {}).items():
+        if name not in known:
+            there = ", ".join(field.name for field in dataclasses.fields(kind)) or "none"
             raise ValueError(
-                f"--set {text}: write NAME=VALUE; the settings of {options.method} are: {there}."
+                f"--set {name}={value}: write NAME=VALUE; the settings of {options.method} are: "
+                f"{there}."
             )
-        changes[name] = _value(value.strip())
+        changes[name] = _value(value) if isinstance(value, str) else value
     method: Method = dataclasses.replace(base, **changes)
     return method
 
@@ -188,8 +195,36 @@ def sample_arguments(options: argparse.Namespace) -> dict[str, Any]:
         "token_mask": options.token_mask,
         "loss_reduction": options.loss_reduction,
         "max_sequences": options.max_sequences,
-        "progress": not (options.quiet or options.json),
+        "progress": not options.quiet,
     }
+
+
+def mean_loss(model: Any, batches: Any) -> float:
+    """Mean loss of a label token; infinite where it is not finite."""
+    total, count = 0.0, 0
+    device = next(model.parameters()).device
+    model.eval()
+    with torch.no_grad():
+        for batch in batches:
+            labels = int((batch["labels"][:, 1:] != IGNORED).sum())
+            if labels:
+                total += float(model(**to_device(batch, device)).loss) * labels
+                count += labels
+    loss = total / count if count else math.nan
+    return loss if math.isfinite(loss) else math.inf
+
+
+def check_parent(output: str) -> None:
+    """A place that cannot be written is found out before the work, not after."""
+    path = Path(output)
+    parent = path.parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        probe = parent / f".{path.name}.lorainit-probe"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OSError(f"--output {output} cannot be written ({error.strerror}).") from None
 
 
 def size_in_words(count: float) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import statistics as stats
-from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
@@ -12,12 +11,13 @@ from peft import PeftModel
 from lorainit.adapters.origin import origin_of
 from lorainit.cli.plan import plan
 from lorainit.cli.shared import (
+    check_parent,
     class_of,
+    known_methods,
     load_data,
     load_model,
     lora_config,
     method_of,
-    names_of,
     sample_arguments,
     size_in_words,
     speaking,
@@ -36,12 +36,14 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 
 def _collect(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    needs = frozenset().union(*(class_of(name)().needs for name in names_of(options.method)))
+    needs = frozenset().union(*(class_of(name)().needs for name in known_methods(options.method)))
     if not needs:
-        raise ValueError(f"--method {options.method} reads no statistics: there is nothing to do.")
+        raise ValueError(
+            f"--method {','.join(options.method)} reads no statistics: there is nothing to do."
+        )
     if options.dry_run:
         return plan(options, needs)
-    _check_parent(options.output)
+    check_parent(options.output)
     data = load_data(options)
     assert data is not None
     found = collect_statistics(
@@ -55,7 +57,7 @@ def _collect(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "bytes": found.nbytes,
         **found.metadata,
     }
-    serves = [n for n in names_of(options.method) if class_of(n)().needs <= found.available]
+    serves = [n for n in known_methods(options.method) if class_of(n)().needs <= found.available]
     return result, (
         f"{options.output}: {len(found)} layers, {found.metadata.get('sequences', 0):.0f} sequences, "
         f"{size_in_words(found.nbytes)}; serves {', '.join(serves)}"
@@ -67,7 +69,7 @@ def _init(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     calibrated = bool(getattr(method, "calibrated", False))
     if options.dry_run:
         return plan(options, method.needs, steps=getattr(method, "steps", 1), searched=calibrated)
-    _check_parent(options.output)
+    check_parent(options.output)
     if method.needs and not (options.data or options.statistics):
         raise MissingStatisticError(
             f"{options.method} reads {', '.join(sorted(method.needs))}: give --data, or "
@@ -117,16 +119,3 @@ def _result(
         "your own script"
     )
     return result, text
-
-
-def _check_parent(output: str) -> None:
-    """A place that cannot be written is found out before the work, not after."""
-    path = Path(output)
-    parent = path.parent
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        probe = parent / f".{path.name}.lorainit-probe"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise OSError(f"--output {output} cannot be written ({error.strerror}).") from None

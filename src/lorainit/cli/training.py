@@ -8,8 +8,9 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from lorainit.adapters.load import load_adapter
-from lorainit.cli.main import MissingExtraError
+from lorainit.cli.plan import plan
 from lorainit.cli.shared import (
+    check_parent,
     device_of,
     load_model,
     load_records,
@@ -19,6 +20,7 @@ from lorainit.cli.shared import (
 )
 from lorainit.cli.starting import start_model
 from lorainit.data import IGNORED, Example
+from lorainit.errors import MissingExtraError
 
 
 def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -28,20 +30,22 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         import trl
     except ImportError as error:
         raise MissingExtraError(
-            f"'lorainit train' needs {error.name}: install it with  pip install 'lorainit[train]'"
+            f"'lorainit train' needs {error.name}: install it with pip install 'lorainit[train]'"
         ) from error
     if bool(options.adapter) == bool(options.method):
         raise ValueError("give --adapter, a start made before, or --method, to make one; not both.")
     with speaking(options):
         tokenizer = load_tokenizer(options)
         examples: Dataset[Example] = load_records(options, tokenizer)
+        if options.dry_run:
+            return _plan(options, len(examples))  # type: ignore[arg-type]
+        check_parent(options.output)
         rows = _rows(examples)
         if options.adapter:
             model = load_adapter(load_model(options), options.adapter, is_trainable=True)
         else:
             options.statistics = None
             model = start_model(options, method_of(options))
-        quiet = options.quiet or options.json
         settings = trl.SFTConfig(
             output_dir=options.output,
             learning_rate=options.learning_rate,
@@ -57,7 +61,7 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
             use_cpu=device_of(options).type == "cpu",
             bf16=False,
             gradient_checkpointing=False,
-            disable_tqdm=quiet,
+            disable_tqdm=options.quiet,
         )
         trainer = trl.SFTTrainer(
             model=model,
@@ -65,18 +69,34 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
             train_dataset=datasets.Dataset.from_list(rows),
             processing_class=tokenizer,
         )
-        if quiet:
+        if options.quiet:
             from transformers import PrinterCallback
 
             trainer.remove_callback(PrinterCallback)
         trainer.train()
         model.save_pretrained(options.output)
+        # What 'lorainit report --curves' and people look for.
+        trainer.save_state()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     result = {"output": options.output, "steps": trainer.state.global_step, "losses": losses}
     text = f"{options.output}: {trainer.state.global_step} steps"
     if losses:
         text += f", loss {losses[0]:.4g} at first, {losses[-1]:.4g} at last"
     return result, text
+
+
+def _plan(options: argparse.Namespace, records: int) -> tuple[dict[str, Any], str]:
+    method = method_of(options) if options.method else None
+    trained = options.epochs * records
+    if options.max_steps > 0:
+        trained = options.max_steps * options.batch_size
+    return plan(
+        options,
+        method.needs if method else frozenset(),
+        steps=getattr(method, "steps", 1),
+        searched=bool(getattr(method, "calibrated", False)),
+        trained=trained,
+    )
 
 
 def _rows(examples: Any) -> list[dict[str, list[int]]]:

@@ -1,5 +1,7 @@
 """One page of pictures and words about statistics and a start."""
 
+from lorainit.report.curves import Curve, read_curves
 from lorainit.report.make import report
+from lorainit.report.promise import StartLoss
 
-__all__ = ["report"]
+__all__ = ["Curve", "StartLoss", "read_curves", "report"]

@@ -7,15 +7,31 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lorainit.report.measure import LayerReport
+from lorainit.report.promise import StartLoss, total
 
 
-def advice(layers: Sequence[LayerReport], metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Sentences with their weight: ``"warn"``, ``"note"`` or ``"good"``."""
+def advice(
+    layers: Sequence[LayerReport],
+    metadata: Mapping[str, Any],
+    *,
+    anchored: bool = False,
+    loss: StartLoss | None = None,
+) -> list[tuple[str, str]]:
+    """Sentences with their weight: ``"warn"``, ``"note"`` or ``"good"``.
+
+    Args:
+        layers: what was measured of each.
+        metadata: of the statistics.
+        anchored: whether the adapter's start is subtracted, so that its size moves nothing at first.
+        loss: before and after the start, where it was measured.
+    """
     found: list[tuple[str, str]] = []
     found += _sample(layers, metadata)
     found += _rank(layers)
-    if not metadata.get("anchored"):
+    if not anchored:
         found += _sizes(layers)
+    if loss is not None:
+        found += _loss(layers, loss, anchored=anchored)
     unused = metadata.get("unused") or []
     if unused:
         found.append(
@@ -45,14 +61,17 @@ def _sample(layers: Sequence[LayerReport], metadata: Mapping[str, Any]) -> list[
                 "singular and damping fills the rest. Collect more sequences, or raise damping above 0.1.",
             )
         )
+    labels_only = metadata.get("token_mask") == "labels"
     thin = [layer for layer in layers if layer.directions and layer.directions < layer.rank]
     if thin:
         found.append(
             (
                 "note",
                 f"{len(thin)} layers have inputs in fewer effective directions than the rank, as those of "
-                f"{thin[0].name} ({thin[0].directions:.1f}). A few directions hold nearly all the energy; "
-                "if that is the first token's, try the mask 'labels'.",
+                f"{thin[0].name} ({thin[0].directions:.1f}). A few directions hold nearly all the energy"
+                + (
+                    "." if labels_only else "; if that is the first token's, try the mask 'labels'."
+                ),
             )
         )
     return found
@@ -72,6 +91,28 @@ def _rank(layers: Sequence[LayerReport]) -> list[tuple[str, str]]:
         text += f" Raise it (rank_pattern) for {_names([layer.name for layer in low])}."
         return [("note", text)]
     return [("good", text)]
+
+
+def _loss(
+    layers: Sequence[LayerReport], loss: StartLoss, *, anchored: bool
+) -> list[tuple[str, str]]:
+    change = loss.start - loss.base
+    if anchored or abs(change) < 1e-4 * abs(loss.base):
+        return [("good", f"The adapter starts at the base model's loss, {loss.base:.4g}.")]
+    if change > 0:
+        return [
+            (
+                "warn",
+                f"The start raises the loss from {loss.base:.4g} to {loss.start:.4g}. Let its length be "
+                "measured (Natural with data), lower lora_alpha, or collect more sequences of the "
+                "data that you train on.",
+            )
+        ]
+    text = f"The start lowers the loss from {loss.base:.4g} to {loss.start:.4g}"
+    promised = total({x.name: x.promise for x in layers if x.promise is not None}).change
+    if promised < 0:
+        text += f", {change / promised:.0%} of what gradient and curvature promised"
+    return [("good", text + ".")]
 
 
 def _sizes(layers: Sequence[LayerReport]) -> list[tuple[str, str]]:

@@ -103,6 +103,88 @@ def spectra(lines: Sequence[Sequence[float]], rank: int, label: str) -> str:
     return _svg(width, height, label, parts)
 
 
+def chart(lines: Sequence[Sequence[tuple[float, float]]], label: str) -> str:
+    """Losses over steps, one colour a line in the order given; an empty line keeps its colour.
+
+    Long noisy lines are drawn faint, with their moving mean strong.
+    """
+    width, height, left, right, top, bottom = 460, 250, 46, 12, 10, 30
+    steps = [step for line in lines for step, _ in line]
+    low, high, ticks = _scale([loss for line in lines for _, loss in line])
+    first, last = min(steps), max(max(steps), min(steps) + 1)
+
+    def spot(step: float, loss: float) -> str:
+        x = left + (width - left - right) * (step - first) / (last - first)
+        y = top + (height - top - bottom) * (high - min(loss, high)) / (high - low)
+        return f"{x:.1f},{y:.1f}"
+
+    parts = []
+    for tick in ticks:
+        y = float(spot(first, tick).split(",")[1])
+        parts.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{y}" y2="{y}"/>')
+        parts.append(
+            f'<text class="axis" x="{left - 6}" y="{y + 4}" text-anchor="end">{tick:g}</text>'
+        )
+    for step, anchor in ((first, "start"), ((first + last) / 2, "middle"), (last, "end")):
+        x = spot(step, low).split(",")[0]
+        name = f"step {step:,.0f}" if anchor == "start" else f"{step:,.0f}"
+        parts.append(
+            f'<text class="axis" x="{x}" y="{height - 10}" text-anchor="{anchor}">{name}</text>'
+        )
+    for number, line in enumerate(lines):
+        colour = f"line c{number % COLOURS}"
+        if not line:
+            continue
+        smooth = _moving_mean(line)
+        if smooth is not line:
+            points = " ".join(spot(*point) for point in line)
+            parts.append(f'<polyline class="{colour} noise" points="{points}"/>')
+        points = " ".join(spot(*point) for point in smooth)
+        parts.append(f'<polyline class="{colour}" points="{points}"/>')
+        if len(line) <= _MARKED:
+            for point in line:
+                across, down = spot(*point).split(",")
+                dot = f'<circle class="dot c{number % COLOURS}" cx="{across}" cy="{down}" r="3"/>'
+                parts.append(dot)
+    return _svg(width, height, label, parts)
+
+
+COLOURS = 8
+"""Lines that can be told apart by colour."""
+
+_MARKED = 12
+"""Lines of up to so many points show them."""
+
+
+def _moving_mean(line: Sequence[tuple[float, float]]) -> Sequence[tuple[float, float]]:
+    """The mean of each point's neighbourhood, a tenth of the line; the line itself where it is short."""
+    if len(line) < 2 * _MARKED:
+        return line
+    reach = len(line) // 20
+    found = []
+    for i, (step, _) in enumerate(line):
+        near = line[max(0, i - reach) : i + reach + 1]
+        found.append((step, sum(loss for _, loss in near) / len(near)))
+    return found
+
+
+def _scale(values: Sequence[float]) -> tuple[float, float, list[float]]:
+    """Bottom, top and ticks of an axis; what is far above the rest is cut off at the top."""
+    ordered = sorted(values)
+    low, high = ordered[0], ordered[-1]
+    usual = ordered[int(0.95 * (len(ordered) - 1))]
+    if high - low > 4 * (usual - low) > 0:
+        high = low + 2 * (usual - low)
+    span = max(high - low, 1e-3 * abs(high), 1e-6)
+    rough = span / 4
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(f * power for f in (1, 2, 2.5, 5, 10) if f * power >= rough)
+    bottom = math.floor(low / step) * step
+    count = math.ceil((high - bottom) / step + 1e-9)
+    ticks = [round(bottom + i * step, 12) for i in range(count + 1)]
+    return bottom, ticks[-1], ticks
+
+
 def matrix(names: Sequence[str], values: Mapping[tuple[str, str], float], label: str) -> str:
     """Overlaps of methods, two by two."""
     left, top, cell = 84, 22, 74

@@ -7,17 +7,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from torch import nn
 from tqdm.auto import tqdm
 
+from lorainit.adapters.origin import origin_of
 from lorainit.adapters.targets import match_targets
 from lorainit.checks import check_statistics
 from lorainit.methods import METHODS
 from lorainit.methods.vanilla import Vanilla
 from lorainit.report.advice import advice
+from lorainit.report.curves import Curve
 from lorainit.report.measure import measure_layer, methods_served
-from lorainit.report.page import render
+from lorainit.report.page import Facts, render
+from lorainit.report.promise import Displacement, StartLoss, displacements_of, measured_loss
+from lorainit.report.sizes import sizes_of
 from lorainit.statistics import Statistics
 
 
@@ -28,21 +32,25 @@ def report(
     output: str | os.PathLike[str],
     *,
     methods: Sequence[str] = ("lora-da", "natural", "lora-one", "eva", "pissa"),
-    sizes: Mapping[str, float] | None = None,
-    anchored: bool = False,
+    adapter_name: str = "default",
+    loss: StartLoss | None = None,
+    curves: Sequence[Curve] = (),
     title: str = "What the data asks of the adapter",
     progress: bool = True,
 ) -> list[tuple[str, str]]:
     """Write one self-contained HTML page, and return its advice.
 
     Args:
-        model: that the statistics were collected from.
+        model: that the statistics were collected from; or a PeftModel of it, of whose adapter the page
+            shows the size and what it promises for the loss too.
         peft_config: says which layers, and the rank.
         statistics: of these layers, or more.
         output: the page's file.
         methods: names of methods whose subspaces are compared, where the statistics serve them.
-        sizes: ``|s B A| / |W|`` by layer, as `lorainit.report.sizes.sizes_of` gives it.
-        anchored: whether that adapter's start is subtracted.
+        adapter_name: of the adapter shown, where `model` is a PeftModel.
+        loss: before and after the start, measured; None: as it was measured when the adapter was
+            started, if it was (`lorainit.Natural` does).
+        curves: learning curves, as `lorainit.report.read_curves` gives them.
         title: of the page.
         progress: show a progress bar.
 
@@ -55,16 +63,36 @@ def report(
     targets = match_targets(model, peft_config)
     check_statistics(statistics, targets, Vanilla())
     served = methods_served(statistics, {name: METHODS[name]() for name in methods})
+    sizes: Mapping[str, float] = {}
+    displacements: Mapping[str, Displacement] = {}
+    anchored = False
+    if isinstance(model, PeftModel) and adapter_name in model.peft_config:
+        sizes = sizes_of(model, adapter_name)
+        displacements = displacements_of(model, adapter_name)
+        origin = origin_of(model, adapter_name)
+        anchored = origin is not None and origin.anchored
+        if loss is None and origin is not None:
+            loss = measured_loss(origin.measured)
     bar = tqdm(
         [t for name, t in targets.layers.items() if name in statistics],
         desc="report",
         unit="layer",
         disable=None if progress else True,
     )
-    layers = [measure_layer(t, statistics[t.name], served, (sizes or {}).get(t.name)) for t in bar]
-    metadata: dict[str, Any] = {**statistics.metadata, "anchored": anchored}
-    page = render(layers, metadata, title=title, rank=peft_config.r, methods=list(served))
+    layers = [
+        measure_layer(
+            target,
+            statistics[target.name],
+            served,
+            size=sizes.get(target.name),
+            displacement=displacements.get(target.name),
+        )
+        for target in bar
+    ]
+    metadata: dict[str, Any] = {**statistics.metadata}
+    facts = Facts(metadata, peft_config.r, anchored, loss, list(served), list(curves))
+    said = advice(layers, metadata, anchored=anchored, loss=loss)
     path = Path(output)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
-    return advice(layers, metadata)
+    path.write_text(render(layers, facts, said, title=title), encoding="utf-8")
+    return said

@@ -15,6 +15,7 @@ from lorainit.adapters.targets import Target
 from lorainit.adapters.weights import read_weight
 from lorainit.errors import LorainitError
 from lorainit.methods.natural import Natural
+from lorainit.report.promise import Displacement, Promise, curvature_unit, promise_of
 from lorainit.statistics import Statistics
 from lorainit.types import LayerStatistics, Method
 
@@ -40,6 +41,9 @@ class LayerReport:
         positions: counted positions.
         overlap: between the row spaces of two methods' ``A``, 0 to 1, by names.
         size: ``|s B A| / |W|`` of the adapter given.
+        best: the change of the loss that the best step of this rank promises, by the quadratic model of
+            this layer alone; at most zero.
+        promise: what the adapter given promises, by the same model.
     """
 
     name: str
@@ -56,15 +60,27 @@ class LayerReport:
     positions: float = 0.0
     overlap: dict[tuple[str, str], float] = field(default_factory=dict)
     size: float | None = None
+    best: float | None = None
+    promise: Promise | None = None
 
 
 def measure_layer(
     target: Target,
     statistics: LayerStatistics,
     methods: Mapping[str, Method],
+    *,
     size: float | None = None,
+    displacement: Displacement | None = None,
 ) -> LayerReport:
-    """All that is said of one layer."""
+    """All that is said of one layer.
+
+    Args:
+        target: the layer.
+        statistics: of it.
+        methods: by name, those whose subspaces are compared.
+        size: of an adapter, see `LayerReport`.
+        displacement: what that adapter adds.
+    """
     spec = target.spec
     depth, projection = place_of(spec.name)
     found = LayerReport(
@@ -93,6 +109,10 @@ def measure_layer(
             values = Natural().singular_values(statistics, count).double().square()
             found.signal = _shares(values)
             found.kept = sum(found.signal[: spec.rank]) if found.signal else None
+            kept = float(values[: spec.rank].sum())
+            found.best = -kept / 2 / curvature_unit(statistics)
+        if displacement is not None:
+            found.promise = promise_of(displacement, statistics)
         found.overlap = _overlaps(target, statistics, methods)
     for name in ("input_spectrum", "output_spectrum", "signal"):
         setattr(found, name, getattr(found, name)[: max(_KEPT_VALUES, 2 * spec.rank)])

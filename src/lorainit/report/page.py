@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from typing import Any
 
 from lorainit._version import __version__
-from lorainit.report.advice import advice
-from lorainit.report.drawing import heat_map, matrix, spectra
+from lorainit.report.curves import Curve
+from lorainit.report.drawing import COLOURS, chart, heat_map, matrix, spectra
 from lorainit.report.measure import LayerReport
+from lorainit.report.promise import StartLoss, total
 
 _STYLE = """
 :root{--paper:#fbfaf7;--card:#fff;--ink:#1f2328;--soft:#5d6670;--line:#dfe2e5;--heat:#0b7a75;
@@ -37,6 +39,16 @@ svg .on{fill:var(--on)}.cell{fill:var(--heat)}
 polyline{fill:none}.faint{stroke:var(--heat);stroke-opacity:.18;stroke-width:1}
 .strong{stroke:var(--heat);stroke-width:2}line.grid{stroke:var(--line)}
 .rank{stroke:var(--warn);stroke-width:1.5;stroke-dasharray:4 3}svg .mark{fill:var(--warn)}
+.grid2{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,400px),1fr));gap:12px}
+.legend{display:flex;flex-wrap:wrap;gap:4px 18px;margin:0 0 8px;font-size:.85rem}
+.legend i{display:inline-block;width:14px;height:3px;border-radius:2px;margin:0 6px 3px 0;background:var(--c)}
+.c0{--c:#0b7a75}.c1{--c:#c2410c}.c2{--c:#6d4bc3}.c3{--c:#a16207}
+.c4{--c:#be185d}.c5{--c:#2563eb}.c6{--c:#4d7c0f}.c7{--c:#6b7280}
+@media(prefers-color-scheme:dark){.c0{--c:#3fb8ae}.c1{--c:#fb923c}.c2{--c:#a78bfa}.c3{--c:#e5c04b}
+.c4{--c:#f472b6}.c5{--c:#60a5fa}.c6{--c:#a3d65c}.c7{--c:#a8b0ba}}
+.line{stroke:var(--c);stroke-width:2;stroke-linejoin:round}.noise{stroke-width:1;stroke-opacity:.25}
+.dot{fill:var(--c)}
+table.plain{width:auto}table.plain td,table.plain th{padding-right:22px}
 table{border-collapse:collapse;font-size:.85rem;width:100%}
 th,td{padding:4px 10px 4px 0;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
 th:first-child,td:first-child{text-align:left}th{color:var(--soft);font-weight:500}
@@ -44,26 +56,48 @@ summary{cursor:pointer;color:var(--soft)}
 """
 
 
+@dataclass(frozen=True, eq=False)
+class Facts:
+    """What the page says beside the layers' numbers.
+
+    Attributes:
+        metadata: of the statistics.
+        rank: that the page speaks of.
+        anchored: whether the adapter given is.
+        loss: before and after the start, where it was measured.
+        methods: whose subspaces were compared.
+        curves: learning curves.
+    """
+
+    metadata: Mapping[str, Any]
+    rank: int
+    anchored: bool
+    loss: StartLoss | None
+    methods: Sequence[str]
+    curves: Sequence[Curve]
+
+
 def render(
     layers: Sequence[LayerReport],
-    metadata: Mapping[str, Any],
+    facts: Facts,
+    advice: Sequence[tuple[str, str]],
     *,
     title: str,
-    rank: int,
-    methods: Sequence[str] = (),
 ) -> str:
     """The whole page.
 
     Args:
         layers: what was measured of each.
-        metadata: of the statistics; ``"anchored"`` says that the adapter given is.
+        facts: what else there is.
+        advice: weight and words.
         title: of the page.
-        rank: that the page speaks of.
-        methods: whose subspaces were compared.
     """
+    rank = facts.rank
     sections = [
-        _head(layers, metadata, title, rank),
-        "<h2>What to do</h2>" + _advice(layers, metadata),
+        _head(layers, facts, title),
+        "<h2>What to do</h2>" + _advice(advice),
+        _start(layers, facts),
+        _curves(facts.curves),
         _section(
             "Where the data leans",
             "Energy of the mean gradient, |G|²: the stronger the colour, the more a layer would move the loss. "
@@ -82,20 +116,20 @@ def render(
             "dashed. A steep fall before the rank: a lower one would do.",
             _spectra(layers, rank),
         ),
+        _sample(layers),
     ]
-    if methods:
+    if facts.methods:
         sections.append(
             _section(
                 "Do the methods agree?",
                 "Mean squared cosine between the row spaces of A, over all layers: 100% is one subspace; "
                 f"chance is about {_chance(layers):.1%}.",
-                f'<div class="card fit">{matrix(methods, _mean_overlap(layers), "overlap of methods")}</div>',
+                f'<div class="card fit">'
+                f"{matrix(facts.methods, _mean_overlap(layers), 'overlap of methods')}</div>",
             )
         )
     if any(layer.size is not None for layer in layers):
-        anchored = (
-            " It is anchored, so it is subtracted at first." if metadata.get("anchored") else ""
-        )
+        anchored = " It is anchored, so it is subtracted at first." if facts.anchored else ""
         sections.append(
             _section(
                 "How far the adapter goes",
@@ -113,19 +147,115 @@ def render(
     )
 
 
-def _head(layers: Sequence[LayerReport], metadata: Mapping[str, Any], title: str, rank: int) -> str:
-    facts = {
+def _start(layers: Sequence[LayerReport], facts: Facts) -> str:
+    """The loss that the adapter was promised to have, and the one that it has."""
+    promise = total({x.name: x.promise for x in layers if x.promise is not None})
+    best = sum(layer.best for layer in layers if layer.best is not None)
+    loss = facts.loss
+    known = any(layer.promise is not None for layer in layers)
+    if loss is None and not known and not best:
+        return ""
+    rows: list[tuple[str, float | None, float | None]] = []
+    if loss is not None:
+        change = loss.start - loss.base
+        rows += [
+            ("the base model, measured", loss.base, None),
+            ("with the adapter, measured", loss.start, change),
+        ]
+    start = loss.base if loss is not None else None
+    if known and not facts.anchored:
+        rows += [
+            ("... promised to first order, by the gradient", start, promise.slope),
+            ("... promised by gradient and curvature", start, promise.change),
+        ]
+    if best:
+        rows.append((f"the best steps of rank {facts.rank}, layers one by one", start, best))
+    body = "".join(
+        f"<tr><td>{name}</td><td>{_loss(value, change, measured='measured' in name)}</td>"
+        f"<td>{'' if change is None else f'{change:+.3g}'}</td></tr>"
+        for name, value, change in rows
+    )
+    where = f" Measured on {loss.on}." if loss is not None else ""
+    text = (
+        "Loss of a label token. The curvature is the Fisher's, from both second moments, each layer "
+        "by itself: layers that pull together promise more than they keep." + where
+    )
+    return _section(
+        "The loss at the start",
+        text,
+        '<div class="card fit"><div class="scroll"><table class="plain"><thead><tr><th></th>'
+        f"<th>loss</th><th>change</th></tr></thead><tbody>{body}</tbody></table></div></div>",
+    )
+
+
+def _loss(value: float | None, change: float | None, *, measured: bool) -> str:
+    """The loss itself, where the base model's is known."""
+    if value is None:
+        return "–"
+    return f"{value:.4f}" if measured or change is None else f"{value + change:.4f}"
+
+
+def _curves(curves: Sequence[Curve]) -> str:
+    """Held-out and training losses, each in a figure of its own, one colour a run in both."""
+    if not curves:
+        return ""
+    names = list(dict.fromkeys(curve.name for curve in curves))
+    shown = names[:COLOURS]
+    cards = ""
+    for held_out, title in ((True, "Held-out loss"), (False, "Training loss")):
+        lines = {c.name: c.points for c in curves if c.held_out is held_out and c.name in shown}
+        if lines:
+            # A run without such a line keeps its colour for the other figure.
+            drawn = chart([lines.get(name, ()) for name in shown], title)
+            cards += f'<div class="card"><h3>{title}</h3>{drawn}</div>'
+    legend = "".join(
+        f'<span><i class="c{i}"></i>{escape(name)}</span>' for i, name in enumerate(shown)
+    )
+    more = f" {len(names) - len(shown)} more runs are not drawn." if len(names) > len(shown) else ""
+    return _section(
+        "Learning curves",
+        "Long lines are faint, with their moving mean strong." + more,
+        f'<div class="legend">{legend}</div><div class="grid2">{cards}</div>',
+    )
+
+
+def _sample(layers: Sequence[LayerReport]) -> str:
+    """How much the sample says about the inputs."""
+    known = {layer.name: layer.directions for layer in layers if layer.directions}
+    if not known:
+        return ""
+    top = math.log(max(known.values()) + 1)
+    values = {}
+    for layer in layers:
+        if layer.name in known:
+            count = known[layer.name]
+            tip = f"{layer.name}: {count:.1f} of {layer.shape[1]}, from {layer.positions:.0f} positions"
+            text = f"{count:.0f}" if count >= 10 else f"{count:.1f}"
+            values[layer.depth, layer.projection] = (math.log(count + 1) / top, text, tip)
+    ratio = min(layer.positions / layer.shape[1] for layer in layers)
+    return _section(
+        "Is the sample large enough?",
+        "Effective directions of the inputs, (Σλ)² / Σλ²: few where a token or a feature outshines "
+        f"all others. There are at least {ratio:.1f} counted positions for each input dimension; below "
+        "1 damping fills the rest.",
+        f'<div class="card fit">{heat_map(values, _columns(layers), "effective directions")}</div>',
+    )
+
+
+def _head(layers: Sequence[LayerReport], facts: Facts, title: str) -> str:
+    metadata = facts.metadata
+    shown = {
         "layers": f"{len(layers)}",
         "sequences": _count(metadata.get("sequences")),
         "label tokens": _count(metadata.get("label_tokens")),
         "positions": _count(max((layer.positions for layer in layers), default=0)),
         "mask": str(metadata.get("token_mask", "–")),
         "loss": str(metadata.get("loss_reduction", "–")),
-        "rank": str(rank),
+        "rank": str(facts.rank),
         "lorainit": __version__,
     }
     cells = "".join(
-        f"<div><dt>{key}</dt><dd>{escape(value)}</dd></div>" for key, value in facts.items()
+        f"<div><dt>{key}</dt><dd>{escape(value)}</dd></div>" for key, value in shown.items()
     )
     return f'<h1>{escape(title)}</h1><dl class="facts">{cells}</dl>'
 
@@ -134,10 +264,8 @@ def _count(value: object) -> str:
     return f"{value:,.0f}" if isinstance(value, int | float) else "–"
 
 
-def _advice(layers: Sequence[LayerReport], metadata: Mapping[str, Any]) -> str:
-    items = "".join(
-        f'<li class="{kind}">{escape(text)}</li>' for kind, text in advice(layers, metadata)
-    )
+def _advice(said: Sequence[tuple[str, str]]) -> str:
+    items = "".join(f'<li class="{kind}">{escape(text)}</li>' for kind, text in said)
     return f'<ul class="advice">{items}</ul>'
 
 

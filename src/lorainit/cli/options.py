@@ -1,0 +1,101 @@
+"""The options that commands share: each one's type, help and place, written once.
+
+A command is a function; its signature is made of these, and the shell and YAML are read by it.
+Nothing here imports torch, so ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+
+@dataclass(frozen=True)
+class Option:
+    """How the shell shows one parameter of a command.
+
+    Attributes:
+        help: what it means.
+        group: of the help under which it stands.
+        metavar: word for its value.
+        least: whole numbers below this are refused.
+        many: type of one value, where commas separate several.
+    """
+
+    help: str
+    group: str = "options"
+    metavar: str | None = None
+    least: int | None = None
+    many: type | None = None
+
+
+def _count(text: str, group: str, metavar: str | None = None) -> Option:
+    return Option(text, group, metavar, least=1)
+
+
+# --- model, data, output ----------------------------------------------------------------------
+
+Model = Annotated[str, Option("folder of a causal language model, or its name on the hub", "model")]
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"],
+    Option("to load it in; auto: as it was saved", "model"),
+]
+Device = Annotated[str, Option("cpu, cuda, cuda:1, mps; auto: the best", "model")]
+
+_DATA = Option(
+    "JSON lines with prompt and completion, or messages, or text; or a data set's name on the hub, "
+    "NAME or NAME:SPLIT (extra 'train')",
+    "data",
+    "FILE",
+)
+Data = Annotated[str, _DATA]
+OptionalData = Annotated[str | None, _DATA]
+MaxLength = Annotated[int, _count("tokens a sequence", "data")]
+BatchSize = Annotated[int, _count("sequences a batch", "data")]
+Seed = Annotated[int, Option("of the order in which data is taken", "data")]
+
+MaxSequences = Annotated[int, _count("at most so many of the data", "statistics")]
+TokenMask = Annotated[
+    Literal["attention", "labels"],
+    Option("positions that count in the second moments", "statistics"),
+]
+LossReduction = Annotated[
+    Literal["sequence", "token"],
+    Option("each sequence's loss a mean over its label tokens, or a sum", "statistics"),
+]
+StatisticsFile = Annotated[
+    str, Option("what 'lorainit collect' wrote", "statistics", metavar="FILE")
+]
+OptionalStatistics = Annotated[
+    str | None, Option("what 'lorainit collect' wrote", "statistics", metavar="FILE")
+]
+
+# --- adapter and method -----------------------------------------------------------------------
+
+Rank = Annotated[int, _count("r", "adapter")]
+Alpha = Annotated[float | None, Option("lora_alpha (default: the rank)", "adapter")]
+RsLora = Annotated[bool, Option("scale by alpha / sqrt(r)", "adapter")]
+Dropout = Annotated[float, Option("lora_dropout", "adapter")]
+TargetModules = Annotated[
+    str | Sequence[str],
+    Option("q_proj,v_proj or a regular expression or all-linear", "adapter", "NAMES"),
+]
+CapRank = Annotated[bool, Option("lower the rank of layers too small for it", "adapter")]
+
+_METHOD = Option("one of those that 'lorainit methods' lists", "method")
+Method = Annotated[str, _METHOD]
+OptionalMethod = Annotated[str | None, _METHOD]
+Settings = Annotated[
+    Mapping[str, object] | None,
+    Option(
+        "a setting of the method, such as damping=0.01; may be given again", "method", "NAME=VALUE"
+    ),
+]
+Paper = Annotated[bool, Option("the settings its authors published", "method")]
+Methods = Annotated[Sequence[str], Option("with commas", "method", "NAMES", many=str)]
+
+# --- talk -------------------------------------------------------------------------------------
+
+Quiet = Annotated[bool, Option("no progress bars, no summary", "output")]
+DryRun = Annotated[bool, Option("print the plan (layers, memory, passes, time) and stop", "output")]
