@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -31,11 +32,7 @@ def read_weight(module: nn.Module, name: str) -> Tensor:
             f"which cannot be read as {expected}. Leave it out with exclude_modules."
         )
     if not bool(torch.isfinite(weight).all()):
-        raise NonFiniteError(
-            f"the weight of layer '{name}' has values that are not finite: the checkpoint is "
-            "damaged, or "
-            "was converted to a dtype that cannot hold it."
-        )
+        raise NonFiniteError(_not_finite(name))
     return weight
 
 
@@ -66,7 +63,7 @@ def _floating(module: nn.Module, name: str) -> Tensor:
         if isinstance(weight, Tensor) and type(weight).__module__.startswith("torchao"):
             plain: Tensor = weight.dequantize()  # type: ignore[no-untyped-call]
             return plain.detach()
-        if isinstance(weight, Tensor) and weight.is_floating_point() and weight.element_size() > 1:
+        if isinstance(weight, Tensor) and _is_plain(weight):
             return weight.detach()
         try:
             return torch.as_tensor(dequantize_module_weight(module)).detach()
@@ -79,13 +76,70 @@ def _floating(module: nn.Module, name: str) -> Tensor:
 
 
 def fingerprint(module: nn.Module, name: str) -> Tensor:
-    """At most `FINGERPRINT_SIZE` entries of the weight, evenly spread, float32 on the CPU."""
-    flat = read_weight(module, name).reshape(-1)
-    count = min(FINGERPRINT_SIZE, flat.numel())
+    """At most `FINGERPRINT_SIZE` entries of the weight, evenly spread, float32 on the CPU.
+
+    Of a weight that ``fully_shard`` cut by rows, each process looks into its own rows, and only the
+    entries travel; all processes must call it.
+    """
+    shape = weight_shape(module)
+    rows, columns = read_weight(module, name).shape if shape is None else shape
+    count = min(FINGERPRINT_SIZE, rows * columns)
     # In integers: float32 would round the last index of a large weight past its end, and some
     # devices have no float64.
-    index = torch.arange(count) * (flat.numel() - 1) // max(count - 1, 1)
-    return flat[index.to(flat.device)].float().cpu()
+    index = torch.arange(count) * (rows * columns - 1) // max(count - 1, 1)
+    found = _entries_of_shards(module, name, index // columns, index % columns)
+    if found is None:
+        flat = read_weight(module, name).reshape(-1)
+        found = flat[index.to(flat.device)].float()
+    return found.cpu()
+
+
+def _entries_of_shards(
+    module: nn.Module, name: str, rows: Tensor, columns: Tensor
+) -> Tensor | None:
+    """Entries of a weight that is cut by rows over one group; None for any other weight."""
+    weight = getattr(module, "weight", None)
+    mesh = getattr(weight, "device_mesh", None)
+    if not isinstance(weight, Tensor) or mesh is None or not _is_plain(weight):
+        return None
+    from torch.distributed.tensor import DTensor, Shard
+
+    if mesh.ndim != 1 or not isinstance(weight, DTensor) or weight.placements[0] != Shard(0):
+        return None
+    if isinstance(module, Conv1D):
+        rows, columns = columns, rows
+    with torch.no_grad():
+        own = weight.to_local()
+        # Rows are cut as torch.chunk cuts them.
+        first = mesh.get_local_rank() * -(-weight.shape[0] // mesh.size())
+        mine = (rows >= first) & (rows < first + own.shape[0])
+        sent = torch.zeros(len(rows) + 1)
+        sent[-1] = 0.0 if bool(torch.isfinite(own).all()) else 1.0
+        places = (rows[mine] - first).to(own.device), columns[mine].to(own.device)
+        sent[:-1][mine] = own[places].float().cpu()
+        kind = str(mesh.device_type)
+        if kind != "cpu":
+            sent = sent.to(torch.device(kind, torch.get_device_module(kind).current_device()))
+        dist.all_reduce(sent, group=mesh.get_group())
+    if float(sent[-1]) != 0:
+        raise NonFiniteError(_not_finite(name))
+    return sent[:-1]
+
+
+def _is_plain(weight: Tensor) -> bool:
+    """Whether its entries are the weight's own numbers."""
+    return (
+        weight.is_floating_point()
+        and weight.element_size() > 1
+        and not hasattr(weight, "quant_state")
+    )
+
+
+def _not_finite(name: str) -> str:
+    return (
+        f"the weight of layer '{name}' has values that are not finite: the checkpoint is damaged, or "
+        "was converted to a dtype that cannot hold it."
+    )
 
 
 def same_weight(first: Tensor, second: Tensor) -> bool:

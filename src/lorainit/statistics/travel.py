@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lorainit.statistics import distributed
 
-BUFFER_BYTES = 1 << 27
+BUFFER_BYTES = 1 << 28
 """A buffer's size, all segments together."""
 
 SEGMENT_BYTES = 1 << 21
