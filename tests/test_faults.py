@@ -363,28 +363,121 @@ def test_a_loss_that_is_not_finite_names_batch_and_sequence() -> None:
         assert caught.match(word)
 
 
-def test_a_loss_that_is_not_finite_may_be_skipped_and_is_counted(
-    caplog: pytest.LogCaptureFixture,
+class SpoiledInside(Spoiled):
+    """The same from its first layer on, so that statistics without a loss are spoiled as well."""
+
+    def forward(self, **batch: Any) -> Any:
+        bad = (batch["input_ids"] == self.poison).any(-1)
+        embeddings = self.inner.get_input_embeddings()
+
+        def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            return output.masked_fill(bad[:, None, None], float("nan"))
+
+        handle = embeddings.register_forward_hook(hook)
+        try:
+            return self.inner(**batch)
+        finally:
+            handle.remove()
+
+
+def clean(batch: Batch) -> Batch:
+    good_rows = ~(batch["input_ids"] == Spoiled.poison).any(-1)
+    return {key: value[good_rows] for key, value in batch.items()}
+
+
+SKIPPING: dict[str, tuple[type[Spoiled], Any]] = {
+    "a loss": (Spoiled, NEEDS),
+    "from the first layer on": (SpoiledInside, NEEDS),
+    "no loss to look at": (SpoiledInside, lorainit.EVA().needs),
+}
+
+
+@pytest.mark.parametrize("size", [1, 2, 6])
+@pytest.mark.parametrize("case", SKIPPING)
+def test_sequences_that_are_not_finite_may_be_skipped_and_are_counted(
+    case: str, size: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    settings: Any = {"needs": NEEDS, "progress": False}
+    kind, needs = SKIPPING[case]
+    settings: Any = {"needs": needs, "progress": False}
+    data = batches(ROWS, size)
+    for row in (1, 4):
+        data[row // size]["input_ids"][row % size, 0] = Spoiled.poison
     with caplog.at_level(logging.WARNING, logger="lorainit"):
         found = lorainit.collect_statistics(
-            Spoiled(), all_linear(), data=poisoned(1), on_nonfinite="skip", **settings
+            kind(), all_linear(), data=data, on_nonfinite="skip", **settings
         )
-    kept = [poisoned(1)[0], poisoned(1)[2]]
-    expected = lorainit.collect_statistics(Spoiled(), all_linear(), data=kept, **settings)
+    expected = lorainit.collect_statistics(
+        kind(), all_linear(), data=[clean(batch) for batch in data], **settings
+    )
     for name, layer in expected.items():
-        torch.testing.assert_close(found[name].gradient, layer.gradient)
-        torch.testing.assert_close(found[name].input_second_moment, layer.input_second_moment)
-        assert found[name].sequences == layer.sequences
+        for field in layer.available:
+            torch.testing.assert_close(getattr(found[name], field), getattr(layer, field))
+        assert found[name].sequences == layer.sequences == 4
+        assert found[name].positions == layer.positions
     assert found.metadata["skipped_sequences"] == 2
-    assert "batch 1 skipped" in caplog.text
+    for row in (1, 4):
+        batch, places = row // size, [r % size for r in (1, 4) if r // size == row // size]
+        assert f"batch {batch}: its sequences {places} skipped" in caplog.text
+
+    with pytest.raises(
+        errors.NonFiniteError, match=rf"batch {1 // size} is not finite \(sequences"
+    ):
+        lorainit.collect_statistics(kind(), all_linear(), data=data, **settings)
+
+
+def test_skipping_nothing_changes_nothing() -> None:
+    """The control of the above: with the policy or without, the same bits."""
+    plain, skipping = collected(), collected(on_nonfinite="skip")
+    for name, layer in plain.items():
+        assert torch.equal(layer.gradient, skipping[name].gradient)
+    assert skipping.metadata["skipped_sequences"] == 0
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_what_cannot_be_told_apart_is_skipped_together(
+    packed: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Sequences packed into one row; tensors that are not one entry a sequence."""
+    data = poisoned(1)
+    if packed:
+        for batch in data:
+            rest = torch.arange(batch["input_ids"].shape[1] - 2)
+            batch["position_ids"] = torch.cat([torch.arange(2), rest]).expand(2, -1)
+    else:
+        data[1]["images"] = torch.zeros(7, 2)
+
+    class Takes(Spoiled):
+        def forward(self, images: Any = None, **batch: Any) -> Any:
+            return super().forward(**batch)
+
+    with caplog.at_level(logging.WARNING, logger="lorainit"):
+        found = lorainit.collect_statistics(
+            Takes(),
+            all_linear(),
+            data=data,
+            needs=NEEDS,
+            on_nonfinite="skip",
+            progress=False,
+        )
+    assert found.metadata["skipped_sequences"] == 2
+    assert ("its sequences [1] skipped" if packed else "batch 1 skipped") in caplog.text
+    # One row of two packed sequences, or the whole batch, is gone; the rest is there.
+    rest = lorainit.collect_statistics(
+        Takes(),
+        all_linear(),
+        data=[data[0], *([clean(data[1])] if packed else []), data[2]],
+        needs=NEEDS,
+        progress=False,
+    )
+    for name, layer in rest.items():
+        torch.testing.assert_close(found[name].gradient, layer.gradient)
 
 
 def test_skipping_everything_is_an_error() -> None:
     base = unsettle(Spoiled())
     data = poisoned(0)[:1]
-    with untouched(base), pytest.raises(errors.NonFiniteError, match="every batch"):
+    data[0]["input_ids"][:, 0] = Spoiled.poison
+    with untouched(base), pytest.raises(errors.NonFiniteError, match="every sequence"):
         install(base, data=data, on_nonfinite="skip")
 
 

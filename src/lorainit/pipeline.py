@@ -64,7 +64,9 @@ def collect_statistics(
         max_sequences: a cap, over all processes together; None for all of `data`.
         loss_fn: ``loss_fn(model, batch)`` to ``(sequences,)`` losses, where the default (cross-entropy
             from the logits; mean squared error for regression) does not fit.
-        on_nonfinite: what to do about a batch whose loss is not finite.
+        on_nonfinite: what to do about sequences whose loss is not finite: ``"raise"``, or
+            ``"skip"``: they are named in the log, counted in the statistics' ``metadata`` under
+            ``"skipped_sequences"``, and the rest of their batch is run without them.
         on_unused: what to do about targets that no sequence reached.
         gather: over several processes, give all layers to every process. If not, each keeps about as
             many bytes of layers as every other, and the result serves `get_peft_model` on the same

@@ -361,6 +361,33 @@ def failing_loss(rank: int, size: int, kind: str) -> str:
     raise AssertionError("nothing was raised")
 
 
+def skipping(rank: int, size: int, kind: str) -> tuple[dict[str, Any], float]:
+    """Two sequences of one process are not finite, and left out; the other has none."""
+
+    def loss_fn(inner: nn.Module, batch: Any) -> Tensor:
+        logits = inner(**{k: v for k, v in batch.items() if k != "labels"}).logits
+        mask = batch["attention_mask"]
+        losses = (logits.float() * mask[..., None]).sum((1, 2)) / mask.sum(1)
+        return losses.masked_fill(bad_rows(batch), float("nan"))
+
+    found = lorainit.collect_statistics(
+        wrapped(kind),
+        config(),
+        data=part(RAGGED, SPLITS[size][0], rank),
+        needs=STATISTICS,
+        loss_fn=loss_fn,
+        on_nonfinite="skip",
+        progress=False,
+    )
+    return plain(found), found.metadata["skipped_sequences"]
+
+
+def bad_rows(batch: Any) -> Tensor:
+    """Those that begin as the second and the third of all do."""
+    firsts = torch.stack([RAGGED[index]["input_ids"][:3] for index in (1, 2)])
+    return (batch["input_ids"][:, None, :3] == firsts).all(-1).any(-1)
+
+
 class _Stubborn(lorainit.PiSSA):
     """Cannot solve one shape of layer."""
 

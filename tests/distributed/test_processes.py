@@ -145,6 +145,17 @@ def test_loss_that_fails_on_one(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["plain", "fsdp"])
+def test_sequences_that_are_skipped_on_one(kind: str, tmp_path: Path) -> None:
+    """A sharded model's processes go through as many rounds as the one that has rows left over."""
+    (alone, dropped), *_ = succeeded(launch(scenarios.skipping, 1, tmp_path / "1", "plain"))
+    assert dropped == 2
+    for found, skipped in succeeded(launch(scenarios.skipping, 2, tmp_path / "2", kind)):
+        assert skipped == 2
+        for name, layer in alone.items():
+            close(found[name], layer, 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["plain", "fsdp"])
 def test_solve_that_fails_on_one(kind: str, tmp_path: Path) -> None:
     results = succeeded(launch(scenarios.failing_solve, 3, tmp_path, kind))
     assert all("FactorizationError" in text and "self_attn" in text for text in results)

@@ -161,7 +161,7 @@ def split_batches(
         back = index % every == every - 1
         for part, mask in ((kept, ~back), (held, back)):
             if bool(mask.any()):
-                part.append(_rows_where(batch, mask, rows))
+                part.append(rows_where(batch, mask, rows))
     has_kept, has_held = anywhere(bool(kept)), anywhere(bool(held))
     if not (has_kept and has_held):
         raise DataError(
@@ -172,10 +172,14 @@ def split_batches(
     return kept, held
 
 
-def _rows_where(batch: Batch, mask: Tensor, rows: int) -> dict[str, Any]:
-    return {
-        key: value[mask.to(value.device)]
-        if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == rows
-        else value
-        for key, value in batch.items()
-    }
+def rows_where(batch: Batch, mask: Tensor, rows: int) -> dict[str, Any]:
+    """The rows of a batch that `mask`, ``(rows,)`` booleans, is true for."""
+
+    def chosen(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == rows:
+            return value[mask.to(value.device)]
+        if isinstance(value, list) and len(value) == rows:
+            return [item for item, kept in zip(value, mask.tolist(), strict=True) if kept]
+        return value
+
+    return {key: chosen(value) for key, value in batch.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
@@ -16,7 +16,7 @@ from lorainit.errors import DataError, NonFiniteError, TargetError
 from lorainit.linalg import all_finite
 from lorainit.statistics import distributed
 from lorainit.statistics.accumulators import LayerSums
-from lorainit.statistics.batches import batch_rows, row_sequences, to_device
+from lorainit.statistics.batches import batch_rows, to_device
 from lorainit.statistics.guard import measuring, unchanged_rng
 from lorainit.statistics.losses import (
     LossFunction,
@@ -25,6 +25,7 @@ from lorainit.statistics.losses import (
     innermost,
     run_forward,
 )
+from lorainit.statistics.nonfinite import Numbered, numbered, without_bad
 from lorainit.statistics.plan import Plan, free_budget, make_plan
 from lorainit.statistics.positions import batch_positions
 from lorainit.statistics.reduction import reduce_layers
@@ -192,14 +193,42 @@ def _run(
     loss_fn: LossFunction | None,
     device: torch.device,
 ) -> _Run:
-    """One pass; once more where inputs that one batch shared are apart in another."""
-    with distributed.together():
-        run = _pass(model, modules, batches, settings, loss_fn, device, share_inputs=True)
-    if distributed.everywhere(run.state.sharing_held()):
-        return run
-    logger.info("inputs shared in one batch were not in another; collecting them apart")
-    with distributed.together():
-        return _pass(model, modules, batches, settings, loss_fn, device, share_inputs=False)
+    """One pass; once more where inputs that one batch shared are apart in another.
+
+    And where there is no loss to look at, once more without the sequences that are not finite.
+    """
+    parts = [numbered(index, batch) for index, batch in enumerate(batches)]
+    share, dropped = True, 0
+    while True:
+        with distributed.together():
+            run = _pass(model, modules, parts, settings, loss_fn, device, share_inputs=share)
+            parts, bad = _without_suspects(parts, run, settings)
+        run.skipped += (dropped := dropped + bad)
+        if distributed.anywhere(bad > 0):
+            continue
+        if not share or distributed.everywhere(run.state.sharing_held()):
+            return run
+        logger.info("inputs shared in one batch were not in another; collecting them apart")
+        share = False
+
+
+def _without_suspects(
+    parts: list[Numbered], run: _Run, settings: CollectSettings
+) -> tuple[list[Numbered], int]:
+    """After a pass without losses: the batches without rows that spoiled the sums, and how many."""
+    finite = [None if rows is None else torch.isfinite(rows) for rows in run.outputs]
+    known = [rows.all() for rows in finite if rows is not None]
+    if not known or bool(torch.stack(known).all()) or run.state.finite():
+        return parts, 0
+    left, dropped = [], 0
+    for part, rows in zip(parts, finite, strict=True):
+        rest: Numbered | None = part
+        if rows is not None and not bool(rows.all()):
+            rest, count = without_bad(part, rows, settings.on_nonfinite)
+            dropped += count
+        if rest is not None:
+            left.append(rest)
+    return left, dropped
 
 
 def _check_labels(model: nn.Module, batches: list[dict[str, Any]]) -> None:
@@ -220,12 +249,13 @@ class _Run:
     skipped: int
     loss_scale: float
     loss: float | None
+    outputs: list[Tensor | None]
 
 
 def _pass(
     model: nn.Module,
     modules: Mapping[str, nn.Module],
-    batches: list[dict[str, Any]],
+    parts: list[Numbered],
     settings: CollectSettings,
     loss_fn: LossFunction | None,
     device: torch.device,
@@ -241,22 +271,28 @@ def _pass(
     sequences: list[Tensor] = []
     tokens: list[Tensor] = []
     losses: list[Tensor] = []
+    outputs: list[Tensor | None] = []
+    left: list[Numbered] = []
     skipped = 0
-    total = sum(sum(row_sequences(b, batch_rows(b))) for b in batches)
     sharded = is_sharded(model)
     bar = tqdm(
-        total=total, desc="statistics", unit="seq", disable=None if settings.progress else True
+        total=sum(part.sequences for part in parts),
+        desc="statistics",
+        unit="seq",
+        disable=None if settings.progress else True,
     )
     with bar, tapped(state, modules, _encoder(model)):
-        for index, (batch, counted) in enumerate(even_rounds(batches, sharded=sharded)):
-            rows = sum(row_sequences(batch, batch_rows(batch))) if counted else 0
+        for part in _rounds(parts, left, sharded=sharded):
+            batch, rows = part.batch, part.sequences
             state.begin_batch(
-                batch_positions(model, batch, settings.token_mask, device), counted=counted
+                batch_positions(model, batch, settings.token_mask, device), counted=part.counts
             )
             inputs = to_device(batch, device)
             if not state.backward:
                 with torch.no_grad(), distributed.together() if sharded else nullcontext():
-                    run_forward(model, inputs, loss_fn)
+                    seen = run_forward(model, inputs, loss_fn)
+                if part.counts:
+                    outputs.append(seen)
                 sequences.append(torch.tensor(rows))
                 bar.update(rows)
                 continue
@@ -264,12 +300,17 @@ def _pass(
                 # Where the backward is shared work, nobody begins it unless everyone can.
                 with distributed.together() if sharded else nullcontext():
                     result = batch_loss(model, inputs, settings.loss_reduction, loss_fn)
-                    if loss_fn is not None and counted:
-                        _check_count(result.per_sequence, index, rows, batch_rows(batch))
+                    if loss_fn is not None and part.counts:
+                        _check_count(result.per_sequence, part.index, rows, batch_rows(batch))
                     loss = result.per_sequence.sum()
-                    finite = not counted or bool(torch.isfinite(loss.detach()))
+                    finite = not part.counts or bool(torch.isfinite(loss.detach()))
                     if not finite:
-                        skipped += _non_finite_batch(index, result.per_sequence, settings)
+                        losses_finite = torch.isfinite(result.per_sequence.detach())
+                        rest, count = without_bad(part, losses_finite, settings.on_nonfinite)
+                        skipped += count
+                        bar.update(count)
+                        # What is left of it has its turn when all others have had theirs.
+                        left += [] if rest is None else [rest]
                     elif not loss.requires_grad:
                         raise TargetError(
                             "the loss does not depend on any target layer: none of the targets "
@@ -280,7 +321,6 @@ def _pass(
                 if finite or sharded:
                     torch.autograd.backward(loss * scale if scale != 1.0 else loss)
             if not state.counts:
-                bar.update(rows)
                 continue
             sequences.append(result.sequences)
             tokens.append(result.label_tokens)
@@ -293,7 +333,18 @@ def _pass(
         skipped,
         scale,
         float(sum(float(v) for v in losses)) if losses else None,
+        outputs,
     )
+
+
+def _rounds(parts: list[Numbered], left: list[Numbered], *, sharded: bool) -> Iterator[Numbered]:
+    """Every batch, then what has come to be `left` of some, as often on every process as it must."""
+    while distributed.anywhere(bool(parts)) if sharded else parts:
+        batches = even_rounds([part.batch for part in parts], sharded=sharded)
+        fillers = [numbered(-1, batch, counts=False) for batch, _ in batches[len(parts) :]]
+        yield from [*parts, *fillers]
+        parts = list(left)
+        left.clear()
 
 
 def _check_count(losses: Tensor, index: int, sequences: int, rows: int) -> None:
@@ -303,19 +354,6 @@ def _check_count(losses: Tensor, index: int, sequences: int, rows: int) -> None:
             f"loss_fn returned {losses.shape[0]} losses for batch {index}, which has {sequences} "
             "sequences. It must return one loss per sequence: average over each sequence's tokens."
         )
-
-
-def _non_finite_batch(index: int, losses: Tensor, settings: CollectSettings) -> int:
-    """Raise, or say how many sequences are skipped."""
-    bad = (~torch.isfinite(losses)).nonzero().flatten().tolist()
-    if settings.on_nonfinite == "raise":
-        raise NonFiniteError(
-            f"the loss of batch {index} is not finite (sequences {bad} in it). Look at that "
-            "batch, load "
-            "the model in bfloat16 or float32 instead of float16, or pass on_nonfinite='skip'."
-        )
-    logger.warning("batch %d skipped: the loss of its sequences %s is not finite", index, bad)
-    return int(losses.shape[0])
 
 
 def _finish(
@@ -328,9 +366,8 @@ def _finish(
     )
     if sequences == 0 and skipped:
         raise NonFiniteError(
-            f"the loss of every batch is not finite ({int(skipped)} sequences skipped). Load the "
-            "model "
-            "in bfloat16 or float32, and look at the data."
+            f"the loss of every sequence is not finite ({int(skipped)} skipped). Load the model in "
+            "bfloat16 or float32, and look at the data."
         )
     if state.backward and tokens == 0:
         raise DataError(_ALL_MASKED)

@@ -77,12 +77,21 @@ def batch_loss(
 
 def run_forward(
     model: nn.Module, batch: Mapping[str, Any], loss_fn: LossFunction | None = None
-) -> None:
-    """Run the model on one batch for the sake of its hooks; labels are not needed."""
+) -> Tensor | None:
+    """Run the model on one batch for the sake of its hooks; labels are not needed.
+
+    Returns:
+        ``(rows,)``, the sum of each row's logits, or the losses of `loss_fn`: not finite where the
+        row is not; None where there are no logits.
+    """
     if loss_fn is not None:
-        loss_fn(model, batch)
-    else:
-        model(**_model_inputs(model, batch))
+        losses = loss_fn(model, batch)
+        return losses if isinstance(losses, Tensor) and losses.dim() == 1 else None
+    outputs = model(**_model_inputs(model, batch))
+    logits = outputs if isinstance(outputs, Tensor) else getattr(outputs, "logits", None)
+    if not isinstance(logits, Tensor) or logits.dim() < 1:
+        return None
+    return logits.flatten(1).sum(1, dtype=torch.float32) if logits.dim() > 1 else logits.float()
 
 
 def label_kind(model: nn.Module, labels: Tensor) -> LabelKind:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lorainit.errors import DataError
 from lorainit.experts import ExpertLayer, routed
+from lorainit.linalg import all_finite
 from lorainit.statistics.accumulators import InputSums, LayerSums
 from lorainit.statistics.positions import BatchPositions
 from lorainit.types import GRADIENT_STATISTICS
@@ -134,6 +135,22 @@ class TapState:
         hidden = hidden[0] if isinstance(hidden, tuple) else hidden
         if isinstance(hidden, Tensor):
             self._encoder_outputs.add(hidden.data_ptr())
+
+    def finite(self) -> bool:
+        """Whether all sums so far are finite."""
+        tensors = [
+            tensor
+            for layer in self.layers.values()
+            for tensor in (
+                layer.gradient,
+                layer.output_second_moment,
+                layer.output_squares,
+                layer.inputs.second_moment,
+                layer.inputs.total,
+            )
+            if tensor is not None
+        ]
+        return all(bool(all_finite(tensor)) for tensor in tensors)
 
     def sharing_held(self) -> bool:
         """Whether every layer read every input that its shared sums counted."""

@@ -1,0 +1,115 @@
+"""Sequences whose loss is not finite: found, named, and taken out of their batch."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lorainit.errors import NonFiniteError
+from lorainit.statistics.batches import batch_rows, row_sequences, rows_where
+from lorainit.statistics.losses import packed_segments
+
+logger = logging.getLogger("lorainit")
+
+
+@dataclass(frozen=True, eq=False)
+class Numbered:
+    """A batch, or what is left of one.
+
+    Attributes:
+        batch: the model's arguments.
+        index: of the batch in the data; -1 for one that only keeps other processes company.
+        rows: which of that batch's rows these are.
+        counts: whether it counts.
+    """
+
+    batch: Mapping[str, Any]
+    index: int
+    rows: tuple[int, ...]
+    counts: bool = True
+
+    @property
+    def sequences(self) -> int:
+        """How many sequences count."""
+        return sum(row_sequences(self.batch, batch_rows(self.batch))) if self.counts else 0
+
+
+def numbered(index: int, batch: Mapping[str, Any], *, counts: bool = True) -> Numbered:
+    """A whole batch."""
+    return Numbered(batch, index, tuple(range(batch_rows(batch))), counts)
+
+
+def without_bad(
+    part: Numbered, finite: Tensor, policy: Literal["raise", "skip"]
+) -> tuple[Numbered | None, int]:
+    """What is left of a batch, and how many sequences are not.
+
+    Args:
+        part: a batch whose loss is not finite.
+        finite: ``(sequences,)`` or ``(rows,)`` booleans.
+        policy: ``"raise"``, or ``"skip"`` with a line in the log.
+
+    Returns:
+        The rest, None where nothing is left, and the number of sequences taken out.
+
+    Raises:
+        NonFiniteError: under ``"raise"``; it names batch and rows.
+    """
+    bad = _bad_rows(part, finite)
+    named = [part.rows[row] for row in bad]
+    if policy == "raise":
+        raise NonFiniteError(
+            f"the loss of batch {part.index} is not finite (sequences {named} in it). Look at that "
+            "batch, load the model in bfloat16 or float32 instead of float16, or pass "
+            "on_nonfinite='skip'."
+        )
+    rows = len(part.rows)
+    if len(bad) < rows and not _one_entry_a_row(part.batch, rows):
+        logger.warning(
+            "batch %d skipped: the loss of its sequences %s is not finite, and it holds tensors "
+            "that are not one entry a sequence, so the others cannot be told apart",
+            part.index,
+            named,
+        )
+        return None, part.sequences
+    logger.warning(
+        "batch %d: its sequences %s skipped, their loss is not finite", part.index, named
+    )
+    if len(bad) == rows:
+        return None, part.sequences
+    keep = torch.ones(rows, dtype=torch.bool)
+    keep[bad] = False
+    left = Numbered(
+        rows_where(part.batch, keep, rows),
+        part.index,
+        tuple(row for row, kept in zip(part.rows, keep.tolist(), strict=True) if kept),
+    )
+    return left, part.sequences - left.sequences
+
+
+def _bad_rows(part: Numbered, finite: Tensor) -> list[int]:
+    """Rows with a sequence that is not finite; all, where only their sum is not."""
+    rows = len(part.rows)
+    bad = (~finite).nonzero().flatten().cpu()
+    if len(bad) == 0:
+        return list(range(rows))
+    if finite.shape[0] == rows:
+        return [int(row) for row in bad]
+    labels = part.batch.get("labels")
+    if not isinstance(labels, Tensor) or labels.dim() != 2:
+        return list(range(rows))
+    segments, _ = packed_segments(part.batch, labels)
+    return torch.isin(segments.cpu(), bad).any(1).nonzero().flatten().tolist()
+
+
+def _one_entry_a_row(batch: Mapping[str, Any], rows: int) -> bool:
+    return all(
+        value.shape[0] == rows
+        for value in batch.values()
+        if isinstance(value, Tensor) and value.dim() > 0
+    )
