@@ -43,6 +43,11 @@ SPLIT_SIXTEENTHS: dict[Split, range] = {
 
 IGNORED = -100
 PROMPT = "Question: {question}\nAnswer:"
+CHAT = "<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+Style = Literal["plain", "chat"]
+"""``"chat"``: one turn in SmolLM2's own template, without its system text; the answer then stands
+without a leading space."""
+
 _SEED_STRIDE = 10**9
 _MOST_TRIES = 60
 _FORMAT = 1
@@ -154,10 +159,13 @@ def check_disjoint(**splits: Sequence[Problem] | Sequence[Example]) -> None:
             seen[question] = name
 
 
-def encode(problem: Problem, tokenizer: PreTrainedTokenizerBase) -> Example:
+def encode(problem: Problem, tokenizer: PreTrainedTokenizerBase, style: Style = "plain") -> Example:
     """Tokens of the prompt, of the completion, and the end token."""
-    prompt = tokenizer(problem.prompt, add_special_tokens=False)["input_ids"]
-    answer = tokenizer(problem.completion, add_special_tokens=False)["input_ids"]
+    before, after = problem.prompt, problem.completion
+    if style == "chat":
+        before, after = CHAT.format(question=problem.question), problem.answer
+    prompt = tokenizer(before, add_special_tokens=False)["input_ids"]
+    answer = tokenizer(after, add_special_tokens=False)["input_ids"]
     answer = [*answer, tokenizer.eos_token_id]
     return Example((*prompt, *answer), (*([IGNORED] * len(prompt)), *answer))
 
@@ -170,6 +178,7 @@ def make_examples(
     tokenizer: PreTrainedTokenizerBase,
     seed: int = 0,
     max_length: int | None = None,
+    style: Style = "plain",
 ) -> list[Example]:
     """``size`` tokenized problems of a split, none longer than ``max_length`` tokens.
 
@@ -178,7 +187,7 @@ def make_examples(
     wanted = size
     while True:
         problems = make_split(task, split, wanted, seed)
-        examples = [encode(problem, tokenizer) for problem in problems]
+        examples = [encode(problem, tokenizer, style) for problem in problems]
         fitting = [e for e in examples if max_length is None or len(e) <= max_length]
         if len(fitting) >= size:
             return fitting[:size]

@@ -421,6 +421,10 @@ def report(records: Iterable[Record]) -> str:
     for over in ("rank", "train_samples", "statistics_samples"):
         swept = [r for r in by_stage["sweep"] if _swept(r) == over]
         if swept:
+            # The standard value was run before, as part of the final tables.
+            tasks = {r["task"] for r in swept}
+            labels = {r["label"] for r in swept}
+            swept += [r for r in final if r["task"] in tasks and r["label"] in labels]
             parts += [f"## Exact match, %, by {over}", sweep_table(swept, over)]
     diverged = [r for r in records if r["diverged"]]
     if diverged:

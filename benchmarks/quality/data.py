@@ -17,17 +17,17 @@ import torch
 from torch import Tensor
 
 from benchmarks.common.cache import cache_folder
-from benchmarks.common.tasks import Example
+from benchmarks.common.tasks import Example, Style
 
 TASKS: tuple[str, ...] = (
     "chain_sum",
     "family_relationships",
     "letter_counting",
     "simple_equations",
-    "gsm_symbolic",
     "calendar_arithmetic",
+    "gsm_symbolic",
 )
-"""The reasoning tasks of the benchmark."""
+"""The reasoning tasks of the benchmark, the one with the longest sequences last."""
 
 SIZES = {"train": 6144, "validation": 512, "test": 1024}
 
@@ -136,7 +136,7 @@ def load_pools(task: str, folder: Path) -> dict[str, Pool]:
 _KEYS = ("tokens", "lengths", "prompts")
 
 
-def prepare(task: str, folder: Path) -> Path:
+def prepare(task: str, folder: Path, style: Style = "plain") -> Path:
     """Generate, tokenize and store a task, unless its file is there.
 
     The one percent of sequences that are longest are passed over: one fixed length serves all.
@@ -148,11 +148,18 @@ def prepare(task: str, folder: Path) -> Path:
     from benchmarks.common.tasks import check_disjoint, make_examples, make_split
 
     tokenizer = load_smollm2_tokenizer()
-    sample = make_examples(task, "train", 512, tokenizer=tokenizer)
+    sample = make_examples(task, "train", 512, tokenizer=tokenizer, style=style)
     limit = sorted(map(len, sample))[int(0.99 * len(sample))]
     limit = -(-limit // 8) * 8
     splits = {
-        name: make_examples(task, name, size, tokenizer=tokenizer, max_length=limit)  # type: ignore[arg-type]
+        name: make_examples(
+            task,
+            name,  # type: ignore[arg-type]
+            size,
+            tokenizer=tokenizer,
+            max_length=limit,
+            style=style,
+        )
         for name, size in SIZES.items()
     }
     check_disjoint(**{name: make_split(task, name, size) for name, size in SIZES.items()})  # type: ignore[arg-type]
@@ -202,9 +209,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tasks", nargs="+", default=list(TASKS))
     parser.add_argument("--out", type=Path, default=default_folder())
+    parser.add_argument("--style", choices=("plain", "chat"), default="plain", help="of the prompt")
     arguments = parser.parse_args()
     for task in arguments.tasks:
-        path = prepare(task, arguments.out)
+        path = prepare(task, arguments.out, arguments.style)
         pools = load_pools(task, arguments.out)
         shape = tuple(pools["train"].tokens.shape)
         slots = pools["train"].targets.shape[1]

@@ -112,12 +112,17 @@ class Experiment:
         return bool(getattr(method, "calibrated", False)) or getattr(method, "steps", 1) > 1
 
 
+def percent_steps(steps: int) -> list[int]:
+    """The steps of `CURVE_PERCENT`."""
+    return sorted({-(-steps * p // 100) for p in CURVE_PERCENT})
+
+
 def curve_steps(steps: int) -> list[int]:
     """Steps before which (and after the last of which) the held-out loss is taken.
 
     Those of `CURVE_PERCENT`, dense in the first tenth, and every eighth of the way.
     """
-    points = {-(-steps * p // 100) for p in CURVE_PERCENT}
+    points = set(percent_steps(steps))
     tenth = -(-steps // 10)
     points |= {round(tenth * i / 8) for i in range(9)}
     points |= {round(steps * i / 8) for i in range(1, 9)}

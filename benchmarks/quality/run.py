@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
 import time
 import traceback
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,12 @@ from transformers import PreTrainedModel
 
 from benchmarks.quality import stages
 from benchmarks.quality.data import Pool, batch_order, default_folder, load_pools
-from benchmarks.quality.experiment import CURVE_PERCENT, Experiment, curve_steps
+from benchmarks.quality.experiment import (
+    CURVE_PERCENT,
+    Experiment,
+    curve_steps,
+    percent_steps,
+)
 from benchmarks.quality.initialise import Initialised, Initialiser
 from benchmarks.quality.records import (
     RESULTS,
@@ -40,6 +47,8 @@ from benchmarks.quality.trainer import Job, Outcome, StackTrainer
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CURVE_ROWS = 128
+STACK_LENGTH = 80
+"""Longest sequences, in tokens, at which a full stack is trained at once; memory goes by tokens."""
 
 
 class OutOfTime(Exception):
@@ -70,7 +79,7 @@ class Bench:
         data: folder of the prepared tasks.
         out: folder of the records.
         stage: name that the records carry.
-        stack: most adapters trained at once.
+        stack: most adapters trained at once, at sequences of up to `STACK_LENGTH` tokens.
         test: whether the test split is scored.
         validation_rows: how many validation sequences are scored at the end.
     """
@@ -103,6 +112,7 @@ class Bench:
         self._bases: dict[str, StackedLlama] = {}
         self._trainers: dict[Any, StackTrainer] = {}
         self._slowest: dict[Any, float] = defaultdict(float)
+        self._memory: Any = None
 
     def run(self, experiments: Sequence[Experiment], done: set[str]) -> int:
         """Run what is not done; returns how many records were added. Raises `OutOfTime`."""
@@ -115,14 +125,17 @@ class Bench:
         with tqdm(total=len(pending), desc=self.stage, unit="run", mininterval=5) as bar:
             for task, members in by_task.items():
                 pools = {k: p.to(self.device) for k, p in load_pools(task, self.data).items()}
-                added += self._task(members, pools, bar)
-                self.free()
+                try:
+                    added += self._task(members, pools, bar)
+                finally:
+                    self.free()
         return added
 
     def _task(self, experiments: list[Experiment], pools: dict[str, Pool], bar: Any) -> int:
         """One task's runs: starts seed by seed, so that statistics are shared, stacks when full."""
         waiting: dict[Any, list[tuple[Experiment, Initialised]]] = defaultdict(list)
         added = 0
+        most = stack_for(pools["train"], self.stack)
 
         def statistics_key(e: Experiment) -> tuple[int, int, int]:
             return (e.seed, e.statistics_samples, e.train_samples)
@@ -130,19 +143,22 @@ class Bench:
         experiments = sorted(experiments, key=statistics_key)
         try:
             for experiment in experiments:
-                self.clock.check(5.0 if self.cuda else 0.0)
+                self.clock.check(max(5.0 if self.cuda else 0.0, self._slowest[experiment.label]))
                 together = [
                     e for e in experiments if statistics_key(e) == statistics_key(experiment)
                 ]
+                began = time.perf_counter()
                 try:
                     found = self.initialise(experiment, pools["train"], together)
                 except Exception as error:
                     self._fail(experiment, error)
                     bar.update()
                     continue
+                took = time.perf_counter() - began
+                self._slowest[experiment.label] = max(self._slowest[experiment.label], took)
                 key = _stack_key(experiment, found)
                 waiting[key].append((experiment, found))
-                if len(waiting[key]) == self.stack:
+                if len(waiting[key]) == most:
                     added += self._train(key, waiting.pop(key), pools, bar)
         except OutOfTime:
             # Starts that are ready are trained as long as they fit.
@@ -160,7 +176,8 @@ class Bench:
         pools: dict[str, Pool],
         bar: Any,
     ) -> int:
-        self.clock.check(1.2 * self._slowest[key])
+        # Stacks differ little in time: one not yet seen is taken for the slowest that was.
+        self.clock.check(1.2 * (self._slowest[key] or self._slowest["stack"]))
         began = time.perf_counter()
         first = members[0][0]
         trainer = self.trainer(key, first, members[0][1], pools, len(members))
@@ -184,13 +201,15 @@ class Bench:
         outcomes = trainer.run(
             jobs,
             curve=pools["validation"].first(min(CURVE_ROWS, self.validation_rows)),
-            curve_at=curve_steps(first.steps),
+            curve_at=(percent_steps if self.stage == "search" else curve_steps)(first.steps),
             scores=scores,
         )
         memory = torch.cuda.max_memory_allocated() if self.cuda else None
         for (experiment, found), outcome in zip(members, outcomes, strict=True):
             append(self.out, self._record(experiment, found, outcome, memory))
-        self._slowest[key] = max(self._slowest[key], time.perf_counter() - began)
+        took = time.perf_counter() - began
+        for name in (key, "stack"):
+            self._slowest[name] = max(self._slowest[name], took)
         bar.update(len(members))
         return len(members)
 
@@ -227,7 +246,7 @@ class Bench:
         self, key: Any, first: Experiment, found: Initialised, pools: dict[str, Pool], count: int
     ) -> StackTrainer:
         """A trainer of the stage's stack, or of a smaller one for a few left over."""
-        size = self.stack
+        size = stack_for(pools["train"], self.stack)
         while size // 2 >= count:
             size //= 2
         if (key, size) not in self._trainers:
@@ -244,8 +263,14 @@ class Bench:
                 clip=first.clip,
                 evaluation_rows=self.evaluation_rows,
                 graphs=self.cuda,
+                memory=self._graph_memory(),
             )
         return self._trainers[key, size]
+
+    def _graph_memory(self) -> Any:
+        if self.cuda and self._memory is None:
+            self._memory = torch.cuda.graph_pool_handle()
+        return self._memory
 
     def _base(self, precision: str) -> StackedLlama:
         if precision not in self._bases:
@@ -261,10 +286,19 @@ class Bench:
 
     def free(self) -> None:
         self._trainers.clear()
+        self._memory = None
         self.initialise.forget()
         gc.collect()
         if self.cuda:
             torch.cuda.empty_cache()
+
+
+def stack_for(pool: Pool, most: int) -> int:
+    """How many adapters train at once on sequences of the pool's length."""
+    size, length = most, pool.tokens.shape[1]
+    while size > 1 and size * length > most * STACK_LENGTH:
+        size //= 2
+    return size
 
 
 def _stack_key(experiment: Experiment, found: Initialised) -> tuple[Any, ...]:
@@ -322,16 +356,12 @@ def add_common(parser: argparse.ArgumentParser) -> None:
 
 def experiments_of(arguments: argparse.Namespace, known: list[Record]) -> list[Experiment]:
     methods = arguments.methods or list(stages.METHODS)
+    common = dict(map(_assignment, arguments.set))
     if arguments.stage == "search":
-        return stages.search(methods, arguments.tasks, rank=arguments.rank)
+        return stages.search(methods, arguments.tasks, **common)
     if arguments.stage == "seeds":
         return stages.seeds(
-            known,
-            methods,
-            arguments.tasks,
-            arguments.seeds,
-            rates=arguments.rates,
-            rank=arguments.rank,
+            known, methods, arguments.tasks, arguments.seeds, rates=arguments.rates, **common
         )
     return stages.sweep(
         known,
@@ -341,7 +371,20 @@ def experiments_of(arguments: argparse.Namespace, known: list[Record]) -> list[E
         arguments.tasks,
         arguments.seeds,
         rates=arguments.rates,
+        **common,
     )
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    """``"steps=32"`` to a field of ``Experiment`` and its value."""
+    name, _, value = text.partition("=")
+    known = {f.name for f in fields(Experiment)} - {"task", "method", "settings", "learning_rate"}
+    if name not in known:
+        raise SystemExit(f"--set {text}: no such setting (there are: {', '.join(sorted(known))})")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
 
 
 def main() -> None:
@@ -354,7 +397,9 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", help="name, or name:key=value;key=value")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(stages.SEEDS))
     parser.add_argument("--rates", type=int, default=2, help="learning rates taken from the search")
-    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings of every experiment"
+    )
     parser.add_argument("--over", choices=("rank", "train_samples", "statistics_samples"))
     parser.add_argument("--values", type=int, nargs="+", default=[])
     arguments = parser.parse_args()

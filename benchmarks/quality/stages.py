@@ -14,21 +14,24 @@ from benchmarks.quality.records import Record
 
 METHODS: tuple[str, ...] = (
     "vanilla",
+    "lora-da:paper=true",
+    "filet",
+    "lora-one",
+    "lora-ga",
+    "natural",
+    "gaussian",
     "orthogonal",
     "pissa",
     "milora",
     "olora",
     "eva",
     "corda",
-    "lora-ga",
-    "lora-one",
-    "filet",
     "filet:paper=true",
-    "lora-da",
-    "lora-da:paper=true",
-    "natural",
+    "lora-da:scale=calibrated",
+    "natural:steps=4",
 )
-"""As ``name`` or ``name:key=value;key=value``, values in JSON."""
+"""As ``name`` or ``name:key=value;key=value``, values in JSON. Plain LoRA, both papers, their peers; slow
+starts stand last, so that a call cut short has the rest."""
 
 SEEDS = (0, 1, 2, 3, 4)
 SHORT_STEPS = 64
@@ -121,20 +124,26 @@ def sweep(
     seed_values: Sequence[int],
     *,
     rates: int = 2,
+    **common: Any,
 ) -> list[Experiment]:
     """Stage (iii): one budget changed at a time, at each method's best rates of stage (i).
+
+    A rank that was searched has rates of its own; others take those of the standard rank.
 
     `over`: ``"rank"``, ``"train_samples"`` or ``"statistics_samples"``. Few training samples get
     the steps of at most eight epochs, at least sixteen steps.
     """
-    best = best_rates([r for r in records if r["stage"] == "search"], rates)
-    changes = []
+    searched = [r for r in records if r["stage"] == "search"]
+    standard = common.get("rank", Experiment.__dataclass_fields__["rank"].default)
+    found = []
     for value in values:
-        change = {over: value}
+        change = common | {over: value}
         if over == "train_samples":
             change["steps"] = max(16, min(128, 8 * value // 32))
-        changes.append(change)
-    return _at_rates(best, methods, tasks, seed_values, changes)
+        best = best_rates(searched, rates, rank=standard)
+        best |= best_rates(searched, rates, rank=change.get("rank", standard))
+        found += _at_rates(best, methods, tasks, seed_values, [change])
+    return sorted(found, key=lambda e: list(tasks).index(e.task))
 
 
 def _at_rates(

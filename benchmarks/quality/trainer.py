@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,6 +79,7 @@ class StackTrainer:
         clip: see ``Experiment``.
         evaluation_rows: sequences that one evaluation forward takes.
         graphs: capture steps as CUDA graphs.
+        memory: graph pool that trainers which never run at once may share; None: one of its own.
     """
 
     def __init__(
@@ -95,6 +97,7 @@ class StackTrainer:
         clip: float,
         evaluation_rows: int = 128,
         graphs: bool,
+        memory: Any = None,
     ) -> None:
         device = base.device
         self.base, self.stack, self.warmup, self.clip = base, stack, warmup, clip
@@ -122,8 +125,8 @@ class StackTrainer:
         self._train_once: Callable[[], None] = self._train_step
         self._evaluate_once: Callable[[], None] = self._evaluate_rows
         if graphs:
-            self._train_once = self._captured(self._train_step)
-            self._evaluate_once = self._captured(self._evaluate_rows)
+            self._train_once = self._captured(self._train_step, memory)
+            self._evaluate_once = self._captured(self._evaluate_rows, memory)
             self.step.zero_()
 
     # --- one step, all on the device --------------------------------------------------------
@@ -172,7 +175,7 @@ class StackTrainer:
         self.eval_losses.copy_((losses * weights).sum(-1) / weights.sum(-1))
         self.eval_exact.copy_((right | (weights == 0)).all(-1).float())
 
-    def _captured(self, function: Callable[[], None]) -> Callable[[], None]:
+    def _captured(self, function: Callable[[], None], memory: Any) -> Callable[[], None]:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -182,7 +185,8 @@ class StackTrainer:
         torch.cuda.current_stream().wait_stream(stream)
         self.step.zero_()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # What must outlive a replay stands in buffers made before: the pool holds only scratch.
+        with torch.cuda.graph(graph, pool=memory):
             function()
         return graph.replay
 

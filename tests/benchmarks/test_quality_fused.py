@@ -12,6 +12,12 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton")
 
 from benchmarks.quality import fused, stacked
+from benchmarks.quality.data import batch_order, pools_from_examples
+from benchmarks.quality.initialise import start_of
+from benchmarks.quality.trainer import Job, StackTrainer
+
+import lorainit
+from tests.benchmarks.test_quality_trainer import PAD, base_model, examples, wrapped
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -100,3 +106,25 @@ def test_adamw_is_torchs(masked):
             optimizer.step()
     torch.testing.assert_close(found[0], torch.stack(leaves).detach(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", [lorainit.Orthogonal(), lorainit.PiSSA()])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_fused_step_is_the_plain_one(method, dtype):
+    """Loss, gradients and weights of whole steps; the residual sum is float32 in both."""
+    pools = pools_from_examples({"train": examples(8, 1)}, PAD)
+    found = []
+    for fuse in (False, True):
+        base = stacked.StackedLlama(base_model().to(DEVICE), dtype, fuse=fuse)
+        start = start_of(wrapped(method, 0))
+        trainer = StackTrainer(
+            base, stack=1, rank=4, anchored=start.anchored, scaling=3.0, train=pools["train"],
+            batch_size=2, max_steps=2, warmup=0.0, clip=1.0, evaluation_rows=2, graphs=False,
+        )  # fmt: skip
+        outcome = trainer.run([Job(start, 1e-2, batch_order(8, 8, 0, 2, 2))])[0]
+        found.append((outcome.train_loss, trainer.adapters.gradient.float().flatten()))
+    (losses, gradient), (other_losses, other_gradient) = found
+    wide = dtype == torch.float32
+    assert losses == pytest.approx(other_losses, rel=1e-5 if wide else 1e-2)
+    cosine = torch.nn.functional.cosine_similarity(gradient, other_gradient, 0)
+    assert cosine > (1 - 1e-5 if wide else 0.99)

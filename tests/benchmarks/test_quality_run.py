@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from benchmarks.quality import data as quality_data
-from benchmarks.quality.experiment import Experiment, curve_steps
+from benchmarks.quality.experiment import Experiment, percent_steps
 from benchmarks.quality.records import read_records, write_single
 from benchmarks.quality.run import Bench, Clock, OutOfTime
 from benchmarks.quality.stages import best_rates, parse_method, search, seeds
@@ -57,7 +57,7 @@ def test_a_stage_is_recorded_resumed_and_merged(folder, tmp_path):
     for key in ("method", "task", "seed", "learning_rate", "rank", "versions", "commit", "device"):
         assert key in record
     assert len(record["train_loss"]) == 6
-    assert record["heldout"]["steps"] == curve_steps(6)
+    assert record["heldout"]["steps"] == percent_steps(6)
     assert set(record["heldout_at_percent"]) == {"0", "1", "2", "5", "10", "25", "50", "100"}
     assert record["init_seconds"] > 0
     assert Experiment.from_json(record["experiment"]).id == record["id"]
@@ -139,3 +139,43 @@ def test_starts_are_scored_against_trained_lora(folder, tmp_path):
     assert base["loss"] == pytest.approx(pissa["loss"], rel=1e-5)
     assert "lora-one" in table(done)
     assert set(read_records([tmp_path], "start")) == set(done)
+
+
+def test_the_commands_from_search_to_tables(folder, tmp_path, monkeypatch, capsys):
+    """What is typed on an accelerator, stage by stage, on a tiny model."""
+    from benchmarks.quality import analyze, merge, run
+
+    monkeypatch.setattr(run, "load_model", lambda *_: run.round_base(base_model()))
+    monkeypatch.setattr(run, "choose_device", lambda: torch.device("cpu"))
+
+    def call(module, *arguments):
+        monkeypatch.setattr("sys.argv", ["x", *map(str, arguments)])
+        module.main()
+        return capsys.readouterr().out
+
+    out, into = tmp_path / "out", tmp_path / "results"
+    common = ["--data", folder, "--out", out, "--records", into, "--tasks", "tiny", "--set"]
+    common += [f"{k}={v}" for k, v in SMALL.items()]
+    short = [*common, "steps=4"]
+    methods = ["vanilla", "eva", "filet", "lora-da:scale=calibrated", "natural:steps=2"]
+    assert "30 to do" in call(run, "search", *short, "--methods", *methods, "--stack", 8)
+    assert "0 to do" in call(run, "search", *short, "--methods", *methods)
+    assert not read_records([out], "failures")
+    assert "30 new records" in call(merge, out, "--into", into)
+    assert "10 to do" in call(
+        run, "seeds", *common, "--methods", *methods[:1], methods[4], "--seeds", 0, 1, 2, 3, 4,
+        "--rates", 1,
+    )  # fmt: skip
+    assert "4 to do" in call(
+        run, "sweep", *common, "--methods", *methods[:1], methods[4], "--seeds", 0, "--over",
+        "rank", "--values", 1, 2, 4, "--rates", 1,
+    )  # fmt: skip
+    call(merge, out, "--into", into)
+    text = call(analyze, "--records", into, "--out", tmp_path)
+    assert "natural(steps=2)" in text
+    assert "## Exact match, %, by rank" in text
+    assert (tmp_path / "curves.png").exists()
+    assert (tmp_path / "learning-rates.png").exists()
+    assert not read_records([out], "failures")
+    with pytest.raises(SystemExit, match="no such setting"):
+        call(run, "search", *common, "ranks=3")

@@ -121,3 +121,25 @@ def test_a_frozen_half_stays(pools):
     moved = fresh != trainer.adapters.weights
     assert not moved[:, ~live].any()
     assert moved[:, live].float().mean() > 0.99
+
+
+@pytest.mark.parametrize("method", [lorainit.Orthogonal(), lorainit.PiSSA()])
+def test_bfloat16_training_stays_near_float32(pools, method):
+    """Twenty steps: what rounding costs is small beside what training brings."""
+    ends = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        base = StackedLlama(base_model(), dtype, fuse=False)
+        start = start_of(wrapped(method, 0))
+        trainer = StackTrainer(
+            base, stack=1, rank=4, anchored=start.anchored, scaling=3.0, train=pools["train"],
+            batch_size=8, max_steps=20, warmup=0.1, clip=1.0, evaluation_rows=40, graphs=False,
+        )  # fmt: skip
+        outcome = trainer.run(
+            [Job(start, 1e-2, batch_order(64, 64, 0, 20, 8))],
+            curve=pools["validation"],
+            curve_at=[0, 20],
+        )[0]
+        ends[dtype] = outcome.curve
+    wide, narrow = ends[torch.float32], ends[torch.bfloat16]
+    assert narrow[0] == pytest.approx(wide[0], rel=5e-3)
+    assert abs(narrow[20] - wide[20]) < 0.05 * (wide[0] - wide[20])
