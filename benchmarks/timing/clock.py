@@ -8,6 +8,7 @@ import platform
 import signal
 import subprocess
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,23 +60,25 @@ class Clock:
             torch.cuda.synchronize(self.device)
 
     @contextmanager
-    def watching(self, **places: tuple[Any, str]) -> Iterator[dict[str, Any]]:
-        """Stretches of functions that others call: their name to (where, attribute).
+    def watching(self, *places: tuple[str, Any, str]) -> Iterator[dict[str, list[Any]]]:
+        """Stretches of functions that others call: name, where, attribute.
 
-        Gives what each of them returned last.
+        Gives what they returned.
         """
-        results: dict[str, Any] = {}
+        results: dict[str, list[Any]] = defaultdict(list)
 
         def watched(name: str, work: Callable[..., Any]) -> Callable[..., Any]:
             def timed(*args: Any, **kwargs: Any) -> Any:
                 with self.stretch(name):
-                    results[name] = work(*args, **kwargs)
-                return results[name]
+                    result = work(*args, **kwargs)
+                # Statistics are freed while they are solved: only their size is kept.
+                results[name].append(getattr(result, "nbytes", None))
+                return result
 
             return timed
 
         with contextlib.ExitStack() as stack:
-            for name, (where, attribute) in places.items():
+            for name, where, attribute in places:
                 work = watched(name, getattr(where, attribute))
                 stack.enter_context(mock.patch.object(where, attribute, work))
             yield results

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import time
 from collections import defaultdict
@@ -98,11 +99,11 @@ def run_start(case: Case, model: nn.Module, clock: Clock) -> dict[str, Any]:
             **case.options,
         )
     known = {
-        "statistics_gib": parts["pass"].nbytes / 2**30,
+        "statistics_gib": sum(parts["finish"]) / 2**30,
+        "passes": len(parts["pass"]),
         "plan": said[0],
         "peak_gib": peak_gib(clock.device),
     }
-    del parts
     wrapped.unload()
     return known
 
@@ -151,17 +152,19 @@ def started(
 
 
 @contextlib.contextmanager
-def parts_of_a_start(clock: Clock) -> Iterator[dict[str, Any]]:
+def parts_of_a_start(clock: Clock) -> Iterator[dict[str, list[Any]]]:
     """Watches what `get_peft_model` does."""
-    import lorainit.pipeline
-    import lorainit.start
-
+    start, pipeline, collect = (
+        importlib.import_module(f"lorainit.{name}")
+        for name in ("start", "pipeline", "statistics.collect")
+    )
     with clock.watching(
-        **{
-            "pass": (lorainit.start, "collect"),
-            "solve": (lorainit.start, "solve_layers"),
-            "install": (lorainit.pipeline.installing, "install"),
-        }
+        ("plan", start, "prepare"),
+        ("plan", collect, "prepare"),
+        ("pass", collect, "_run"),
+        ("finish", collect, "_finish"),
+        ("solve", start, "solve_layers"),
+        ("install", pipeline.installing, "install"),
     ) as results:
         yield results
 

@@ -24,6 +24,9 @@ from lorainit.errors import (
 from lorainit.statistics import Statistics, distributed
 from lorainit.types import LayerStatistics, Method
 
+UNUSED = "no sequence reached it"
+"""Why a target may keep PEFT's start."""
+
 logger = logging.getLogger("lorainit")
 
 
@@ -208,7 +211,5 @@ def _check_layer(name: str, target: Target, layer: LayerStatistics, method: Meth
 def unused_targets(statistics: Statistics, targets: Targets) -> dict[str, str]:
     """Targets that no sequence reached when the statistics were collected, with that reason."""
     return {
-        name: "no sequence reached it"
-        for name in statistics.metadata.get("unused", ())
-        if name in targets.layers
+        name: UNUSED for name in statistics.metadata.get("unused", ()) if name in targets.layers
     }

@@ -29,6 +29,10 @@ class StatisticsFileError(LorainitError, ValueError):
     """A statistics file is truncated, foreign, or was made for something else."""
 
 
+class MemoryPlanError(LorainitError, ValueError):
+    """The allowed memory is too small for even one layer at a time."""
+
+
 class FactorizationError(LorainitError, ValueError):
     """A matrix could not be factored, even in higher precision."""
 

@@ -47,6 +47,7 @@ def collect_statistics(
     on_nonfinite: Literal["raise", "skip"] = "raise",
     on_unused: Literal["raise", "default"] = "raise",
     gather: bool = True,
+    max_memory: int | str | None = None,
     progress: bool = True,
 ) -> Statistics:
     """Collect what methods read, in one pass over a few batches of target data.
@@ -71,13 +72,17 @@ def collect_statistics(
         gather: over several processes, give all layers to every process. If not, each keeps about as
             many bytes of layers as every other, and the result serves `get_peft_model` on the same
             processes, or ``save``, which all of them must call.
+        max_memory: what the model, the statistics and a batch may take together on the model's device,
+            in bytes or as ``"24GiB"``. Default: what is free there; no limit on a CPU. Where that is
+            too little for one pass, batches are cut to fewer rows, and layers are collected in several
+            passes, each moved to the host; the log says which.
         progress: show a progress bar.
 
     Returns:
         Statistics by module name, in the units of their docstrings.
 
     Raises:
-        TargetError, DataError, NonFiniteError: see each; the model is as it was.
+        TargetError, DataError, NonFiniteError, MemoryPlanError: see each; the model is as it was.
     """
     model = unwrapped(model)
     installing.check_not_merged(model)
@@ -89,6 +94,7 @@ def collect_statistics(
         max_sequences=max_sequences,
         on_nonfinite=on_nonfinite,
         on_unused=on_unused,
+        max_memory=max_memory,
         progress=progress,
         gather=gather,
     )
@@ -114,6 +120,7 @@ def get_peft_model(
     cap_rank: bool = False,
     calibration_share: float = 0.2,
     precision: Literal["fast", "exact"] = "fast",
+    max_memory: int | str | None = None,
     autocast_adapter_dtype: bool = True,
     progress: bool = True,
 ) -> PeftModel:
@@ -137,6 +144,7 @@ def get_peft_model(
         calibration_share: of `data`, held back from the statistics to measure a step's length on,
             where the method asks for that; with `statistics`, all of `data` is used.
         precision: ``"fast"``: solve in float32 (float64 where that fails); ``"exact"``: in float64.
+        max_memory: see `collect_statistics`; each pass's layers are solved before the next pass.
         autocast_adapter_dtype: as in PEFT: adapters of half-precision models are kept in float32.
         progress: show progress bars.
 
@@ -167,6 +175,7 @@ def get_peft_model(
                 max_sequences=max_sequences,
                 on_nonfinite=on_nonfinite,
                 on_unused=on_unused,
+                max_memory=max_memory,
                 progress=progress,
                 gather=False,
             )

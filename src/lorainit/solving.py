@@ -15,6 +15,7 @@ from lorainit.adapters.weights import part_of_gather, read_weight
 from lorainit.division import device_of, solvers
 from lorainit.errors import AdapterError, LorainitError, NonFiniteError
 from lorainit.statistics import Statistics, distributed
+from lorainit.statistics.plan import statistic_bytes
 from lorainit.statistics.travel import Slot, from_owners
 from lorainit.types import Factors, LayerSpec, LayerStatistics, Method, RanksDirections
 
@@ -24,6 +25,9 @@ _CUDA_SHARE = 24
 """Of the memory that is free, one part in this many goes into a stack's statistics in float32: a
 solve holds them in float64, and intermediates beside them."""
 
+_WORKSPACE = 9
+"""A solve of one layer takes so many times its statistics' bytes in float32, beside them."""
+
 
 def solve_layers(
     targets: Mapping[str, Target],
@@ -32,12 +36,15 @@ def solve_layers(
     *,
     precision: Literal["fast", "exact"] = "fast",
     progress: bool = True,
+    release: bool = False,
+    max_memory: int | None = None,
 ) -> tuple[dict[str, Factors], dict[str, float]]:
     """Factors of every target, and ``|s B A| / |W|`` of each.
 
     Layers of one shape, rank and scaling are solved together. Many processes divide the work: each
     solves its part (the layers whose statistics it holds, where they are shared out), and gives it to
-    the others.
+    the others. With `release` the statistics of solved layers are forgotten; `max_memory` is what
+    everything on a device may take, in bytes.
     """
     rank, size = distributed.world()
     owners = solvers(targets, statistics)
@@ -51,7 +58,7 @@ def solve_layers(
         disable=None if progress else True,
     )
     with bar, torch.no_grad():
-        for chunks in _rounds(targets, owners, size):
+        for chunks in _rounds(targets, owners, size, max_memory):
             try:
                 weights = _weights(chunks, rank)
                 if chunks[rank] and failure is None:
@@ -61,6 +68,7 @@ def solve_layers(
                         for t in chunk
                     ]
                     pairs = _solve_chunk(chunk, weights, layers, method, precision)
+                    del layers
                     for target, weight, pair in zip(chunk, weights, pairs, strict=True):
                         solved[target.name] = pair
                         sizes[target.name] = relative_size(pair, weight, target.spec.scaling)
@@ -69,6 +77,9 @@ def solve_layers(
                 failure = failure or error
                 if size == 1:
                     break
+            if release and statistics is not None:
+                for target in chunks[rank]:
+                    statistics.release(target.name)
             bar.update(sum(map(len, chunks)))
         distributed.raise_together(failure)
         if size > 1:
@@ -217,10 +228,13 @@ def _for_solving(
 
 
 def _rounds(
-    targets: Mapping[str, Target], owners: Mapping[str, int], size: int
+    targets: Mapping[str, Target],
+    owners: Mapping[str, int],
+    size: int,
+    max_memory: int | None = None,
 ) -> Iterator[list[list[Target]]]:
     """Rounds of one chunk for each process, so that all solve at once between two gathers."""
-    budget = _chunk_bytes(targets)
+    budget = _chunk_bytes(targets, max_memory)
     mine: list[dict[str, Target]] = [{} for _ in range(size)]
     for name, target in targets.items():
         mine[owners[name]][name] = target
@@ -242,22 +256,38 @@ def _chunks(targets: Mapping[str, Target], budget: int) -> Iterator[list[Target]
             yield members[first : first + step]
 
 
-def _chunk_bytes(targets: Mapping[str, Target]) -> int:
+def _chunk_bytes(targets: Mapping[str, Target], max_memory: int | None = None) -> int:
     """How large a stack may be, in bytes of its statistics; the same on every process."""
     budget = None
     for device in {device_of(target) for target in targets.values()}:
         size = _CHUNK_BYTES
         if device.type == "cuda":
-            reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-            size = max(size, (torch.cuda.mem_get_info(device)[0] + reserved) // _CUDA_SHARE)
+            held = torch.cuda.memory_allocated(device)
+            free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - held
+            if max_memory is None:
+                size = max(size, free // _CUDA_SHARE)
+            else:
+                size = max(1, min(free, max_memory - held) // _CUDA_SHARE)
         budget = size if budget is None else min(budget, size)
     # What is free differs between processes, and all must cut the same.
     return -distributed.largest(-(budget or _CHUNK_BYTES))
+
+
+def solving_bytes(targets: Mapping[str, Target], needs: frozenset[str]) -> int:
+    """What solving the largest layer alone takes beside its statistics, roughly."""
+    return _WORKSPACE * max(
+        (
+            sum(statistic_bytes((t.spec.out_features, t.spec.in_features), needs).values())
+            for t in targets.values()
+        ),
+        default=0,
+    )
 
 
 def relative_size(pair: Factors, weight: Tensor, scaling: float) -> float:
     """``|s B A|_F / |W|_F`` without forming the product."""
     a, b = pair.A.float(), pair.B.float()
     square = ((b.mT @ b) * (a @ a.mT)).sum().clamp_min(0)
-    norm = torch.linalg.vector_norm(weight, dtype=torch.float32)
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(weight, dtype=wide)
     return float(scaling * square.sqrt() / norm.clamp_min(1e-30))

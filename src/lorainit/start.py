@@ -16,7 +16,7 @@ from lorainit.adapters.targets import Target, Targets
 from lorainit.adapters.weights import fingerprint, read_weight
 from lorainit.allocation import allocate_ranks, rank_limits
 from lorainit.calibration import SearchResult
-from lorainit.checks import unused_targets
+from lorainit.checks import UNUSED, unused_targets
 from lorainit.errors import AdapterError
 from lorainit.methods.natural import Natural
 from lorainit.refinement import (
@@ -27,10 +27,21 @@ from lorainit.refinement import (
     natural_start,
     scale_factors,
 )
-from lorainit.solving import relative_size, solve_layers, value_directions
-from lorainit.statistics import CollectSettings, LossFunction, Statistics, collect, distributed
+from lorainit.solving import relative_size, solve_layers, solving_bytes, value_directions
+from lorainit.statistics import (
+    CollectSettings,
+    LossFunction,
+    Statistics,
+    check_unused,
+    collect,
+    distributed,
+    prepare,
+)
 from lorainit.statistics.batches import split_batches
+from lorainit.statistics.collect import input_device
 from lorainit.statistics.displace import LowRank, displaced
+from lorainit.statistics.footprint import held_bytes
+from lorainit.statistics.plan import parse_bytes
 from lorainit.statistics.rounds import rows_before, sample, shared_population
 from lorainit.types import Factors, Method, RanksDirections
 
@@ -88,6 +99,13 @@ class Measured:
         found.fingerprints = {name: fingerprints[name] for name in found.names}
         return found
 
+    def passes(self, data: Iterable[Any]) -> Iterator[Statistics]:
+        """The same pass by pass, for whoever needs no two passes' statistics at a time."""
+        assert self.settings is not None
+        self._fingerprints(self.modules)
+        prepared = prepare(self.model, self.modules, data, self.settings, self.loss_fn)
+        return prepared.parts()
+
     @staticmethod
     def _fingerprints(modules: Mapping[str, nn.Module]) -> dict[str, torch.Tensor]:
         """Of all targets' weights, which must be the same on every process."""
@@ -102,12 +120,18 @@ class Measured:
             )
         return found
 
+    def redistributes(self, method: Method) -> bool:
+        """Whether the layers' ranks follow from all layers' statistics."""
+        return (
+            self.with_ranks is not None and isinstance(method, RanksDirections) and method.rho > 1
+        )
+
     def reallocated(self, method: Method, statistics: Statistics | None) -> Measured:
         """The same, each layer at the rank that its directions deserve, where the method says so."""
-        if self.with_ranks is None or statistics is None:
+        if statistics is None or not self.redistributes(method):
             return self
-        if not isinstance(method, RanksDirections) or method.rho <= 1:
-            return self
+        assert self.with_ranks is not None
+        assert isinstance(method, RanksDirections)
         served = _served(self.targets, unused_targets(statistics, self.targets))
         # The experts of one parameter have one rank: theirs stays.
         served = {name: target for name, target in served.items() if not target.is_expert}
@@ -148,6 +172,8 @@ def find_start(
     if not (calibrated and data is not None):
         if statistics is None and method.needs:
             assert data is not None
+            if not measured.redistributes(method):
+                return _streamed(method, measured, data, precision)
             statistics = measured.statistics(data)
         measured = measured.reallocated(method, statistics)
         return _solved(method, measured, statistics, precision, unmeasured=calibrated)
@@ -180,6 +206,43 @@ def find_start(
     start = _solved(method, measured, statistics, precision, unmeasured=False)
     factors, search = calibrate_factors(start.factors, measured.targets.layers, probe)
     return Start(factors, _sizes(factors, measured.targets.layers), start.unused, search)
+
+
+def _streamed(
+    method: Method,
+    measured: Measured,
+    data: Iterable[Any],
+    precision: Literal["fast", "exact"],
+) -> Start:
+    """Solve each pass's layers before the next pass, and forget what is solved."""
+    assert measured.settings is not None
+    budget = parse_bytes(measured.settings.max_memory)
+    device = input_device(measured.model)
+    factors: dict[str, Factors] = {}
+    sizes: dict[str, float] = {}
+    names: list[str] = []
+    for part in measured.passes(data):
+        if budget is not None and device.type != "cpu":
+            room = budget - solving_bytes(measured.targets.layers, method.needs)
+            part.relieve(device, held_bytes(measured.model, device) - room)
+        names += part.metadata["unused"]
+        served = {name: measured.targets.layers[name] for name in part.names}
+        found = solve_layers(
+            served,
+            part,
+            method,
+            precision=precision,
+            progress=measured.progress,
+            release=True,
+            max_memory=budget,
+        )
+        factors |= found[0]
+        sizes |= found[1]
+        del part
+    check_unused(names, factors, measured.settings)
+    unused = {n: UNUSED for n in names}
+    ordered = [name for name in measured.targets.layers if name in factors]
+    return Start({n: factors[n] for n in ordered}, {n: sizes[n] for n in ordered}, unused, None)
 
 
 def _solved(

@@ -208,12 +208,16 @@ def test_several_passes_give_what_one_gives() -> None:
     from dataclasses import replace
 
     from lorainit.statistics import CollectSettings, collect
+    from lorainit.statistics.collect import prepare
 
     model = mixtral()
     modules = {n: t.module for n, t in match_targets(model, lora()).layers.items()}
     settings = CollectSettings(NEEDS, on_unused="default", progress=False)
     whole = collect(model, modules, [batch()], settings)
-    parts = collect(model, modules, [batch()], replace(settings, max_memory=whole.nbytes // 5))
+    roomy = prepare(model, modules, [batch()], replace(settings, max_memory="1GiB")).plan
+    tight = replace(settings, max_memory=roomy.held + roomy.batch.nbytes // 2 + whole.nbytes // 5)
+    assert len(prepare(model, modules, [batch()], tight).plan.passes) > 1
+    parts = collect(model, modules, [batch()], tight)
     for name in whole:
         torch.testing.assert_close(parts[name].gradient, whole[name].gradient)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 
 import pytest
@@ -9,34 +10,62 @@ import torch
 from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import lorainit
 from lorainit.adapters.targets import match_targets
+from lorainit.errors import MemoryPlanError
 from lorainit.statistics import CollectSettings, collect
 from lorainit.statistics.accumulators import FOLD_FROM, add_gram, panels, unfold
-from lorainit.statistics.plan import make_plan, statistic_bytes, total_bytes
+from lorainit.statistics.batches import is_splittable, split_rows
+from lorainit.statistics.collect import prepare
+from lorainit.statistics.footprint import LiveBytes, held_bytes
+from lorainit.statistics.plan import (
+    BatchSize,
+    make_plan,
+    parse_bytes,
+    statistic_bytes,
+    total_bytes,
+)
 from lorainit.types import STATISTICS, LayerStatistics
 
 NEEDS = frozenset(STATISTICS)
+LORA_DA = frozenset({"gradient", "input_second_moment", "output_second_moment_diagonal"})
 
 
-def model_and_modules():
+def model_and_modules(hidden: int = 16, inner: int = 40, layers: int = 2, vocabulary: int = 31):
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
-            hidden_size=16,
-            intermediate_size=40,
-            num_hidden_layers=2,
+            hidden_size=hidden,
+            intermediate_size=inner,
+            num_hidden_layers=layers,
             num_attention_heads=2,
             num_key_value_heads=1,
-            vocab_size=31,
+            vocab_size=vocabulary,
         )
     ).eval()
     targets = match_targets(model, LoraConfig(r=2, target_modules="all-linear")).layers
     return model, {name: target.module for name, target in targets.items()}
 
 
-def batches():
-    ids = torch.arange(3 * 8).reshape(3, 8) % 31
-    return [{"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}]
+def batches(rows: int = 3, length: int = 8, count: int = 1, vocabulary: int = 31):
+    ids = torch.randint(0, vocabulary, (count, rows, length))
+    return [{"input_ids": x, "attention_mask": torch.ones_like(x), "labels": x} for x in ids]
+
+
+def shapes_of(modules) -> dict[str, tuple[int, int]]:
+    return {name: tuple(module.weight.shape) for name, module in modules.items()}
+
+
+def assert_same(one, other) -> None:
+    assert list(one) == list(other)
+    assert one.metadata == other.metadata
+    for name in one:
+        for field in LayerStatistics.TENSORS:
+            first, second = getattr(one[name], field), getattr(other[name], field)
+            assert (first is None) == (second is None)
+            if first is not None:
+                torch.testing.assert_close(first, second)
+        assert one[name].positions == other[name].positions
 
 
 @pytest.mark.parametrize(
@@ -45,7 +74,7 @@ def batches():
 def test_predicted_bytes_are_the_tensors(needs: frozenset[str]) -> None:
     model, modules = model_and_modules()
     found = collect(model, modules, batches(), CollectSettings(needs, progress=False))
-    shapes = {name: tuple(module.weight.shape) for name, module in modules.items()}
+    shapes = shapes_of(modules)
     shared: dict[int, list[str]] = {}
     for name in found:
         shared.setdefault(id(found[name].input_second_moment_sum), []).append(name)
@@ -54,38 +83,139 @@ def test_predicted_bytes_are_the_tensors(needs: frozenset[str]) -> None:
     assert total_bytes(shapes, needs) >= found.nbytes
 
 
-@pytest.mark.parametrize("share", [0.9, 0.4, 1e-9])
-def test_several_passes_give_what_one_gives(share: float, caplog) -> None:
+@pytest.mark.parametrize("share", [0.9, 0.4, 0.2])
+def test_several_passes_and_split_batches_give_what_one_pass_gives(share: float, caplog) -> None:
     model, modules = model_and_modules()
     settings = CollectSettings(NEEDS, progress=False)
-    whole = collect(model, modules, batches(), settings)
-    shapes = {name: tuple(module.weight.shape) for name, module in modules.items()}
-    budget = max(1, int(share * total_bytes(shapes, NEEDS)))
-    plan = make_plan(shapes, NEEDS, budget)
-    assert len(plan.passes) > 1
+    data = batches(count=2)
+    whole = collect(model, modules, data, settings)
+    easy = prepare(model, modules, data, replace(settings, max_memory="1GiB")).plan
+    assert len(easy.passes) == 1
+    assert easy.batch.rows is None
+    assert easy.nbytes == whole.nbytes  # shared inputs are known before the first pass
+    row = easy.batch.nbytes // 3
+    budget = easy.held + row + int(share * whole.nbytes) + 1
     with caplog.at_level("INFO", logger="lorainit"):
-        parts = collect(model, modules, batches(), replace(settings, max_memory=budget))
+        parts = collect(model, modules, data, replace(settings, max_memory=budget))
+    plan = prepare(model, modules, data, replace(settings, max_memory=budget)).plan
+    assert len(plan.passes) > 1
+    assert plan.peak <= budget
     assert str(plan) in caplog.text
-    assert list(parts) == list(whole)
-    assert parts.metadata == whole.metadata
-    for name in whole:
-        for field in LayerStatistics.TENSORS:
-            one, many = getattr(whole[name], field), getattr(parts[name], field)
-            assert (one is None) == (many is None)
-            if one is not None:
-                torch.testing.assert_close(many, one)
-        assert parts[name].positions == whole[name].positions
+    assert_same(parts, whole)
 
 
-def test_no_pass_is_above_the_budget_unless_one_layer_is() -> None:
+@pytest.mark.parametrize("needs", [LORA_DA, NEEDS, frozenset({"input_second_moment"})])
+@pytest.mark.parametrize("rows", [2, 6])
+def test_the_predicted_peak_is_within_a_tenth_of_the_measured_one(needs, rows) -> None:
+    model, modules = model_and_modules(hidden=64, inner=160, vocabulary=300)
+    data = batches(rows, length=48, count=3, vocabulary=300)
+    settings = CollectSettings(needs, progress=False, max_memory="8GiB")
+    plan = prepare(model, modules, data, settings).plan
+    gc.collect()
+    with LiveBytes() as meter:
+        collect(model, modules, data, replace(settings, max_memory=None))
+    measured = meter.peak + held_bytes(model, torch.device("cpu"))
+    assert plan.held == held_bytes(model, torch.device("cpu"))
+    assert plan.peak == pytest.approx(measured, rel=0.1)
+
+
+def test_the_measured_peak_stays_within_a_tight_budget() -> None:
+    model, modules = model_and_modules(hidden=64, inner=160, vocabulary=300)
+    data = batches(8, length=48, count=2, vocabulary=300)
+    settings = CollectSettings(LORA_DA, progress=False, max_memory="8GiB")
+    roomy = prepare(model, modules, data, settings).plan
+    budget = roomy.held + roomy.batch.nbytes // 4 + roomy.nbytes // 3
+    plan = prepare(model, modules, data, replace(settings, max_memory=budget)).plan
+    assert plan.batch.rows is not None
+    with LiveBytes() as meter:
+        for part in prepare(model, modules, data, replace(settings, max_memory=budget)).parts():
+            del part
+    assert meter.peak + roomy.held <= 1.1 * budget
+    assert meter.peak + roomy.held > 0.5 * budget
+
+
+def test_a_start_within_a_budget_is_the_start_without_one() -> None:
+    model, _ = model_and_modules()
+    model.double()
+    config = LoraConfig(r=2, target_modules="all-linear")
+    data = batches(count=2)
+    held = held_bytes(model, torch.device("cpu"))
+    starts = []
+    for budget in (None, held + 400_000, held + 120_000):
+        wrapped = lorainit.get_peft_model(
+            model,
+            config,
+            method=lorainit.LoraDA(),
+            data=data,
+            max_memory=budget,
+            progress=False,
+        )
+        starts.append(
+            {n: p.detach().clone() for n, p in wrapped.named_parameters() if "lora_" in n}
+        )
+        wrapped.unload()
+    for other in starts[1:]:
+        assert other.keys() == starts[0].keys()
+        for name in other:
+            torch.testing.assert_close(other[name], starts[0][name], rtol=1e-4, atol=1e-7)
+
+
+def test_too_small_a_budget_is_an_error_that_says_what_is_needed() -> None:
+    model, modules = model_and_modules()
+    settings = CollectSettings(NEEDS, progress=False, max_memory=1000)
+    with pytest.raises(MemoryPlanError, match="Allow"):
+        prepare(model, modules, batches(), settings)
+
+
+def test_no_pass_is_above_the_budget() -> None:
     shapes = {str(i): (8 + i, 16) for i in range(9)}
     largest = max(sum(statistic_bytes(s, NEEDS).values()) for s in shapes.values())
     plan = make_plan(shapes, NEEDS, 3 * largest)
     assert [name for group in plan.passes for name in group] == list(shapes)
     assert plan.largest <= 3 * largest
     assert len(plan.passes) <= 4
+    # A guessed budget is never an error; a promised one is.
     assert len(make_plan(shapes, NEEDS, 1).passes) == len(shapes)
+    with pytest.raises(MemoryPlanError):
+        make_plan(shapes, NEEDS, 1, strict=True)
     assert len(make_plan(shapes, NEEDS, None).passes) == 1
+
+
+def test_a_shared_input_that_two_passes_read_counts_in_both() -> None:
+    shapes = {name: (2, 10) for name in "abcd"}
+    needs = frozenset({"input_second_moment"})
+    alone = 10 * 10 * 4
+    assert total_bytes(shapes, needs, shared=["abcd"]) == alone
+    assert len(make_plan(shapes, needs, alone, shared=["abcd"]).passes) == 1
+    plan = make_plan(shapes, needs, 2 * alone, shared=["ab", "cd"])
+    assert len(plan.passes) == 1
+    plan = make_plan(shapes, needs, 2 * alone, shared=["bc"])
+    assert plan.passes == (("a", "b", "c"), ("d",))
+    plan = make_plan(shapes, needs, alone, shared=["bc"])
+    assert plan.passes == (("a",), ("b", "c"), ("d",))
+
+
+def test_small_batches_buy_fewer_passes_where_that_is_quicker() -> None:
+    shapes = {str(i): (100, 100) for i in range(8)}
+    layer = total_bytes({"0": (100, 100)}, LORA_DA)
+    large, small = BatchSize(None, 65536, 6 * layer), BatchSize(4, 32768, 3 * layer)
+    both = make_plan(shapes, LORA_DA, 8 * layer, batches=[large, small])
+    assert (both.batch, len(both.passes)) == (small, 2)
+    # Batches of few tokens cost too much for one pass less.
+    tiny = BatchSize(1, 64, 0)
+    best = make_plan(shapes, LORA_DA, 8 * layer, batches=[large, small, tiny])
+    assert best.batch == small
+
+
+def test_splitting_keeps_every_row_and_leaves_what_cannot_be_split() -> None:
+    batch = {"input_ids": torch.arange(10).reshape(5, 2), "flag": True, "words": list("abcde")}
+    parts = split_rows([batch], 2)
+    assert [part["input_ids"].shape[0] for part in parts] == [2, 2, 1]
+    assert torch.equal(torch.cat([p["input_ids"] for p in parts]), batch["input_ids"])
+    assert [w for p in parts for w in p["words"]] == list("abcde")
+    patches = {**batch, "pixel_values": torch.zeros(7, 3)}
+    assert not is_splittable(patches)
+    assert split_rows([patches], 2) == [patches]
 
 
 @pytest.mark.parametrize("width", [3, FOLD_FROM - 1, FOLD_FROM, FOLD_FROM + 77, 1100])
@@ -99,6 +229,12 @@ def test_folded_grams_are_grams(width: int) -> None:
     torch.testing.assert_close(unfold(total), flat.mT @ flat)
 
 
-def test_a_budget_is_bytes() -> None:
-    with pytest.raises(ValueError, match="max_memory"):
-        CollectSettings(NEEDS, max_memory=0)
+def test_a_budget_is_bytes_or_a_text() -> None:
+    assert parse_bytes("24GiB") == 24 * 2**30
+    assert parse_bytes(" 1.5 gb ") == 1_500_000_000
+    assert parse_bytes("512") == 512
+    assert parse_bytes(7) == 7
+    assert parse_bytes(None) is None
+    for wrong in (0, -1, "much", "1..5GB", "", True):
+        with pytest.raises(ValueError, match="max_memory"):
+            CollectSettings(NEEDS, max_memory=wrong)

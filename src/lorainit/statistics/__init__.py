@@ -1,7 +1,7 @@
 """Hooks, accumulators, token masks, loss reduction: sums and counts of every target layer."""
 
-from lorainit.statistics.collect import CollectSettings, collect
+from lorainit.statistics.collect import CollectSettings, check_unused, collect, prepare
 from lorainit.statistics.losses import LossFunction
 from lorainit.statistics.store import Statistics
 
-__all__ = ["CollectSettings", "LossFunction", "Statistics", "collect"]
+__all__ = ["CollectSettings", "LossFunction", "Statistics", "check_unused", "collect", "prepare"]

@@ -101,6 +101,46 @@ def take(data: Iterable[Any], max_sequences: int | None) -> Iterator[dict[str, A
             return
 
 
+def is_splittable(batch: Batch) -> bool:
+    """Whether the batch's rows can run apart: all that it holds has one entry a row."""
+    rows = batch_rows(batch)
+    for key, value in batch.items():
+        if isinstance(value, Tensor):
+            if value.dim() > 0 and value.shape[0] != rows:
+                return False
+            # Rotary positions of several axes have the axes in front.
+            if key == "position_ids" and value.dim() > 2:
+                return False
+        elif isinstance(value, list | tuple):
+            if len(value) != rows:
+                return False
+        elif not (value is None or isinstance(value, str | bool | int | float)):
+            return False
+    return True
+
+
+def split_rows(batches: list[dict[str, Any]], rows: int) -> list[dict[str, Any]]:
+    """The same sequences in batches of at most `rows` rows, where they can be split."""
+    parts: list[dict[str, Any]] = []
+    for batch in batches:
+        total = batch_rows(batch)
+        if total <= rows or not is_splittable(batch):
+            parts.append(batch)
+            continue
+        for first in range(0, total, rows):
+            part = slice(first, first + rows)
+            parts.append(
+                {
+                    key: value[part]
+                    if isinstance(value, list | tuple)
+                    or (isinstance(value, Tensor) and value.dim() > 0)
+                    else value
+                    for key, value in batch.items()
+                }
+            )
+    return parts
+
+
 def _is_empty(batch: Batch) -> bool:
     ids = batch.get("input_ids")
     return isinstance(ids, Tensor) and ids.numel() == 0

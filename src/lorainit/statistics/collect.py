@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
@@ -16,7 +16,14 @@ from lorainit.errors import DataError, NonFiniteError, TargetError
 from lorainit.linalg import all_finite
 from lorainit.statistics import distributed
 from lorainit.statistics.accumulators import LayerSums
-from lorainit.statistics.batches import batch_rows, to_device
+from lorainit.statistics.batches import (
+    batch_rows,
+    first_rows,
+    is_splittable,
+    split_rows,
+    to_device,
+)
+from lorainit.statistics.footprint import batch_positions_of, held_bytes, peak_bytes
 from lorainit.statistics.guard import measuring, unchanged_rng
 from lorainit.statistics.losses import (
     LossFunction,
@@ -26,7 +33,15 @@ from lorainit.statistics.losses import (
     run_forward,
 )
 from lorainit.statistics.nonfinite import Numbered, numbered, without_bad
-from lorainit.statistics.plan import Plan, free_budget, make_plan
+from lorainit.statistics.plan import (
+    BatchSize,
+    Plan,
+    default_budget,
+    is_easy,
+    make_plan,
+    parse_bytes,
+    total_bytes,
+)
 from lorainit.statistics.positions import batch_positions
 from lorainit.statistics.reduction import reduce_layers
 from lorainit.statistics.rounds import even_rounds, is_sharded, sample, shared_population
@@ -63,7 +78,7 @@ class CollectSettings:
     on_nonfinite: Literal["raise", "skip"] = "raise"
     on_unused: Literal["raise", "default"] = "raise"
     progress: bool = True
-    max_memory: int | None = None
+    max_memory: int | str | None = None
     gather: bool = True
 
     def __post_init__(self) -> None:
@@ -89,10 +104,7 @@ class CollectSettings:
                     f"{name} must be one of {', '.join(map(repr, choices))}, got "
                     f"{getattr(self, name)!r}"
                 )
-        if self.max_memory is not None and self.max_memory < 1:
-            raise ValueError(
-                f"max_memory must be bytes, at least 1, or None, got {self.max_memory}"
-            )
+        parse_bytes(self.max_memory)
         if self.max_sequences is not None and self.max_sequences < 1:
             raise ValueError(f"max_sequences must be at least 1 or None, got {self.max_sequences}")
 
@@ -113,42 +125,174 @@ def collect(
     Hooks are gone, and ``requires_grad``, modes, ``.grad`` and the random state are as they were,
     when this returns or raises.
     """
-    device = input_device(model)
-    population = shared_population(data) if population is None else population
-    with unchanged_rng(device):
-        batches = sample(data, settings.max_sequences)
-        if loss_fn is None and settings.needs & GRADIENT_STATISTICS:
-            _check_labels(model, batches)
-        plan = _plan(modules, settings, device, _dtype(model))
-        logger.info(str(plan))
+    with unchanged_rng(input_device(model)):
+        prepared = prepare(model, modules, data, settings, loss_fn, population=population)
         parts = []
-        for group in plan.passes:
-            some = {name: modules[name] for name in group}
-            with measuring(model):
-                run = _run(model, some, batches, settings, loss_fn, device)
-            part = _finish(run, settings, population, device)
+        for part in prepared.parts():
             # What is kept of one pass makes room for the next.
-            parts.append(part.to("cpu") if plan.offload else part)
-            del run, part
+            parts.append(part.to("cpu") if len(prepared.plan.passes) > 1 else part)
+            del part
     return _merged(parts, modules, settings)
 
 
-def _plan(
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """Batches and a plan: everything that can be known before the passes."""
+
+    model: nn.Module
+    modules: Mapping[str, nn.Module]
+    batches: list[dict[str, Any]]
+    settings: CollectSettings
+    loss_fn: LossFunction | None
+    population: float | None
+    plan: Plan
+
+    def parts(self) -> Iterator[Statistics]:
+        """Each pass's statistics, in the layers' order; a pass begins when its part is asked for."""
+        device = input_device(self.model)
+        for group in self.plan.passes:
+            some = {name: self.modules[name] for name in group}
+            with measuring(self.model):
+                run = _run(self.model, some, self.batches, self.settings, self.loss_fn, device)
+            part = _finish(run, self.settings, self.population, device, len(self.plan.passes) == 1)
+            del run
+            yield part
+
+
+def prepare(
+    model: nn.Module,
     modules: Mapping[str, nn.Module],
+    data: Iterable[Any],
     settings: CollectSettings,
+    loss_fn: LossFunction | None = None,
+    *,
+    population: float | None = None,
+) -> Prepared:
+    """Check the data and plan the passes; the random state may be drawn from."""
+    device = input_device(model)
+    population = shared_population(data) if population is None else population
+    batches = sample(data, settings.max_sequences)
+    if loss_fn is None and settings.needs & GRADIENT_STATISTICS:
+        _check_labels(model, batches)
+    plan = _plan(model, modules, batches, settings, loss_fn, device)
+    logger.info(str(plan))
+    if plan.batch.rows is not None:
+        batches = split_rows(batches, plan.batch.rows)
+    return Prepared(model, modules, batches, settings, loss_fn, population, plan)
+
+
+def _plan(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    batches: list[dict[str, Any]],
+    settings: CollectSettings,
+    loss_fn: LossFunction | None,
     device: torch.device,
-    dtype: torch.dtype,
 ) -> Plan:
-    """The passes, the same on every process."""
-    shapes = {name: _shape(module) for name, module in modules.items()}
-    known = {name: shape for name, shape in shapes.items() if shape is not None}
-    budget = settings.max_memory if settings.max_memory is not None else free_budget(device)
-    budgets = [b for b in distributed.gather_objects(budget) if isinstance(b, int)]
-    budget = min(budgets) if budgets else None
-    if budget is None or len(known) < len(shapes):
-        known = {name: shape or (0, 0) for name, shape in shapes.items()}
-        budget = None
-    return make_plan(known, settings.needs, budget, element=8 if dtype == torch.float64 else 4)
+    """The passes, the same on every process; one row is run to know what a batch takes."""
+    found = {name: _shape(module) for name, module in modules.items()}
+    shapes = {name: shape or (0, 0) for name, shape in found.items()}
+    element = 8 if _dtype(model) == torch.float64 else 4
+    needs = settings.needs
+    own = parse_bytes(settings.max_memory)
+    budget = own if own is not None else default_budget(device)
+    held = 0 if budget is None else held_bytes(model, device)
+    # The tightest process decides.
+    room = [b - h for b, h in distributed.gather_objects((budget or 0, held)) if b]
+    if budget is not None and room:
+        budget = held + min(room)
+    nbytes = total_bytes(shapes, needs, element=element)
+    if budget is None or (own is None and is_easy(nbytes, budget, held)) or None in found.values():
+        return make_plan(shapes, needs, None, element=element)
+    shared, row = _footprint(model, modules, batches, settings, loss_fn, device)
+    return make_plan(
+        shapes,
+        needs,
+        budget,
+        shared=shared,
+        element=element,
+        held=held,
+        batches=_batch_sizes(batches, row),
+        strict=own is not None,
+    )
+
+
+def _footprint(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    batches: list[dict[str, Any]],
+    settings: CollectSettings,
+    loss_fn: LossFunction | None,
+    device: torch.device,
+) -> tuple[list[list[str]], float]:
+    """Groups of layers that read one input, and the bytes that a position of a batch takes."""
+    state = TapState(settings.needs, {name: LayerSums() for name in modules})
+    largest = max(batches, key=_row_positions, default=None)
+    rows = [] if largest is None else [_one_row(largest)]
+    sharded = is_sharded(model)
+    rounds = even_rounds(rows, sharded=sharded)
+    taken = 0.0
+
+    def forward(inputs: dict[str, Any]) -> Tensor | None:
+        """The loss, where a backward pass will follow."""
+        if not state.backward:
+            with torch.no_grad():
+                run_forward(model, inputs, loss_fn)
+            return None
+        with torch.enable_grad():
+            result = batch_loss(model, inputs, settings.loss_reduction, loss_fn)
+            return result.per_sequence.sum()
+
+    # Collectives of a sharded model run in the backward, which everyone begins or nobody.
+    shared_work = distributed.together if sharded else nullcontext
+    own_work = nullcontext if sharded else distributed.together
+    with measuring(model), tapped(state, modules, _encoder(model)), own_work():
+        for batch, _ in rounds:
+            positions = batch_positions(model, batch, settings.token_mask, device)
+            state.begin_batch(positions, counted=False)
+            inputs = to_device(batch, device)
+            with peak_bytes(device) as peak:
+                with shared_work():
+                    loss = forward(inputs)
+                if loss is not None and loss.requires_grad:
+                    torch.autograd.backward(loss)
+                del loss
+                taken = peak() / batch_positions_of(batch)
+    groups: dict[int, list[str]] = {}
+    for name, sums in state.layers.items():
+        groups.setdefault(id(sums.inputs), []).append(name)
+    known = [group for group in groups.values() if len(group) > 1]
+    both = distributed.gather_objects((known, taken))
+    return next((g for g, t in both if t), known), max(t for _, t in both)
+
+
+def _row_positions(batch: Mapping[str, Any]) -> float:
+    return batch_positions_of(batch) / max(1, batch_rows(batch))
+
+
+def _one_row(batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    return first_rows(batch, 1, batch_rows(batch)) if is_splittable(batch) else batch
+
+
+def _batch_sizes(batches: Sequence[Mapping[str, Any]], position: float) -> list[BatchSize]:
+    """The batches as they come, and cut to fewer and fewer rows, where that can be done."""
+    whole = max((batch_positions_of(b) for b in batches), default=1)
+    row = max((_row_positions(b) for b in batches), default=1.0)
+    most = max((batch_rows(b) for b in batches), default=1)
+    whole, row, most, apart = (
+        max(column)
+        for column in zip(
+            *distributed.gather_objects(
+                (whole, row, most, not all(is_splittable(b) for b in batches))
+            ),
+            strict=True,
+        )
+    )
+    sizes = [BatchSize(None, whole, int(whole * position))]
+    while most > 1 and not apart:
+        most = -(-most // 2)
+        sizes.append(BatchSize(most, int(most * row), int(most * row * position)))
+    return sizes
 
 
 def _shape(module: nn.Module) -> tuple[int, int] | None:
@@ -174,8 +318,7 @@ def _merged(
     metadata["unused"] = [name for part in parts for name in part.metadata["unused"]]
     some = [part.shares for part in parts if part.shares is not None]
     owners = {name: owner for shares in some for name, owner in shares.owners.items()}
-    if not any(part.names for part in parts):
-        _check_unused(metadata["unused"], (), settings)
+    check_unused(metadata["unused"], [n for part in parts for n in part.names], settings)
     return Statistics(
         {name: layers[name] for name in modules if name in layers},
         metadata,
@@ -357,9 +500,13 @@ def _check_count(losses: Tensor, index: int, sequences: int, rows: int) -> None:
 
 
 def _finish(
-    run: _Run, settings: CollectSettings, population: float | None, device: torch.device
+    run: _Run,
+    settings: CollectSettings,
+    population: float | None,
+    device: torch.device,
+    whole: bool,
 ) -> Statistics:
-    """Reduce over processes, check, and hand over."""
+    """Reduce over processes, check, and hand over; `whole`: there is no other pass."""
     state = run.state
     sequences, tokens, skipped = distributed.sum_counts(
         [run.sequences, run.label_tokens, run.skipped]
@@ -385,7 +532,8 @@ def _finish(
             population=population,
         )
     unused = [name for name in state.layers if name not in owners]
-    _check_unused(unused, owners, settings)
+    if owners or whole:
+        check_unused(unused, owners, settings)
     with distributed.together():
         _check_layers(layers)
     metadata: dict[str, Any] = {
@@ -402,7 +550,8 @@ def _finish(
     return Statistics(layers, metadata, shares=shares)
 
 
-def _check_unused(unused: list[str], reached: Collection[str], settings: CollectSettings) -> None:
+def check_unused(unused: list[str], reached: Collection[str], settings: CollectSettings) -> None:
+    """Raise if no layer ran, or if not all did and that is not allowed."""
     if not unused:
         return
     if not reached:

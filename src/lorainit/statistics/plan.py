@@ -1,19 +1,46 @@
 """What statistics will weigh, and in how many passes they are taken: known before any work.
 
-The bytes follow from the layers' shapes. Which layers read one input is only known once it arrives,
-so the plan counts every layer's own second moment: what is needed is that or less.
+The bytes of the statistics follow from the layers' shapes and from which layers read one input; what
+a batch takes beside them is measured on one row (`lorainit.statistics.footprint`).
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-_SHARE_OF_FREE = 0.7
-"""Of the free device memory; the rest is for the activations of a batch."""
+from lorainit.errors import MemoryPlanError
+
+_SHARE_OF_FREE = 0.95
+"""Of the device memory that nobody holds; the rest is lost between allocations."""
+
+_EASY_SHARE = 0.5
+"""Statistics below this share of the free memory are taken in one pass without looking further."""
+
+_FIXED_POSITIONS = 1024
+"""A batch takes the time of its positions and of so many more: weights and sums are read once a batch."""
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_UNITS |= {f"{unit}i": 1024 ** (power + 1) for power, unit in enumerate("kmgt")}
+
+
+@dataclass(frozen=True)
+class BatchSize:
+    """One way to run the batches.
+
+    Attributes:
+        rows: at once; None: the batches as they come.
+        positions: of a batch.
+        nbytes: activations, logits and gradients of a batch at their peak.
+    """
+
+    rows: int | None = None
+    positions: int = 1
+    nbytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -22,27 +49,56 @@ class Plan:
 
     Attributes:
         passes: names of target layers, in order, by pass.
-        nbytes: bytes of all statistics together, if no inputs are shared.
-        largest: bytes of the heaviest pass.
-        budget: bytes that a pass may take; None for no limit.
-        offload: each pass's statistics leave the device for the host.
+        nbytes: bytes of all statistics together.
+        largest: bytes of the heaviest pass's statistics.
+        budget: bytes that everything on the device may take; None for no limit.
+        held: bytes that are there before: the model, and whatever else.
+        batch: how batches are run, and what they take.
     """
 
     passes: tuple[tuple[str, ...], ...]
     nbytes: int
     largest: int
-    budget: int | None
-    offload: bool
+    budget: int | None = None
+    held: int = 0
+    batch: BatchSize = BatchSize()
+
+    @property
+    def peak(self) -> int:
+        """Bytes that everything will take at most."""
+        return self.held + self.largest + self.batch.nbytes
 
     def __str__(self) -> str:
         """The choice in one line."""
-        limit = "no limit" if self.budget is None else f"at most {_gib(self.budget)} a pass"
-        where = ", kept on the host" if self.offload else ""
         count = len(self.passes)
+        line = f"statistics of {sum(map(len, self.passes))} layers: {_gib(self.nbytes)}"
+        if self.budget is None:
+            return f"{line}, no limit: 1 pass"
+        rows = "" if self.batch.rows is None else f", {self.batch.rows} rows at once"
         return (
-            f"statistics of {sum(map(len, self.passes))} layers: {_gib(self.nbytes)} or less, "
-            f"{limit}: {count} pass{'es' if count > 1 else ''}{where}"
+            f"{line}, {_gib(self.held)} held, {_gib(self.batch.nbytes)} for a batch{rows}, at most "
+            f"{_gib(self.budget)}: {count} pass{'es' if count > 1 else ''}, peak {_gib(self.peak)}"
         )
+
+
+def parse_bytes(size: int | str | None) -> int | None:
+    """Bytes from a number, or from a text like ``"24GiB"``, ``"500 MB"``; None stays None.
+
+    Raises:
+        ValueError: anything else, or less than one byte.
+    """
+    if size is None:
+        return None
+    match = re.fullmatch(r"\s*([0-9.]+)\s*([kmgt]i?)?b?\s*", str(size).lower())
+    try:
+        value = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
+    except ValueError:
+        value = 0
+    if value < 1 or isinstance(size, bool):
+        raise ValueError(
+            f"max_memory must be bytes, at least 1, or a text like '24GiB' or '500MB', got {size!r}"
+        )
+    return value
 
 
 def statistic_bytes(
@@ -77,12 +133,38 @@ def total_bytes(
     element: int = 4,
 ) -> int:
     """Bytes of all layers' statistics; each group of `shared` layers reads one input."""
-    sizes = {n: statistic_bytes(s, needs, element=element) for n, s in shapes.items()}
-    total = sum(sum(layer.values()) for layer in sizes.values())
-    for group in shared:
-        for name in list(group)[1:]:
-            total -= sizes[name].get("input_second_moment", 0) + sizes[name].get("input_mean", 0)
-    return total
+    weigher = _Weigher(shapes, needs, shared, element)
+    return sum(weigher.added(name) for name in shapes)
+
+
+class _Weigher:
+    """Adds layers up; a shared input counts once, until `restart`."""
+
+    def __init__(
+        self,
+        shapes: Mapping[str, tuple[int, int]],
+        needs: Collection[str],
+        shared: Sequence[Collection[str]],
+        element: int,
+    ) -> None:
+        self.sizes = {n: statistic_bytes(s, needs, element=element) for n, s in shapes.items()}
+        self.group = {name: index for index, group in enumerate(shared) for name in group}
+        self.met: set[int] = set()
+
+    def added(self, name: str) -> int:
+        """What this layer adds to those before it."""
+        sizes = self.sizes[name]
+        total = sum(sizes.values())
+        group = self.group.get(name)
+        if group in self.met:
+            total -= sizes.get("input_second_moment", 0) + sizes.get("input_mean", 0)
+        if group is not None:
+            self.met.add(group)
+        return total
+
+    def restart(self) -> None:
+        """Nothing is there."""
+        self.met.clear()
 
 
 def make_plan(
@@ -90,34 +172,87 @@ def make_plan(
     needs: Collection[str],
     budget: int | None,
     *,
+    shared: Sequence[Collection[str]] = (),
     element: int = 4,
+    held: int = 0,
+    batches: Sequence[BatchSize] = (BatchSize(),),
+    strict: bool = False,
 ) -> Plan:
-    """As few passes as `budget` bytes allow, over groups of layers in their order.
+    """The quickest way within `budget` bytes: passes over groups of layers, in their order.
 
-    A layer that alone is above the budget gets a pass of its own.
+    Small batches leave room for more statistics, and so for fewer passes, but take longer for the
+    same tokens. A pass's time is taken to be that of its positions and of a fixed number more a batch.
+
+    Args:
+        shapes: ``(out, in)`` by layer.
+        needs: names of the statistics.
+        budget: bytes for everything; None for no limit.
+        shared: groups of layers that read one input.
+        element: bytes of a number.
+        held: bytes that are there before.
+        batches: ways to run the batches.
+        strict: the budget is a promise, not a guess.
+
+    Raises:
+        MemoryPlanError: a strict budget is too small even for one layer a pass and the smallest batch.
     """
-    sizes = {n: total_bytes({n: s}, needs, element=element) for n, s in shapes.items()}
-    nbytes = sum(sizes.values())
-    if budget is None or nbytes <= budget or not shapes:
-        return Plan((tuple(shapes),), nbytes, nbytes, budget, offload=False)
-    passes: list[list[str]] = [[]]
-    weight = 0
-    for name, size in sizes.items():
-        if passes[-1] and weight + size > budget:
-            passes.append([])
-            weight = 0
-        passes[-1].append(name)
-        weight += size
-    largest = max(sum(sizes[n] for n in group) for group in passes)
-    return Plan(tuple(map(tuple, passes)), nbytes, largest, budget, offload=True)
+    nbytes = total_bytes(shapes, needs, shared=shared, element=element)
+    if budget is None or not shapes:
+        return Plan((tuple(shapes),), nbytes, nbytes, None, held, batches[0])
+    best: tuple[float, int, Plan] | None = None
+    for batch in batches:
+        room = budget - held - batch.nbytes
+        groups, largest = _packed(_Weigher(shapes, needs, shared, element), shapes, room)
+        if largest > room:
+            continue
+        cost = len(groups) * (1 + _FIXED_POSITIONS / batch.positions)
+        plan = Plan(groups, nbytes, largest, budget, held, batch)
+        if best is None or (cost, len(groups)) < best[:2]:
+            best = cost, len(groups), plan
+    if best is not None:
+        return best[2]
+    smallest = min(batches, key=lambda batch: batch.nbytes)
+    groups, largest = _packed(_Weigher(shapes, needs, shared, element), shapes, 0)
+    plan = Plan(groups, nbytes, largest, budget, held, smallest)
+    if strict:
+        raise MemoryPlanError(
+            f"max_memory of {_gib(budget)} is too small: {_gib(held)} are held already (the model "
+            f"above all), one row of a batch takes {_gib(smallest.nbytes)} and the largest layer's "
+            f"statistics {_gib(largest)}. Allow {_gib(plan.peak)}, or cut the sequences shorter."
+        )
+    return plan
 
 
-def free_budget(device: torch.device) -> int | None:
-    """Bytes that statistics may take by default: a share of what is free; no limit on the CPU."""
+def _packed(
+    weigher: _Weigher, names: Collection[str], room: int
+) -> tuple[tuple[tuple[str, ...], ...], int]:
+    """Groups of layers, each of at most `room` bytes or of one layer, and the heaviest's bytes."""
+    groups: list[list[str]] = [[]]
+    weights = [0]
+    for name in names:
+        size = weigher.added(name)
+        if groups[-1] and weights[-1] + size > room:
+            groups.append([])
+            weights.append(0)
+            weigher.restart()
+            size = weigher.added(name)
+        groups[-1].append(name)
+        weights[-1] += size
+    return tuple(map(tuple, groups)), max(weights)
+
+
+def default_budget(device: torch.device) -> int | None:
+    """Bytes that everything on the device may take by default; no limit on the CPU."""
     if device.type != "cuda":
         return None
-    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return math.floor((torch.cuda.mem_get_info(device)[0] + held) * _SHARE_OF_FREE)
+    reserved = torch.cuda.memory_reserved(device)
+    free = torch.cuda.mem_get_info(device)[0] + reserved - torch.cuda.memory_allocated(device)
+    return math.floor(free * _SHARE_OF_FREE) + torch.cuda.memory_allocated(device)
+
+
+def is_easy(nbytes: int, budget: int, held: int) -> bool:
+    """Whether so many bytes of statistics need no plan."""
+    return nbytes <= (budget - held) * _EASY_SHARE
 
 
 def _gib(nbytes: int) -> str:

@@ -124,6 +124,31 @@ class Statistics(Mapping[str, LayerStatistics]):
         layers = records.read_layers(table.records, tensors)
         return Statistics(layers, self.metadata, self.fingerprints)
 
+    def release(self, name: str) -> None:
+        """Forget a layer; its tensors are freed, unless another layer or the caller holds them."""
+        self._layers.pop(name, None)
+
+    def relieve(self, device: torch.device, nbytes: int) -> None:
+        """Move layers from `device` to the host, last ones first, until so many bytes are free."""
+        moved: dict[int, Tensor] = {}
+        freed = 0
+        for name in reversed(list(self._layers)):
+            if freed >= nbytes:
+                break
+            layer = self._layers[name]
+            own = {f: t for f in layer.TENSORS if (t := getattr(layer, f)) is not None}
+            for tensor in own.values():
+                if tensor.device == device and id(tensor) not in moved:
+                    moved[id(tensor)] = tensor.cpu()
+                    freed += tensor.numel() * tensor.element_size()
+            self._layers[name] = replace(layer, **{f: moved.get(id(t), t) for f, t in own.items()})
+        for name, layer in self._layers.items():
+            # Layers that share a tensor that was moved share the moved one.
+            own = {f: t for f in layer.TENSORS if (t := getattr(layer, f)) is not None}
+            if any(id(t) in moved for t in own.values()):
+                shared = {f: moved.get(id(t), t) for f, t in own.items()}
+                self._layers[name] = replace(layer, **shared)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file: aside first, then renamed, so an old file survives a failure.
 
