@@ -9,11 +9,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import lorainit
+from lorainit.adapters.anchor import placed_like
+from lorainit.adapters.install import true_config
 from lorainit.errors import LorainitError
 from lorainit.statistics import distributed, travel
 from lorainit.statistics.rounds import is_sharded
@@ -93,7 +96,11 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def adapter(model: PeftModel) -> dict[str, Tensor]:
-    return {n: whole(p) for n, p in model.named_parameters() if "lora_" in n}
+    return {
+        n.replace(".held.weight", ".trained"): whole(p)
+        for n, p in model.named_parameters()
+        if "lora_" in n
+    }
 
 
 def wrapped(kind: str) -> Any:
@@ -422,6 +429,71 @@ def by_oneself(rank: int, size: int) -> float:
     return float(found.metadata["sequences"])
 
 
-def anchored_over_shards(rank: int, size: int) -> None:
-    model = sharded(get_peft_model(models.llama(), config()))
+def anchored_over_shards(rank: int, size: int) -> dict[str, Any]:
+    """An adapter that is sharded already gets an anchor, is trained, saved, loaded, started again."""
+    data = part(ROWS, even(size), rank)
+    ids = {"input_ids": data[0]["input_ids"]}
+    base = models.llama()
+    with torch.no_grad():
+        before = base(**ids).logits
+    model = sharded(get_peft_model(base, config(use_rslora=True)))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+
+    def start(method: Any) -> None:
+        lorainit.get_peft_model(model, None, method=method, data=data, progress=False)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        model(input_ids=ids["input_ids"], labels=ids["input_ids"]).loss.backward()
+        optimizer.step()
+
+    def logits() -> Tensor:
+        with torch.no_grad():
+            return model(**ids).logits
+
+    start(lorainit.PiSSA())
+    assert torch.equal(logits(), before)
+    assert true_config(model, "default").r == 2
+    # The optimizer was there before and holds the same parameters.
+    step()
+    moved = logits()
+    assert not torch.equal(moved, before)
+    # What is saved is plain LoRA of twice the rank.
+    state = {k: whole(v) for k, v in model.state_dict().items() if "lora_" in k}
+    assert all(k.endswith(("lora_A.default.weight", "lora_B.default.weight")) for k in state)
+    fresh = get_peft_model(
+        models.llama(),
+        LoraConfig(r=4, lora_alpha=alpha(model), use_rslora=True, target_modules="all-linear"),
+    )
+    fresh.load_state_dict(state, strict=False)
+    with torch.no_grad():
+        assert torch.allclose(fresh(**ids).logits, moved, atol=1e-5)
+    start(lorainit.MiLoRA())
+    assert torch.equal(logits(), before)
+    model.load_state_dict(
+        {k: placed_like(v, model.state_dict()[k]) for k, v in state.items()}, strict=False
+    )
+    assert torch.allclose(logits(), moved, atol=1e-5)
+    start(lorainit.LoraDA())
+    displaced = lorainit.get_peft_model(
+        models.llama(), config(use_rslora=True), method=lorainit.LoraDA(), data=data, progress=False
+    )
+    with torch.no_grad():
+        assert torch.allclose(logits(), displaced(**ids).logits, atol=1e-5)
+    step()
+    return {k: whole(v) for k, v in model.state_dict().items() if "lora_" in k}
+
+
+def alpha(model: PeftModel) -> int:
+    found = model.peft_config["default"].lora_alpha
+    assert isinstance(found, int | float)
+    return found
+
+
+def factor_sharded_by_itself(rank: int, size: int) -> None:
+    model = get_peft_model(models.llama(), config())
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            fully_shard(module.lora_A["default"])
+    sharded(model)
     lorainit.get_peft_model(model, None, method=lorainit.PiSSA(), progress=False)

@@ -72,10 +72,8 @@ def test_statistics(size: int, kind: str, alone: Any, tmp_path: Path) -> None:
     ("size", "kind"), table([*KINDS, "fsdp_after", "fsdp_adapter"], QUICK_STARTS)
 )
 def test_starts_and_curves(size: int, kind: str, alone: Any, tmp_path: Path) -> None:
-    # An anchored method cannot start an adapter that is sharded already.
-    names = [n for n in NAMES if kind != "fsdp_adapter" or n in ("lora_da", "eva", "natural")]
-    results = succeeded(launch(scenarios.starts, size, tmp_path, kind, names))
-    for name in names:
+    results = succeeded(launch(scenarios.starts, size, tmp_path, kind, NAMES))
+    for name in NAMES:
         start, curve = results[0][name]
         for other in results[1:]:
             assert all(torch.equal(value, other[name][0][key]) for key, value in start.items())
@@ -171,7 +169,12 @@ def test_one_process_by_itself(tmp_path: Path) -> None:
     assert succeeded(launch(scenarios.by_oneself, 2, tmp_path)) == [9.0, 0.0]
 
 
-def test_anchor_over_a_sharded_adapter_is_refused(tmp_path: Path) -> None:
-    for result in launch(scenarios.anchored_over_shards, 2, tmp_path):
+def test_anchor_over_a_sharded_adapter(tmp_path: Path) -> None:
+    first, second = succeeded(launch(scenarios.anchored_over_shards, 2, tmp_path))
+    assert all(torch.equal(value, second[key]) for key, value in first.items())
+
+
+def test_anchor_over_a_factor_sharded_by_itself_is_refused(tmp_path: Path) -> None:
+    for result in launch(scenarios.factor_sharded_by_itself, 2, tmp_path):
         assert isinstance(result, Failed)
-        assert "apply fully_shard afterwards" in result.text
+        assert "by itself" in result.text

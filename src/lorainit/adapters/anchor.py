@@ -43,8 +43,9 @@ class _AnchoredFactor(nn.Module):
     """Half trained, half frozen; a plain factor of twice the rank in every state dict.
 
     Attributes:
-        trained: parameter, the half that learns.
-        anchor: buffer of the same shape, the start, never written after installing.
+        trained: parameter, the half that learns; that of `held`, where there is one.
+        anchor: buffer of the same shape, the start, written when the adapter is started alone. It is
+            whole on every process, also where `trained` is sharded.
         experts: how many pairs of factors lie in this one, as PEFT lays out a stacked parameter's.
     """
 
@@ -64,6 +65,46 @@ class _AnchoredFactor(nn.Module):
         self.trained = nn.Parameter(start.detach().clone(memory_format=layout))
         copy = anchor.detach().clone(memory_format=layout)
         self.register_buffer("anchor", copy, persistent=False)
+
+    @classmethod
+    def around(cls, held: nn.Module, *, experts: int = 1) -> Self:
+        """Around a linear layer whose weight is sharded: its parameter learns, the anchor is zero.
+
+        What shards a parameter knows it by its module and name, so both stay as they are; the module
+        becomes a part of this one.
+        """
+        new = cls.__new__(cls)
+        nn.Module.__init__(new)
+        new.experts = experts
+        weight: Tensor = held.weight  # type: ignore[assignment]
+        anchor = torch.zeros(tuple(weight.shape), dtype=weight.dtype, device=weight.device)
+        new.register_buffer("anchor", anchor, persistent=False)
+        held.__class__ = _Held
+        new.held = held
+        return new
+
+    def __getattr__(self, name: str) -> Any:
+        """Parameters of the module that it was put around are its own."""
+        if name in ("trained", "bias"):
+            held = self.__dict__.get("_modules", {}).get("held")
+            if held is not None:
+                return held.weight if name == "trained" else held.bias
+        return super().__getattr__(name)
+
+    def restart(self, start: Tensor | None, anchor: Tensor | None) -> None:
+        """Write both halves in place.
+
+        Args:
+            start: for the trained half, which stays as it is where this is None.
+            anchor: whole or sharded; None for zeros.
+        """
+        with torch.no_grad():
+            if start is not None:
+                self.trained.copy_(placed_like(start, self.trained))
+            if anchor is None:
+                self.anchor.zero_()
+            else:
+                self.anchor.copy_(whole_of(anchor))
 
     @property
     def rank(self) -> int:
@@ -107,7 +148,8 @@ class _AnchoredFactor(nn.Module):
 
     def _start(self) -> Tensor:
         """The anchor in the trained half's dtype, and sharded as that is, whoever changed it."""
-        return placed_like(self.anchor.to(self.trained.dtype), self.trained)
+        like = self.trained
+        return placed_like(self.anchor.to(device=like.device, dtype=like.dtype), like)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         weight = self.weight
@@ -143,6 +185,16 @@ class _AnchoredFactor(nn.Module):
         with torch.no_grad():
             self.trained.copy_(placed_like(trained, self.trained))
             self.anchor.copy_(whole_of(anchor))
+
+
+class _Held(nn.Linear):
+    """A linear layer inside an anchored factor, in whose name it is saved and loaded."""
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        pass
 
 
 class AnchoredA(_AnchoredFactor):

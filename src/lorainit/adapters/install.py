@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
-from lorainit.adapters.anchor import AnchoredA, AnchoredB, placed_like
+from lorainit.adapters.anchor import AnchoredA, AnchoredB, placed_like, whole_of
 from lorainit.adapters.origin import Origin, remember
 from lorainit.adapters.patterns import scale_ranks, scaled, spell_out
 from lorainit.adapters.stacks import in_peft, is_stack, stacked_a, stacked_b
@@ -137,8 +138,11 @@ def install(
             _check_shapes(name, layers[place], adapter_name, pair)
     was_anchored = any(is_anchored(layer, adapter_name) for layer in layers.values())
     anchored = any(pair.anchored for pair in factors.values())
-    if anchored or was_anchored:
-        _refuse_sharded(layers, adapter_name)
+    if was_anchored and _is_sharded(layers, adapter_name):
+        # Its parameters stay where their sharding knows them: an anchor of zeros takes nothing away.
+        anchored = True
+    if anchored:
+        _refuse_sharded_factors(layers, adapter_name)
     with torch.no_grad():
         prepared = {
             name: _prepare(layer, adapter_name, given[name], anchored)
@@ -174,17 +178,26 @@ def _by_layer(
     return found
 
 
-def _refuse_sharded(layers: Mapping[str, LoraLayer], adapter_name: str) -> None:
-    """An anchor makes new parameters, which the adapter's sharding would not know of."""
+def _is_sharded(layers: Mapping[str, LoraLayer], adapter_name: str) -> bool:
+    return any(
+        hasattr(_trained(layer.lora_A[adapter_name]), "device_mesh")
+        for layer in layers.values()
+        if takes_factors(layer, adapter_name)
+    )
+
+
+def _refuse_sharded_factors(layers: Mapping[str, LoraLayer], adapter_name: str) -> None:
+    """A factor that is a sharded unit by itself gathers its weight in its own forward alone."""
     for name, layer in layers.items():
-        if takes_factors(layer, adapter_name) and hasattr(
-            _trained(layer.lora_A[adapter_name]), "device_mesh"
-        ):
-            raise AdapterError(
-                f"layer '{name}': the adapter is sharded already, and starting it with this method "
-                "puts other parameters into its place. Start the adapter first and apply "
-                "fully_shard afterwards; a method without an anchor can start it either way."
-            )
+        if not takes_factors(layer, adapter_name):
+            continue
+        for factor in (layer.lora_A[adapter_name], layer.lora_B[adapter_name]):
+            if hasattr(factor, "unshard") and not isinstance(factor, AnchoredA | AnchoredB):
+                raise AdapterError(
+                    f"layer '{name}': fully_shard was applied to the adapter's factor by itself, which "
+                    "cannot get an anchor then. Apply it to the whole block, or start the adapter "
+                    "first and apply it afterwards; a method without an anchor can start it either way."
+                )
 
 
 def left_at_default(
@@ -250,6 +263,8 @@ def _check_shapes(name: str, layer: LoraLayer, adapter_name: str, pair: Factors)
     a, b = _trained(layer.lora_A[adapter_name]), _trained(layer.lora_B[adapter_name])
     given = tuple(pair.A.shape), tuple(pair.B.shape)
     if is_stack(layer):
+        # Shapes alone: what is sharded cannot always be viewed.
+        a, b = (torch.empty(tuple(t.shape), device="meta") for t in (a, b))
         a, b = stacked_a(a, layer.num_experts)[0], stacked_b(b, layer.num_experts)[0]
         a, b = in_peft(layer, a, b)
     have = tuple(a.shape), tuple(b.shape)
@@ -264,7 +279,17 @@ def _trained(factor: nn.Module) -> Tensor:
     return factor.trained if isinstance(factor, AnchoredA | AnchoredB) else factor.weight  # type: ignore[return-value]
 
 
-_Pair = tuple[nn.Module, nn.Module] | tuple[Tensor, Tensor] | None
+@dataclass(frozen=True)
+class _Restart:
+    """Both halves of an anchored pair whose parameters are sharded and stay where they are."""
+
+    a: Tensor | None
+    b: Tensor | None
+    start_a: Tensor | None
+    start_b: Tensor | None
+
+
+_Pair = tuple[nn.Module, nn.Module] | tuple[Tensor, Tensor] | _Restart | None
 
 
 def _prepare(
@@ -279,6 +304,10 @@ def _prepare(
         pair, start = _filled(layer, like_a, like_b, pairs)
     else:
         pair = start = next(iter(pairs.values()), None)
+    if anchored and hasattr(like_a, "device_mesh"):
+        halves = (None, None) if pair is None else (pair.A, pair.B)
+        kept = start is not None and start.anchored
+        return _Restart(*halves, *((start.A, start.B) if kept and start else (None, None)))
     if pair is None:
         if like_a.is_meta:
             a, b = _default_start(like_a, like_b, layer)
@@ -313,7 +342,7 @@ def _filled(
     if like_a.is_meta:
         a, b = _default_start(like_a, like_b, layer)
     else:
-        a, b = like_a.detach().clone(), like_b.detach().clone()
+        a, b = whole_of(like_a.detach()).clone(), whole_of(like_b.detach()).clone()
     start_a, start_b = torch.zeros_like(a), torch.zeros_like(b)
     for name, pair in pairs.items():
         index = int(name.rpartition(".")[2])
@@ -333,6 +362,10 @@ def _experts(layer: LoraLayer) -> int:
 def _put(layer: LoraLayer, adapter_name: str, pair: _Pair) -> None:
     if pair is None:
         return
+    if isinstance(pair, _Restart):
+        _restart(layer, adapter_name, pair)
+        _refresh_magnitude(layer, adapter_name)
+        return
     a, b = pair
     if isinstance(a, nn.Module) and isinstance(b, nn.Module):
         _swap(layer, adapter_name, (a, b))
@@ -340,6 +373,22 @@ def _put(layer: LoraLayer, adapter_name: str, pair: _Pair) -> None:
         layer.lora_A[adapter_name].weight.copy_(a)
         layer.lora_B[adapter_name].weight.copy_(b)
     _refresh_magnitude(layer, adapter_name)
+
+
+def _restart(layer: LoraLayer, adapter_name: str, pair: _Restart) -> None:
+    for kind, holder, start, anchor in (
+        (AnchoredA, layer.lora_A, pair.a, pair.start_a),
+        (AnchoredB, layer.lora_B, pair.b, pair.start_b),
+    ):
+        factor = holder[adapter_name]
+        if not isinstance(factor, AnchoredA | AnchoredB):
+            factor = kind.around(factor, experts=_experts(layer)).train(factor.training)
+            holder[adapter_name] = factor
+        like = factor.trained
+        factor.restart(
+            None if start is None else _like(start, like, layer),
+            None if anchor is None else anchor.to(device=like.device, dtype=like.dtype),
+        )
 
 
 def _swap(layer: LoraLayer, adapter_name: str, pair: tuple[nn.Module, nn.Module]) -> None:
