@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +29,9 @@ TASKS: tuple[str, ...] = (
     "gsm_symbolic",
 )
 """The reasoning tasks of the benchmark, the one with the longest sequences last."""
+
+OTHER = {task: "letter_counting" for task in TASKS} | {"letter_counting": "simple_equations"}
+"""What is looked at after fine-tuning on a task, to see what was forgotten."""
 
 SIZES = {"train": 6144, "validation": 512, "test": 1024}
 
@@ -54,10 +58,10 @@ class Pool:
         return self.tokens.shape[0]
 
     def to(self, device: torch.device | str) -> Pool:
-        return Pool(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
+        return type(self)(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
 
     def first(self, count: int) -> Pool:
-        return Pool(*(getattr(self, name)[:count] for name in self.__dataclass_fields__))
+        return type(self)(*(getattr(self, name)[:count] for name in self.__dataclass_fields__))
 
     def batches(self, rows: Sequence[int], batch_size: int) -> list[dict[str, Tensor]]:
         """Keyword batches with mask and labels, each padded to its own longest sequence."""
@@ -117,20 +121,41 @@ def pools_from_examples(
 
 
 def load_pools(task: str, folder: Path) -> dict[str, Pool]:
-    """The splits of a task from its prepared file."""
+    """The splits of a task from its prepared file; ``"other"`` holds sequences of another task."""
     path = folder / f"{task}.npz"
     if not path.exists():
         raise FileNotFoundError(
             f"{path} is not there: make it with `python -m benchmarks.quality.data --out {folder}`"
         )
     with np.load(path) as file:
+        labelled = "kind" in file
+    if labelled:
+        from benchmarks.quality.labelled import load_labelled
+
+        return load_labelled(path)
+    with np.load(path) as file:
         slots = int(file["slots"])
-        return {
-            split: pool_of(
-                *(torch.from_numpy(file[f"{split}_{k}"].astype(np.int64)) for k in _KEYS), slots
-            )
-            for split in SIZES
-        }
+        pools = {split: pool_of(*_arrays(file, split), slots) for split in SIZES}
+    other = folder / f"{OTHER.get(task, task)}.npz"
+    if task in OTHER and other.exists():
+        with np.load(other) as file:
+            pools["other"] = fitting(_arrays(file, "validation"), pools["train"])
+    return pools
+
+
+def fitting(arrays: Sequence[Tensor], like: Pool, most: int = 128) -> Pool:
+    """The first sequences of another task that a pool's length and label slots have room for."""
+    tokens, lengths, prompts = arrays
+    width, slots = like.tokens.shape[1], like.targets.shape[1]
+    rows = ((lengths <= width) & (lengths - prompts <= slots)).nonzero()[:most, 0]
+    held = tokens.new_zeros(len(rows), width)
+    common = min(width, tokens.shape[1])
+    held[:, :common] = tokens[rows, :common]
+    return pool_of(held, lengths[rows], prompts[rows], slots)
+
+
+def _arrays(file: Any, split: str) -> list[Tensor]:
+    return [torch.from_numpy(file[f"{split}_{k}"].astype(np.int64)) for k in _KEYS]
 
 
 _KEYS = ("tokens", "lengths", "prompts")
@@ -144,6 +169,10 @@ def prepare(task: str, folder: Path, style: Style = "plain") -> Path:
     path = folder / f"{task}.npz"
     if path.exists():
         return path
+    if task not in TASKS:
+        from benchmarks.quality.labelled import prepare_labelled
+
+        return prepare_labelled(task, folder)
     from benchmarks.common.models import load_smollm2_tokenizer
     from benchmarks.common.tasks import check_disjoint, make_examples, make_split
 

@@ -12,6 +12,12 @@ import lorainit
 LEARNING_RATES: tuple[float, ...] = (1e-4, 2.5e-4, 6.3e-4, 1.6e-3, 4e-3, 1e-2)
 """The grid of every method: two decades, five per two decades and both ends."""
 
+FULL = "full"
+"""Full fine-tuning, the upper line: no adapter, every weight of the base is trained."""
+
+FULL_RATES: tuple[float, ...] = (1e-5, 2.5e-5, 6.3e-5, 1.6e-4, 4e-4, 1e-3)
+"""Its own grid: whole weights want smaller steps."""
+
 CURVE_PERCENT: tuple[int, ...] = (0, 1, 2, 5, 10, 25, 50, 100)
 """Where the issue's tables read the held-out loss, in percent of the steps."""
 
@@ -21,8 +27,8 @@ class Experiment:
     """What is trained, how, and on how much.
 
     Attributes:
-        task: name in ``benchmarks.common.tasks.TASKS``.
-        method: name in ``lorainit.METHODS``.
+        task: name in a list of tasks of ``benchmarks.quality.kinds``.
+        method: name in ``lorainit.METHODS``, or ``"full"``.
         settings: keyword arguments of the method, JSON values; ``{"paper": true}`` stands for
             ``Method.paper()``.
         learning_rate: the peak of the schedule.
@@ -61,7 +67,7 @@ class Experiment:
     init: str = "auto"
 
     def __post_init__(self) -> None:
-        if self.method not in lorainit.METHODS:
+        if self.method not in lorainit.METHODS and self.method != FULL:
             known = ", ".join(lorainit.METHODS)
             raise ValueError(f"no method is called '{self.method}' (there are: {known})")
         if self.precision not in ("bf16", "fp32"):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import lorainit
 from benchmarks.quality.data import Pool, training_rows
 from benchmarks.quality.experiment import Experiment
+from benchmarks.quality.kinds import KINDS
 from benchmarks.quality.stacked import Start
 
 RANDOM = frozenset({"vanilla", "gaussian", "orthogonal"})
@@ -25,7 +26,7 @@ def lora_config(experiment: Experiment) -> LoraConfig:
         r=experiment.rank,
         lora_alpha=experiment.alpha,
         use_rslora=experiment.rslora,
-        target_modules="all-linear",
+        **KINDS[experiment.model].adapter(),
     )
 
 
@@ -43,7 +44,13 @@ def start_of(model: PeftModel, adapter_name: str = "default") -> Start:
             (a, a0), (b, b0) = a.chunk(2, 0), b.chunk(2, 1)
             anchors[name] = (a0.clone(), -b0)
         factors[name] = (a.clone(), b.clone())
-    return Start(factors, anchors)
+    extras = {
+        f"{name}.{key}": value.detach().clone()
+        for name, module in model.get_base_model().named_modules()
+        for key, value in getattr(module, "modules_to_save", {}).items()
+        for key, value in value.named_parameters()
+    }
+    return Start(factors, anchors, extras)
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,6 +102,7 @@ class Initialiser:
     ) -> Initialised:
         """The start of an experiment; `together` names others that its statistics should serve."""
         method = experiment.build_method()
+        kind = KINDS[experiment.model]
         data_key = (experiment.task, experiment.seed, self._samples(experiment))
         reads = bool(method.needs) or experiment.wants_data(method)
         key = (
@@ -102,11 +110,12 @@ class Initialiser:
             experiment.rank,
             experiment.alpha,
             experiment.rslora,
-            experiment.seed if experiment.method in RANDOM else None,
+            experiment.seed if experiment.method in RANDOM or kind.fresh_head else None,
             data_key if reads else None,
         )
         if key in self._solved:
             return self._solved[key]
+        kind.seed_head(self.model, experiment.seed)
         config = lora_config(experiment)
         collected, seconds = None, 0.0
         arguments: dict[str, Any] = {}

@@ -22,18 +22,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
 
 from benchmarks.quality import stages
 from benchmarks.quality.data import Pool, batch_order, default_folder, load_pools
 from benchmarks.quality.experiment import (
     CURVE_PERCENT,
+    FULL,
     Experiment,
     curve_steps,
     percent_steps,
 )
+from benchmarks.quality.full import train_full
 from benchmarks.quality.initialise import Initialised, Initialiser
+from benchmarks.quality.kinds import KINDS, model_of
 from benchmarks.quality.records import (
     RESULTS,
     Record,
@@ -42,7 +45,7 @@ from benchmarks.quality.records import (
     provenance,
     read_records,
 )
-from benchmarks.quality.stacked import StackedLlama
+from benchmarks.quality.stacked import Base, Start
 from benchmarks.quality.trainer import Job, Outcome, StackTrainer
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -86,7 +89,7 @@ class Bench:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: Any,
         data: Path,
         out: Path,
         stage: str,
@@ -109,7 +112,7 @@ class Bench:
         self.initialise = Initialiser(model)
         self.clock = clock or Clock(None)
         self.provenance = provenance(commit, self.device)
-        self._bases: dict[str, StackedLlama] = {}
+        self._bases: dict[Any, Base] = {}
         self._trainers: dict[Any, StackTrainer] = {}
         self._slowest: dict[Any, float] = defaultdict(float)
         self._memory: Any = None
@@ -145,9 +148,17 @@ class Bench:
             for experiment in experiments:
                 self.clock.check(max(5.0 if self.cuda else 0.0, self._slowest[experiment.label]))
                 together = [
-                    e for e in experiments if statistics_key(e) == statistics_key(experiment)
+                    e
+                    for e in experiments
+                    if e.method != FULL and statistics_key(e) == statistics_key(experiment)
                 ]
                 began = time.perf_counter()
+                if experiment.method == FULL:
+                    self._full(experiment, pools)
+                    self._slowest[FULL] = max(self._slowest[FULL], time.perf_counter() - began)
+                    added += 1
+                    bar.update()
+                    continue
                 try:
                     found = self.initialise(experiment, pools["train"], together)
                 except Exception as error:
@@ -182,28 +193,10 @@ class Bench:
         first = members[0][0]
         trainer = self.trainer(key, first, members[0][1], pools, len(members))
         jobs = [
-            Job(
-                found.start,
-                experiment.learning_rate,
-                batch_order(
-                    len(pools["train"]),
-                    experiment.train_samples,
-                    experiment.seed,
-                    experiment.steps,
-                    experiment.batch_size,
-                ),
-            )
+            Job(found.start, experiment.learning_rate, _order(experiment, pools))
             for experiment, found in members
         ]
-        scores = {"validation": pools["validation"].first(self.validation_rows)}
-        if self.test:
-            scores["test"] = pools["test"].first(self.test_rows)
-        outcomes = trainer.run(
-            jobs,
-            curve=pools["validation"].first(min(CURVE_ROWS, self.validation_rows)),
-            curve_at=(percent_steps if self.stage == "search" else curve_steps)(first.steps),
-            scores=scores,
-        )
+        outcomes = trainer.run(jobs, **self._evaluations(first, pools))
         memory = torch.cuda.max_memory_allocated() if self.cuda else None
         for (experiment, found), outcome in zip(members, outcomes, strict=True):
             append(self.out, self._record(experiment, found, outcome, memory))
@@ -212,6 +205,39 @@ class Bench:
             self._slowest[name] = max(self._slowest[name], took)
         bar.update(len(members))
         return len(members)
+
+    def _evaluations(self, first: Experiment, pools: dict[str, Pool]) -> dict[str, Any]:
+        """What is evaluated, and when: a search looks seldom, and at the validation split only."""
+        searching = self.stage == "search"
+        scores = {"validation": pools["validation"].first(self.validation_rows)}
+        if self.test:
+            scores["test"] = pools["test"].first(self.test_rows)
+        other = {}
+        if "other" in pools and not searching:
+            other = {"other": pools["other"].first(self.validation_rows)}
+        return {
+            "curve": pools["validation"].first(min(CURVE_ROWS, self.validation_rows)),
+            "curve_at": (percent_steps if searching else curve_steps)(first.steps),
+            "scores": scores | other,
+            "start_scores": other,
+        }
+
+    def _full(self, experiment: Experiment, pools: dict[str, Pool]) -> None:
+        """One run of full fine-tuning."""
+        KINDS[experiment.model].seed_head(self.model, experiment.seed)
+        outcome = train_full(
+            self.model,
+            pools["train"],
+            _order(experiment, pools),
+            learning_rate=experiment.learning_rate,
+            warmup=experiment.warmup,
+            clip=experiment.clip,
+            bfloat16=experiment.precision == "bf16",
+            **self._evaluations(experiment, pools),
+        )
+        memory = torch.cuda.max_memory_allocated() if self.cuda else None
+        nothing = Initialised(Start({}, {}), 0.0, 0.0)
+        append(self.out, self._record(experiment, nothing, outcome, memory))
 
     def _record(
         self, experiment: Experiment, found: Initialised, outcome: Outcome, memory: int | None
@@ -240,6 +266,8 @@ class Bench:
                 "exact": float(exact.mean()),
                 "sequences": len(losses),
             }
+        if "other" in outcome.start_scores:
+            record["other"]["start_loss"] = float(outcome.start_scores["other"][0].mean())
         return record
 
     def trainer(
@@ -251,7 +279,7 @@ class Bench:
             size //= 2
         if (key, size) not in self._trainers:
             self._trainers[key, size] = StackTrainer(
-                self._base(first.precision),
+                self._base(first.model, first.precision),
                 stack=size,
                 rank=found.start.rank,
                 anchored=found.start.anchored,
@@ -272,10 +300,11 @@ class Bench:
             self._memory = torch.cuda.graph_pool_handle()
         return self._memory
 
-    def _base(self, precision: str) -> StackedLlama:
-        if precision not in self._bases:
-            self._bases[precision] = StackedLlama(self.model, _DTYPES[precision], fuse=self.cuda)
-        return self._bases[precision]
+    def _base(self, model: str, precision: str) -> Base:
+        if (model, precision) not in self._bases:
+            base = KINDS[model].base(self.model, _DTYPES[precision], self.cuda)
+            self._bases[model, precision] = base
+        return self._bases[model, precision]
 
     def _fail(self, experiment: Experiment, error: Exception) -> None:
         text = "".join(traceback.format_exception(error)[-3:])
@@ -291,6 +320,12 @@ class Bench:
         gc.collect()
         if self.cuda:
             torch.cuda.empty_cache()
+
+
+def _order(experiment: Experiment, pools: dict[str, Pool]) -> torch.Tensor:
+    """Rows of the training pool, ``(steps, batch)``."""
+    e = experiment
+    return batch_order(len(pools["train"]), e.train_samples, e.seed, e.steps, e.batch_size)
 
 
 def stack_for(pool: Pool, most: int) -> int:
@@ -315,21 +350,15 @@ def _stack_key(experiment: Experiment, found: Initialised) -> tuple[Any, ...]:
     )
 
 
-def load_model(packed: Path | None, device: torch.device) -> PreTrainedModel:
-    """SmolLM2-135M from a packed folder, else from the cache of the benchmarks."""
-    if packed is not None:
-        from benchmarks.quality.pack import load_packed
-
-        model: PreTrainedModel = load_packed(packed, device)
-    else:
-        from benchmarks.common.models import load_smollm2
-
-        model = load_smollm2(device=device)
-    return round_base(model)
+def load_model(
+    folder: Path | None, device: torch.device, name: str = "smollm2-135m-instruct"
+) -> Any:
+    """A base model of `KINDS` from a folder, else from the cache of the benchmarks."""
+    return round_base(KINDS[name].load(folder, device))
 
 
 @torch.no_grad()
-def round_base(model: PreTrainedModel) -> PreTrainedModel:
+def round_base(model: nn.Module) -> nn.Module:
     """Weights rounded to bfloat16 and kept in float32: what training in either precision reads."""
     for parameter in model.parameters():
         parameter.copy_(parameter.bfloat16().float())
@@ -414,7 +443,7 @@ def main() -> None:
     if not left:
         return
     bench = Bench(
-        load_model(arguments.model, choose_device()),
+        load_model(arguments.model, choose_device(), model_of(arguments.tasks)),
         arguments.data,
         arguments.out,
         arguments.stage,

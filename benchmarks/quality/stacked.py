@@ -12,9 +12,10 @@ An anchored start ``W x + s (B A - B0 A0) x`` is an adapter of twice the rank wh
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -23,10 +24,14 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Start:
-    """One adapter's factors by layer name: ``A`` ``(r, in)``, ``B`` ``(out, r)`` and the anchor."""
+    """One adapter's factors by layer name: ``A`` ``(r, in)``, ``B`` ``(out, r)`` and the anchor.
+
+    `extras` are other weights that are trained along with them, a classifier's head.
+    """
 
     factors: Mapping[str, tuple[Tensor, Tensor]]
     anchors: Mapping[str, tuple[Tensor, Tensor]]
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def anchored(self) -> bool:
@@ -141,6 +146,7 @@ class StackedLlama:
     def __init__(self, model: torch.nn.Module, dtype: torch.dtype, *, fuse: bool) -> None:
         config = model.config
         self.dtype, self.config = dtype, config
+        self.extras: dict[str, tuple[int, ...]] = {}
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.eps = config.rms_norm_eps
         self.device = next(model.parameters()).device
@@ -231,6 +237,29 @@ class StackedLlama:
         return losses.view(targets.shape), right.view(targets.shape)
 
 
+class Base(Protocol):
+    """A frozen model as `Adapters` and the trainer see it."""
+
+    dtype: torch.dtype
+    device: torch.device
+    shapes: list[tuple[list[str], list[int], int]]
+    """Names, output widths and input width of the layers that read one tensor."""
+    extras: Mapping[str, Sequence[int]]
+    """Shapes of what is trained besides."""
+    update: Any
+
+    def rotation(self, length: int) -> tuple[Tensor, Tensor]: ...
+
+    def token_losses(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        targets: Tensor,
+        adapters: Adapters,
+        rotation: tuple[Tensor, Tensor],
+    ) -> tuple[Tensor, Tensor]: ...
+
+
 class Adapters:
     """Flat float32 weights ``(E, P)`` of all adapters, views of them for compute, and AdamW.
 
@@ -243,11 +272,12 @@ class Adapters:
     """
 
     def __init__(
-        self, base: StackedLlama, stack: int, rank: int, *, anchored: bool, scaling: float
+        self, base: Base, stack: int, rank: int, *, anchored: bool, scaling: float
     ) -> None:
         self.stack, self.rank, self.anchored = stack, rank, anchored
         k = 2 * rank if anchored else rank
         total = sum(len(n) * k * i + k * sum(w) for n, w, i in base.shapes)
+        total += sum(math.prod(shape) for shape in base.extras.values())
         device = base.device
         self.weights = torch.zeros(stack, total, device=device)
         self.first = torch.zeros_like(self.weights)
@@ -279,6 +309,17 @@ class Adapters:
                 group.grad_B.append(self.gradient[:, view].view(stack, k, width))
                 offset += k * width
             self.groups.append(group)
+        self.extras: dict[str, tuple[Tensor, Tensor]] = {}
+        self._extra_places: dict[str, slice] = {}
+        for name, shape in base.extras.items():
+            view = slice(offset, offset + math.prod(shape))
+            self.extras[name] = (
+                self.compute[:, view].view(stack, *shape),
+                self.gradient[:, view].view(stack, *shape),
+            )
+            self._extra_places[name] = view
+            live[view] = 1
+            offset = view.stop
         self.live = live.to(device) if anchored else None
 
     def load(self, index: int, start: Start) -> None:
@@ -294,6 +335,8 @@ class Adapters:
                 at_a, at_b = at_a + shift * inputs, at_b + shift * width
                 row[at_a : at_a + r * inputs] = a.reshape(-1).to(row)
                 row[at_b : at_b + r * width] = sign * b.mT.reshape(-1).to(row)
+        for name, view in self._extra_places.items():
+            row[view] = start.extras[name].reshape(-1).to(row)
         self.refresh()
 
     def factors(self, index: int, name: str) -> tuple[Tensor, Tensor]:

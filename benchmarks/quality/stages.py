@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from benchmarks.quality.data import TASKS
-from benchmarks.quality.experiment import LEARNING_RATES, Experiment
+from benchmarks.quality.experiment import FULL, FULL_RATES, LEARNING_RATES, Experiment
+from benchmarks.quality.kinds import defaults
 from benchmarks.quality.records import Record
 
 METHODS: tuple[str, ...] = (
@@ -63,7 +64,9 @@ def search(
     for task in tasks:
         for text in methods:
             name, settings = parse_method(text)
-            found += [Experiment(task, name, rate, settings=settings, **common) for rate in rates]
+            fields = defaults(task) | common
+            grid = FULL_RATES if name == FULL else rates
+            found += [Experiment(task, name, rate, settings=settings, **fields) for rate in grid]
     return found
 
 
@@ -158,7 +161,9 @@ def _at_rates(
         for change in changes:
             for text in methods:
                 name, settings = parse_method(text)
-                first = Experiment(task, name, 1.0, settings=settings, **change)
+                first = Experiment(
+                    task, name, 1.0, settings=settings, **(defaults(task) | dict(change))
+                )
                 if (task, first.label) not in best:
                     raise ValueError(
                         f"no learning rate of '{first.label}' on {task} is known: run the stage "

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.quality.data import Pool
-from benchmarks.quality.stacked import Adapters, StackedLlama, Start
+from benchmarks.quality.stacked import Adapters, Base, Start
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +84,7 @@ class StackTrainer:
 
     def __init__(
         self,
-        base: StackedLlama,
+        base: Base,
         *,
         stack: int,
         rank: int,
