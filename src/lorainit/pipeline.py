@@ -68,7 +68,8 @@ def collect_statistics(
         on_nonfinite: what to do about sequences whose loss is not finite: ``"raise"``, or
             ``"skip"``: they are named in the log, counted in the statistics' ``metadata`` under
             ``"skipped_sequences"``, and the rest of their batch is run without them.
-        on_unused: what to do about targets that no sequence reached.
+        on_unused: what to do about targets that no sequence reached, experts of a mixture among
+            them: ``"raise"``, or ``"default"``: start them as PEFT does, and name them in the log.
         gather: over several processes, give all layers to every process. If not, each keeps about as
             many bytes of layers as every other, and the result serves `get_peft_model` on the same
             processes, or ``save``, which all of them must call.

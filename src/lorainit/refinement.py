@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from lorainit.adapters.targets import Target
 from lorainit.adapters.weights import read_weight
 from lorainit.calibration import SearchResult, search_length
-from lorainit.division import device_of, solvers
+from lorainit.division import device_of, less_at_once, solvers
 from lorainit.methods.metric import KroneckerMetric, cut
 from lorainit.methods.natural import Natural
 from lorainit.statistics import LossFunction, Statistics, distributed
@@ -138,19 +138,47 @@ class _Stack:
 
     @classmethod
     def measured(
-        cls, method: Natural, targets: list[Target], statistics: Statistics, present: _Pairs
+        cls,
+        method: Natural,
+        targets: list[Target],
+        statistics: Statistics,
+        present: _Pairs,
+        device: torch.device,
     ) -> _Stack:
         """Metric and step from statistics taken at the present displacement."""
-        device = next(targets[0].module.parameters()).device
-        if device.type == "meta":
-            # The weight is offloaded; the statistics are where they were collected.
-            device = statistics[targets[0].name].gradient.device
         layers = [statistics[t.name].only(method.needs).to(device=device) for t in targets]
         metric, step = method.step(LayerStatistics.stack(layers), targets[0].spec.rank)
         if not present:
             return cls(targets, metric, step, None)
         left, right = (torch.stack([present[t.name][i] for t in targets]) for i in (0, 1))
-        return cls(targets, metric, step, (left, right))
+        return cls(targets, metric, step, (left.to(step[0].device), right.to(step[1].device)))
+
+    @classmethod
+    def all_measured(
+        cls,
+        method: Natural,
+        targets: list[Target],
+        statistics: Statistics,
+        present: _Pairs,
+        device: torch.device | None = None,
+    ) -> list[_Stack]:
+        """The same, of fewer layers at once where memory does not do for all."""
+        if device is None:
+            device = next(targets[0].module.parameters()).device
+            if device.type == "meta":
+                # The weight is offloaded; the statistics are where they were collected.
+                device = statistics[targets[0].name].gradient.device
+        try:
+            return [cls.measured(method, targets, statistics, present, device)]
+        except torch.OutOfMemoryError:
+            # Handled below: until here the traceback holds what was allocated.
+            pass
+        parts, device = less_at_once(targets, device)
+        return [
+            stack
+            for part in parts
+            for stack in cls.all_measured(method, part, statistics, present, device)
+        ]
 
     def moved(self, length: float, directions: int) -> tuple[Tensor, Tensor]:
         """The displacement after a step of this length along its first directions, cut to rank."""
@@ -196,8 +224,9 @@ class NaturalSteps:
         self._owners = solvers(self.targets, statistics)
         with distributed.together():
             self._stacks = [
-                _Stack.measured(self.method, members, statistics, self._at)
+                stack
                 for members in self._groups()
+                for stack in _Stack.all_measured(self.method, members, statistics, self._at)
             ]
         result, directions = self._search()
         if result.length > 0:

@@ -12,8 +12,9 @@ from tqdm.auto import tqdm
 
 from lorainit.adapters.targets import Target
 from lorainit.adapters.weights import part_of_gather, read_weight
-from lorainit.division import device_of, solvers
+from lorainit.division import device_of, less_at_once, solvers
 from lorainit.errors import AdapterError, LorainitError, NonFiniteError
+from lorainit.linalg import double_precision
 from lorainit.statistics import Statistics, distributed
 from lorainit.statistics.plan import statistic_bytes
 from lorainit.statistics.travel import Slot, from_owners
@@ -111,7 +112,7 @@ def value_directions(
                 ]
                 values = method.rank_values(LayerStatistics.stack(layers), limit)
                 # In one dtype, so that all know what is coming.
-                found |= {t.name: values[i].double().cpu() for i, t in enumerate(chunk)}
+                found |= {t.name: values[i].cpu().double() for i, t in enumerate(chunk)}
     slots = [Slot(n, owners[n], (limits[n],), torch.float64) for n in targets]
     from_owners(found, slots, torch.device("cpu"))
     return {name: found[name] for name in targets}
@@ -172,14 +173,39 @@ def _solve_chunk(
     method: Method,
     precision: Literal["fast", "exact"],
 ) -> list[Factors]:
-    """Solve a stack of layers of one shape; if that fails, one by one, to name the layer."""
+    """Solve a stack of layers of one shape; if that fails, one by one, to name the layer.
+
+    Where the device's memory does not do: in halves, and a single layer on the CPU.
+    """
+    try:
+        return _solve_stack(chunk, weights, layers, method, precision)
+    except torch.OutOfMemoryError:
+        # Handled below: until here the traceback holds what was allocated.
+        pass
+    device = weights[0].device
+    parts, place = less_at_once(chunk, device)
+    pairs, first = [], 0
+    for part in parts:
+        own = slice(first, first := first + len(part))
+        held = [weight.to(place) for weight in weights[own]]
+        pairs += _solve_chunk(part, held, layers[own], method, precision)
+    return [Factors(p.A.to(device), p.B.to(device), p.anchored) for p in pairs]
+
+
+def _solve_stack(
+    chunk: list[Target],
+    weights: list[Tensor],
+    layers: list[LayerStatistics],
+    method: Method,
+    precision: Literal["fast", "exact"],
+) -> list[Factors]:
     spec = chunk[0].spec
     dtype = torch.float64 if precision == "exact" else None
+    wide = weights if dtype is None else [double_precision(weight) for weight in weights]
     moved = [
         _for_solving(layer, method.needs, weight.device, dtype)
-        for layer, weight in zip(layers, weights, strict=True)
+        for layer, weight in zip(layers, wide, strict=True)
     ]
-    wide = [w.to(dtype) if dtype is not None else w for w in weights]
     if len(chunk) > 1:
         try:
             stacked = method.solve(
@@ -187,9 +213,9 @@ def _solve_chunk(
             )
             _check_factors(stacked, spec, (len(chunk),))
             return [stacked[i] for i in range(len(chunk))]
-        except (LorainitError, torch.OutOfMemoryError):
-            if wide[0].is_cuda:
-                torch.cuda.empty_cache()
+        except LorainitError:
+            # One of them cannot be solved: which, is found below.
+            pass
     return [
         _solve_one(target, weight, layer, method)
         for target, weight, layer in zip(chunk, wide, moved, strict=True)

@@ -1,4 +1,4 @@
-"""A device without float64, and torch.compile."""
+"""A device without float64, memory that does not do, and torch.compile."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lorainit
 from lorainit.adapters.anchor import AnchoredA, AnchoredB
 from tests.adapters.tiny import METHODS, batch, config, llama, logits, start, train
+from tests.life.fake_mps import OnMps, moved, mps
+from tests.untouched import untouched
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -105,3 +107,158 @@ def test_a_graph_break_would_be_seen() -> None:
 
     with pytest.raises(torch._dynamo.exc.Unsupported):
         torch.compile(Breaks(), fullgraph=True, backend="eager")(torch.ones(2))
+
+
+@pytest.fixture(scope="module")
+def everything() -> lorainit.Statistics:
+    """What every method reads."""
+    needs = frozenset().union(*(method().needs for method in lorainit.METHODS.values()))
+    return lorainit.collect_statistics(
+        llama(), config(), data=[batch()], needs=needs, progress=False
+    )
+
+
+def test_the_stand_in_for_mps_is_a_device_without_float64() -> None:
+    x = OnMps(torch.randn(3, 4))
+    with mps(), torch.no_grad():
+        assert x.device.type == torch.ones(2, device="mps").device.type == "mps"
+        assert (x @ x.mT).device.type == torch.ones(2).to("mps").device.type == "mps"
+        assert x.cpu().double().dtype == x.to("cpu", torch.float64).dtype == torch.float64
+        for wide in (x.double, lambda: torch.zeros(2, device="mps", dtype=torch.float64)):
+            with pytest.raises(TypeError, match="float64"):
+                wide()
+        with pytest.raises(TypeError, match="float64"):
+            torch.ones(2).double().to("mps")
+        with pytest.raises(RuntimeError, match="two devices"):
+            x + torch.ones(3, 4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("precision", ["fast", "exact"])
+@pytest.mark.parametrize("name", lorainit.METHODS)
+def test_every_method_starts_a_model_on_mps(
+    name: str, precision: Any, everything: lorainit.Statistics
+) -> None:
+    method = lorainit.METHODS[name]()
+    arguments: dict[str, Any] = {"statistics": everything, "precision": precision}
+    if getattr(method, "calibrated", False):
+        arguments["data"] = [batch(seed=3)]
+    torch.manual_seed(0)
+    expected = start(llama(), method, config(), **arguments)
+    torch.manual_seed(0)
+    with mps():
+        found = start(moved(llama()), method, config(), **arguments)
+        factors = {n: p.detach() for n, p in found.named_parameters() if "lora_" in n}
+        assert {p.device.type for p in factors.values()} == {"mps"}
+        on_cpu = {n: p.cpu() for n, p in factors.items()}
+    for key, parameter in expected.named_parameters():
+        if "lora_" in key:
+            torch.testing.assert_close(on_cpu[key], parameter.detach(), rtol=1e-6, atol=1e-8)
+
+
+# --- memory that does not do --------------------------------------------------------------------
+
+
+class Hungry(lorainit.LoraDA):
+    """There is memory for so many layers at a time, and on the CPU for one."""
+
+    layers = 1
+    on_device = 0
+    solved: list[int]
+
+    def solve(self, weight: torch.Tensor, *arguments: Any) -> Any:
+        count = weight.shape[0] if weight.dim() == 3 else 1
+        if count > (self.layers if weight.device.type == "cpu" else self.on_device):
+            raise torch.OutOfMemoryError("Tried to allocate 20.00 GiB.")
+        type(self).solved.append(count)
+        return super().solve(weight, *arguments)
+
+
+def hungry(layers: int, on_device: int = 0) -> Any:
+    kind = type("Hungry", (Hungry,), {"layers": layers, "on_device": on_device, "solved": []})
+    return kind()
+
+
+@pytest.mark.parametrize(("layers", "sizes"), [(1, {1}), (2, {1, 2}), (8, {2, 4})])
+def test_a_solve_without_memory_is_cut_and_said(
+    layers: int, sizes: set[int], caplog: pytest.LogCaptureFixture, everything: lorainit.Statistics
+) -> None:
+    method = hungry(layers)
+    with caplog.at_level("WARNING", logger="lorainit"):
+        found = start(llama(), method, config(), statistics=everything)
+    expected = start(llama(), lorainit.LoraDA(), config(), statistics=everything)
+    torch.testing.assert_close(logits(found), logits(expected), rtol=1e-5, atol=1e-6)
+    assert set(method.solved) <= sizes
+    said = [record.message for record in caplog.records if "out of memory" in record.message]
+    assert bool(said) == (layers < 8)
+    for line in said:
+        assert "self_attn" in line or "mlp" in line
+        assert "at once instead" in line
+
+
+@torch.no_grad()
+def test_a_layer_that_does_not_fit_the_device_is_solved_on_the_cpu(
+    caplog: pytest.LogCaptureFixture, everything: lorainit.Statistics
+) -> None:
+    expected = start(llama(), lorainit.LoraDA(), config(), statistics=everything)
+    with mps(), caplog.at_level("WARNING", logger="lorainit"):
+        found = start(moved(llama()), hungry(1), config(), statistics=everything)
+        factors = {n: p.cpu() for n, p in found.named_parameters() if "lora_" in n}
+    assert "out of memory on mps:0" in caplog.text
+    assert ": on the CPU instead" in caplog.text
+    for key, parameter in expected.named_parameters():
+        if "lora_" in key:
+            torch.testing.assert_close(factors[key], parameter, rtol=1e-5, atol=1e-7)
+
+
+def test_a_solve_that_fits_nowhere_installs_nothing(everything: lorainit.Statistics) -> None:
+    model = llama()
+    with untouched(model), pytest.raises(torch.OutOfMemoryError) as caught:
+        start(model, hungry(0), config(), statistics=everything)
+    for word in (r"layer 'model.layers", r"shape \(", "exclude_modules"):
+        assert caught.match(word)
+
+
+def test_natural_steps_without_memory_are_cut_and_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = [batch(rows=6, seed=3)]
+    method = lorainit.Natural(steps=1)
+    expected = start(llama(), method, config(), data=data)
+    whole = lorainit.Natural.step
+
+    def step(self: Any, statistics: Any, rank: int) -> Any:
+        if statistics.gradient_sum.shape[0] > 1:
+            raise torch.OutOfMemoryError("Tried to allocate 20.00 GiB.")
+        return whole(self, statistics, rank)
+
+    monkeypatch.setattr(lorainit.Natural, "step", step)
+    with caplog.at_level("WARNING", logger="lorainit"):
+        found = start(llama(), method, config(), data=data)
+    assert "out of memory" in caplog.text
+    torch.testing.assert_close(logits(found), logits(expected), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_a_batch_without_memory_is_named_with_what_helps(where: str) -> None:
+    model = llama()
+    layer = model.model.layers[1].mlp
+
+    def fail(*_: Any) -> None:
+        raise torch.OutOfMemoryError("Tried to allocate 20.00 GiB. GPU 0 has 0 bytes free.")
+
+    if where == "forward":
+        layer.register_forward_hook(fail)
+    else:
+        layer.register_forward_hook(lambda m, a, out: out.register_hook(fail) and None)
+    with untouched(model), pytest.raises(torch.OutOfMemoryError) as caught:
+        start(model, METHODS["displaced"], config(), data=[batch(rows=3, length=7)])
+    for word in (
+        r"batch 0 \(.*input_ids \(3, 7\)",
+        "14 layers",
+        "smaller batches",
+        "max_memory",
+        "gradient_checkpointing_enable",
+        "20.00 GiB",
+    ):
+        assert caught.match(word)

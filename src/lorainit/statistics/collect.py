@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -424,9 +424,10 @@ def _pass(
         unit="seq",
         disable=None if settings.progress else True,
     )
-    with bar, tapped(state, modules, _encoder(model)):
+    with bar, tapped(state, modules, _encoder(model)), _explained(state) as under_way:
         for part in _rounds(parts, left, sharded=sharded):
             batch, rows = part.batch, part.sequences
+            under_way[:] = [part]
             state.begin_batch(
                 batch_positions(model, batch, settings.token_mask, device), counted=part.counts
             )
@@ -478,6 +479,30 @@ def _pass(
         float(sum(float(v) for v in losses)) if losses else None,
         outputs,
     )
+
+
+@contextmanager
+def _explained(state: TapState) -> Iterator[list[Numbered]]:
+    """Say what there was no memory for, and what to do about it; the list holds the batch."""
+    under_way: list[Numbered] = []
+    try:
+        yield under_way
+    except torch.OutOfMemoryError as error:
+        part = under_way[0]
+        size = sum(t.numel() * t.element_size() for t in state.tensors()) / 2**30
+        shapes = ", ".join(f"{k} {tuple(v.shape)}" for k, v in _tensors(part.batch).items())
+        raise torch.OutOfMemoryError(
+            f"out of memory while statistics were taken of batch {part.index} ({shapes}); the sums "
+            f"of {len(state.layers)} layers take {size:.3g} GiB of it. Give smaller batches or "
+            "shorter sequences (the statistics do not depend on the batches), call "
+            "model.gradient_checkpointing_enable() and model.train(), or pass max_memory='20GiB', or "
+            "whatever is free, to plan for smaller batches and fewer layers at a time. "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+
+
+def _tensors(batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {key: value for key, value in batch.items() if isinstance(value, Tensor)}
 
 
 def _rounds(parts: list[Numbered], left: list[Numbered], *, sharded: bool) -> Iterator[Numbered]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lorainit.errors import NonFiniteError
-from lorainit.statistics.batches import batch_rows, row_sequences, rows_where
+from lorainit.statistics.batches import batch_rows, is_splittable, row_sequences, rows_where
 from lorainit.statistics.losses import packed_segments
 
 logger = logging.getLogger("lorainit")
@@ -69,7 +69,7 @@ def without_bad(
             "on_nonfinite='skip'."
         )
     rows = len(part.rows)
-    if len(bad) < rows and not _one_entry_a_row(part.batch, rows):
+    if len(bad) < rows and not is_splittable(part.batch):
         logger.warning(
             "batch %d skipped: the loss of its sequences %s is not finite, and it holds tensors "
             "that are not one entry a sequence, so the others cannot be told apart",
@@ -105,11 +105,3 @@ def _bad_rows(part: Numbered, finite: Tensor) -> list[int]:
         return list(range(rows))
     segments, _ = packed_segments(part.batch, labels)
     return torch.isin(segments.cpu(), bad).any(1).nonzero().flatten().tolist()
-
-
-def _one_entry_a_row(batch: Mapping[str, Any], rows: int) -> bool:
-    return all(
-        value.shape[0] == rows
-        for value in batch.values()
-        if isinstance(value, Tensor) and value.dim() > 0
-    )

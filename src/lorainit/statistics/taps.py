@@ -136,10 +136,10 @@ class TapState:
         if isinstance(hidden, Tensor):
             self._encoder_outputs.add(hidden.data_ptr())
 
-    def finite(self) -> bool:
-        """Whether all sums so far are finite."""
-        tensors = [
-            tensor
+    def tensors(self) -> list[Tensor]:
+        """All sums so far, shared ones once."""
+        found = {
+            id(tensor): tensor
             for layer in self.layers.values()
             for tensor in (
                 layer.gradient,
@@ -149,8 +149,12 @@ class TapState:
                 layer.inputs.total,
             )
             if tensor is not None
-        ]
-        return all(bool(all_finite(tensor)) for tensor in tensors)
+        }
+        return list(found.values())
+
+    def finite(self) -> bool:
+        """Whether all sums so far are finite."""
+        return all(bool(all_finite(tensor)) for tensor in self.tensors())
 
     def sharing_held(self) -> bool:
         """Whether every layer read every input that its shared sums counted."""
