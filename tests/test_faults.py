@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import lorainit
 from lorainit import errors
-from lorainit.statistics import store
+from lorainit.statistics import files
 from tests.statistics import models
 from tests.statistics.models import Batch, all_linear, batches, sequences
 from tests.untouched import snapshot, unsettle, untouched
@@ -907,11 +907,14 @@ HOSTILE: dict[str, Callable[..., None]] = {
     "a tensor that was taken out": in_tensor("gradient_sum", None),
     "a gradient that is a vector": in_tensor("gradient_sum", lambda t: t[0].contiguous()),
     "a gradient of integers": in_tensor("gradient_sum", lambda t: t.long()),
-    "a moment that is not square": in_tensor(
+    "a triangle that is cut short": in_tensor(
         "input_second_moment_sum", lambda t: t[:3].contiguous()
     ),
-    "a moment of another width": in_tensor(
-        "input_second_moment_sum", lambda t: t[:3, :3].contiguous()
+    "a moment that is no triangle": in_header("triangles", "{}"),
+    "triangles that are a list": in_header("triangles", "[1]"),
+    "a triangle without a width": in_header("triangles", '{"x": -1}'),
+    "a triangle of another width": in_header(
+        "triangles", json.dumps({f"layer/{LAYER}/input_second_moment_sum": 10**9})
     ),
     "a diagonal of another width": in_tensor(
         "output_second_moment_diagonal_sum", lambda t: t[:3].contiguous()
@@ -988,11 +991,11 @@ class TestSavingFails:
 
     @pytest.fixture
     def broken(self, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-        def save(tensors: Any, path: Any, header: Any) -> None:
-            Path(path).write_bytes(b"half of it")
+        def save(file: Any, tensor: Any) -> None:
+            file.write(b"half of it")
             raise request.param
 
-        monkeypatch.setattr(store, "save_file", save)
+        monkeypatch.setattr(files, "_write_tensor", save)
 
     @pytest.mark.parametrize(
         "broken", [OSError(28, "No space left on device")], indirect=True, ids=["disk full"]

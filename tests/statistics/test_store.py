@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 import lorainit
+from lorainit.errors import StatisticsFileError
+from lorainit.statistics import files, records, triangles
 from lorainit.types import STATISTICS, LayerStatistics
 from tests.statistics import models
 from tests.statistics.models import all_linear, batches, sequences
@@ -108,3 +112,158 @@ def test_an_unknown_layer_is_named(statistics: lorainit.Statistics) -> None:
 
 def test_repr_says_what_it_is(statistics: lorainit.Statistics) -> None:
     assert "14 layers" in repr(statistics)
+
+
+# --- shards, triangles, older files -------------------------------------------------------------
+
+
+def test_a_large_one_is_written_as_shards(statistics: lorainit.Statistics, tmp_path: Path) -> None:
+    path = tmp_path / "s.safetensors"
+    limit = statistics.nbytes // 5
+    statistics.save(path, max_shard_size=limit)
+    shards = sorted(tmp_path.glob("s-*.safetensors"))
+    assert not path.exists()
+    assert len(shards) >= 3
+    assert all(shard.stat().st_size <= limit + 10_000 for shard in shards)
+    index = json.loads((tmp_path / "s.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == {shard.name for shard in shards}
+    for key, name in index["weight_map"].items():
+        with safe_open(tmp_path / name, framework="pt") as file:
+            assert key in file.keys()  # noqa: SIM118
+    for name in ("s.safetensors", "s.safetensors.index.json"):
+        loaded = lorainit.Statistics.load(tmp_path / name)
+        assert_equal(loaded, statistics)
+        assert shared_groups(loaded) == shared_groups(statistics)
+        assert loaded.metadata == statistics.metadata
+        assert list(loaded.fingerprints) == list(statistics.fingerprints)
+
+
+def test_a_save_leaves_nothing_of_the_one_before(
+    statistics: lorainit.Statistics, tmp_path: Path
+) -> None:
+    path = tmp_path / "s.safetensors"
+    small = collect(models.llama(), batches(sequences(2), 2), needs={"gradient"})
+    other = tmp_path / "s-of-somebody.txt"
+    other.write_text("not ours")
+    for size in ("4GiB", statistics.nbytes // 3, statistics.nbytes // 5, "4GiB"):
+        small.save(path)
+        statistics.save(path, max_shard_size=size)
+        assert_equal(lorainit.Statistics.load(path), statistics)
+        names = {p.name for p in tmp_path.iterdir()} - {other.name}
+        if path.exists():
+            assert names == {path.name}
+        else:
+            index = json.loads((tmp_path / "s.safetensors.index.json").read_text())
+            assert names == {"s.safetensors.index.json", *index["weight_map"].values()}
+    assert other.exists()
+
+
+@pytest.mark.parametrize("size", ["4GiB", 20_000])
+def test_a_failure_leaves_what_was_there(
+    statistics: lorainit.Statistics, tmp_path: Path, monkeypatch, size: int | str
+) -> None:
+    path = tmp_path / "s.safetensors"
+    statistics.save(path, max_shard_size=size)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    original, calls = files._write_tensor, []
+
+    def failing(*arguments) -> None:
+        calls.append(1)
+        if len(calls) > 9:
+            raise OSError("no space left")
+        original(*arguments)
+
+    monkeypatch.setattr(files, "_write_tensor", failing)
+    with pytest.raises(OSError, match="What was there before is still there"):
+        statistics.save(path, max_shard_size=size)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_symmetric_matrices_are_stored_as_one_triangle(
+    statistics: lorainit.Statistics, tmp_path: Path
+) -> None:
+    path = tmp_path / "s.safetensors"
+    statistics.save(path)
+    with safe_open(path, framework="pt") as file:
+        stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    for name, layer in statistics.items():
+        width = layer.output_second_moment_sum.shape[0]
+        triangle = stored[f"layer/{name}/output_second_moment_sum"]
+        assert triangle.shape == (width * (width + 1) // 2,)
+        rows, columns = torch.triu_indices(width, width)
+        assert torch.equal(triangle, layer.output_second_moment_sum[rows, columns])
+
+
+def test_a_matrix_that_is_not_symmetric_is_stored_whole(tmp_path: Path) -> None:
+    matrix = torch.arange(9.0).reshape(3, 3)
+    layer = LayerStatistics.from_means(input_second_moment=matrix)
+    lorainit.Statistics({"a": layer}).save(tmp_path / "s.safetensors")
+    loaded = lorainit.Statistics.load(tmp_path / "s.safetensors")
+    assert torch.equal(loaded["a"].input_second_moment_sum, matrix)
+
+
+@pytest.mark.parametrize("width", [1, 2, 511, 512, 513, 1100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_triangle_is_its_matrix(width: int, dtype: torch.dtype) -> None:
+    rows = torch.randn(7, width, dtype=dtype)
+    matrix = triangles.mirror(rows.mT @ rows)
+    assert triangles.is_symmetric(matrix)
+    assert torch.equal(matrix, matrix.mT)
+    assert torch.equal(triangles.unpack(triangles.pack(matrix), width), matrix)
+    if width > 1:
+        matrix[width - 1, 0] += 1
+        assert not triangles.is_symmetric(matrix)
+    with pytest.raises(ValueError, match="numbers"):
+        triangles.unpack(torch.zeros(width), width + 1)
+
+
+def test_a_file_of_the_first_version_still_loads(
+    statistics: lorainit.Statistics, tmp_path: Path
+) -> None:
+    tensors, places = statistics._unique_tensors()
+    header = {
+        "format": "lorainit-statistics",
+        "version": "1",
+        "lorainit": "0.1.0",
+        "layers": json.dumps({n: records.layer_record(statistics[n], places[n]) for n in places}),
+        "metadata": json.dumps(statistics.metadata),
+    }
+    prints = {f"fingerprint/{n}": t for n, t in statistics.fingerprints.items()}
+    save_file(
+        {k: t.contiguous() for k, t in (tensors | prints).items()},
+        tmp_path / "s.safetensors",
+        header,
+    )
+    loaded = lorainit.Statistics.load(tmp_path / "s.safetensors")
+    assert_equal(loaded, statistics)
+
+
+def test_damaged_shards_are_errors(statistics: lorainit.Statistics, tmp_path: Path) -> None:
+    path, index = tmp_path / "s.safetensors", tmp_path / "s.safetensors.index.json"
+    statistics.save(path, max_shard_size=statistics.nbytes // 4)
+    table = json.loads(index.read_text())
+    for damage, said in (
+        ({"weight_map": {k: f"../{n}" for k, n in table["weight_map"].items()}}, "other folders"),
+        ({"weight_map": 3}, "damaged"),
+        ({"metadata": {}}, "not one of lorainit"),
+        ({"metadata": {**table["metadata"], "triangles": '{"a": -1}'}}, "damaged"),
+        (
+            {"metadata": {**table["metadata"], "triangles": json.dumps({first_key(table): 7})}},
+            "damaged",
+        ),
+    ):
+        index.write_text(json.dumps(table | damage))
+        with pytest.raises(StatisticsFileError, match=said):
+            lorainit.Statistics.load(path)
+    index.write_text("{")
+    with pytest.raises(StatisticsFileError, match="damaged"):
+        lorainit.Statistics.load(path)
+    index.write_text(json.dumps(table))
+    missing = next(iter(table["weight_map"].values()))
+    (tmp_path / missing).unlink()
+    with pytest.raises(StatisticsFileError, match=rf"{missing}.*is missing"):
+        lorainit.Statistics.load(path)
+
+
+def first_key(table: dict) -> str:
+    return next(k for k in table["weight_map"] if k.endswith("output_second_moment_sum"))

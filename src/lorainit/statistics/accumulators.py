@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from lorainit.statistics.triangles import mirror
 from lorainit.types import LayerStatistics, LossReduction
 
 HALF = (torch.float16, torch.bfloat16)
@@ -68,11 +69,7 @@ def add_gram(total: Tensor | None, rows: Tensor) -> Tensor:
 
 def unfold(total: Tensor) -> Tensor:
     """The whole of a symmetric sum of `add_gram`, in place: what lies below comes from above."""
-    width = total.shape[-1]
-    if width >= FOLD_FROM:
-        for low, high in panels(width):
-            total[high:, low:high] = total[low:high, high:].mT
-    return total
+    return mirror(total)
 
 
 def add_sum(total: Tensor | None, values: Tensor) -> Tensor:

@@ -81,7 +81,7 @@ class Plan:
         )
 
 
-def parse_bytes(size: int | str | None) -> int | None:
+def parse_bytes(size: int | str | None, name: str = "max_memory") -> int | None:
     """Bytes from a number, or from a text like ``"24GiB"``, ``"500 MB"``; None stays None.
 
     Raises:
@@ -96,7 +96,7 @@ def parse_bytes(size: int | str | None) -> int | None:
         value = 0
     if value < 1 or isinstance(size, bool):
         raise ValueError(
-            f"max_memory must be bytes, at least 1, or a text like '24GiB' or '500MB', got {size!r}"
+            f"{name} must be bytes, at least 1, or a text like '24GiB' or '500MB', got {size!r}"
         )
     return value
 

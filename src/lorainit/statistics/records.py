@@ -18,6 +18,9 @@ from lorainit.types import LayerStatistics, LossReduction
 FINGERPRINT = "fingerprint/"
 LAYER = "layer/"
 
+SYMMETRIC = ("/input_second_moment_sum", "/output_second_moment_sum")
+"""How the keys of symmetric matrices end."""
+
 _DIMENSIONS = {
     "gradient_sum": 2,
     "input_second_moment_sum": 2,
@@ -47,6 +50,15 @@ def read_table(text: str) -> dict[str, dict[str, Any]]:
         places = _dictionary(entry["tensors"], f"the tensors of layer '{name}'")
         if not all(isinstance(key, str) for key in places.values()):
             raise TypeError(f"the tensors of layer '{name}' are not named by texts")
+    return table
+
+
+def read_triangles(text: str) -> dict[str, int]:
+    """Widths of the matrices that are stored as their upper triangle, by key."""
+    table = _dictionary(json.loads(text), "the table of triangles")
+    for key, width in table.items():
+        if isinstance(width, bool) or not isinstance(width, int) or width < 1:
+            raise ValueError(f"the triangle '{key}' has the width {width!r}")
     return table
 
 

@@ -5,29 +5,19 @@ The file is written by the first process, which holds one tensor at a time; the 
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from lorainit.statistics import distributed
+from lorainit.statistics.files import Entry, write
 from lorainit.statistics.travel import Slot, divide
-
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-}
-"""Their names in a safetensors header."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +49,11 @@ class Table:
 
 
 def table_of(
-    records: Mapping[str, dict[str, Any]], tensors: Mapping[Any, Tensor], shares: Shares
+    records: Mapping[str, dict[str, Any]],
+    described: Mapping[Any, tuple[tuple[int, ...], torch.dtype]],
+    shares: Shares,
 ) -> Table:
-    """The whole's table from each process's own records and tensors."""
-    described = {key: (tuple(t.shape), t.dtype) for key, t in tensors.items()}
+    """The whole's table from each process's own records, and its tensors' shapes and dtypes."""
     merged: dict[str, dict[str, Any]] = {}
     slots = []
     for owner, (theirs, shapes) in enumerate(distributed.gather_objects((records, described))):
@@ -96,66 +87,38 @@ def shares_of(places: Mapping[str, Collection[str]], size_of: Callable[[str], in
 
 def write_shared(
     path: Path,
-    aside: Path,
     table: Table,
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[Any, Tensor],
     common: Mapping[str, Tensor],
     header: Mapping[str, str],
+    max_bytes: int,
 ) -> None:
-    """One safetensors file of every process's tensors, and the `common` ones, which all have.
+    """Files of every process's tensors, and of the `common` ones, which all have.
 
     Args:
-        path: of the file.
-        aside: written first, then renamed to `path`.
+        path: see `files.write`.
         table: of the whole.
-        tensors: this process's own.
+        tensors: this process's own; each is asked for once.
         common: what the first process adds at the end.
-        header: the file's metadata.
+        header: the files' metadata.
+        max_bytes: of a file.
 
     Raises:
         OSError: on the first process, which writes; `ProcessError` on the others.
     """
     error: OSError | None = None
-    with contextlib.ExitStack() as stack:
-        arriving = _arriving(table, tensors, lambda: error is not None)
-        if distributed.world()[0] == 0:
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                file = stack.enter_context(aside.open("wb"))
-                file.write(_header(table, common, header))
-                for tensor in chain(arriving, common.values()):
-                    _write(file, tensor)
-                file.close()
-                os.replace(aside, path)
-            except OSError as caught:
-                error = caught
-        # Whoever does not write, or not any more, still gives its tensors until all have stopped.
-        for _ in arriving:
-            pass
+    arriving = _arriving(table, tensors, lambda: error is not None)
+    if distributed.world()[0] == 0:
+        entries = [Entry(str(slot.key), slot.shape, slot.dtype) for slot in table.slots]
+        entries += [Entry(key, tuple(t.shape), t.dtype) for key, t in common.items()]
+        try:
+            write(path, entries, chain(arriving, common.values()), header, max_bytes)
+        except OSError as caught:
+            error = caught
+    # Whoever does not write, or not any more, still gives its tensors until all have stopped.
+    for _ in arriving:
+        pass
     distributed.raise_together(error)
-
-
-def _header(table: Table, common: Mapping[str, Tensor], header: Mapping[str, str]) -> bytes:
-    entries: dict[str, Any] = {"__metadata__": dict(header)}
-    described = [(slot.key, slot.shape, slot.dtype) for slot in table.slots]
-    described += [(key, tuple(t.shape), t.dtype) for key, t in common.items()]
-    begin = 0
-    for key, shape, dtype in described:
-        end = begin + torch.Size(shape).numel() * dtype.itemsize
-        entries[str(key)] = {
-            "dtype": _DTYPES[dtype],
-            "shape": list(shape),
-            "data_offsets": [begin, end],
-        }
-        begin = end
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
-def _write(file: BinaryIO, tensor: Tensor) -> None:
-    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    file.write(flat.numpy().data)
 
 
 def _arriving(

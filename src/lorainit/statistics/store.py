@@ -1,30 +1,36 @@
-"""Statistics of all target layers, and their file: one safetensors file, never pickled."""
+"""Statistics of all target layers, and their safetensors files, never pickled."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor
 
 from lorainit._version import __version__
 from lorainit.errors import StatisticsFileError
-from lorainit.statistics import records
+from lorainit.statistics import distributed, records
+from lorainit.statistics.files import Entry, Stored, opened, write
+from lorainit.statistics.plan import parse_bytes
 from lorainit.statistics.sharing import Shares, shares_of, table_of, write_shared
 from lorainit.statistics.travel import from_owners
+from lorainit.statistics.triangles import is_symmetric, pack, packed_size, unpack
 from lorainit.types import LayerStatistics
 
 _FORMAT = "lorainit-statistics"
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2
+"""Version 1 had no triangles and no shards."""
+
+MAX_SHARD_SIZE = 4 << 30
+"""Bytes of a file."""
 
 
 class Statistics(Mapping[str, LayerStatistics]):
@@ -118,7 +124,8 @@ class Statistics(Mapping[str, LayerStatistics]):
             return self
         tensors, places = self._unique_tensors()
         own = {name: records.layer_record(self[name], places[name]) for name in self}
-        table = table_of(own, tensors, self.shares)
+        shapes = {key: (tuple(t.shape), t.dtype) for key, t in tensors.items()}
+        table = table_of(own, shapes, self.shares)
         device = next((t.device for t in tensors.values()), torch.device("cpu"))
         from_owners(tensors, table.slots, device)
         layers = records.read_layers(table.records, tensors)
@@ -149,45 +156,64 @@ class Statistics(Mapping[str, LayerStatistics]):
                 shared = {f: moved.get(id(t), t) for f, t in own.items()}
                 self._layers[name] = replace(layer, **shared)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write one safetensors file: aside first, then renamed, so an old file survives a failure.
+    def save(
+        self, path: str | os.PathLike[str], *, max_shard_size: int | str = MAX_SHARD_SIZE
+    ) -> None:
+        """Write one safetensors file, or shards and their index where that is larger.
 
-        Where the layers are shared out over processes, all must call it, and the first writes all
-        layers, one tensor at a time.
+        Symmetric matrices are written as one triangle. Everything is written aside first and takes its
+        place by one renaming, so what was there before survives a failure. Where the layers are shared
+        out over processes, all must call it, and the first writes all layers, one tensor at a time.
+
+        Args:
+            path: of the file; of shards, ``PATH.index.json`` says what lies where, and `load` takes
+                either name.
+            max_shard_size: of a file, in bytes or as ``"4GiB"``.
 
         Raises:
-            OSError: the file cannot be written; what was there before is still there.
+            OSError: the files cannot be written; what was there before is still there.
         """
-        path = Path(path)
+        path, limit = Path(path), parse_bytes(max_shard_size, "max_shard_size")
+        assert limit is not None
         tensors, places = self._unique_tensors()
         layers = {name: records.layer_record(self[name], places[name]) for name in self}
         prints = {records.FINGERPRINT + name: t for name, t in self.fingerprints.items()}
-        table = None if self.shares is None else table_of(layers, tensors, self.shares)
+        triangles = {
+            key: t.shape[0]
+            for key, t in tensors.items()
+            if key.endswith(records.SYMMETRIC) and is_symmetric(t)
+        }
+        shapes = {
+            key: ((packed_size(triangles[key]),) if key in triangles else tuple(t.shape), t.dtype)
+            for key, t in tensors.items()
+        }
+        if self.shares is not None:
+            table = table_of(layers, shapes, self.shares)
+            every = distributed.gather_objects(triangles)
+            triangles = {key: width for theirs in every for key, width in theirs.items()}
+            layers = table.records
         header = {
             "format": _FORMAT,
             "version": str(_FORMAT_VERSION),
             "lorainit": __version__,
-            "layers": json.dumps(layers if table is None else table.records),
+            "layers": json.dumps(layers),
             "metadata": json.dumps(self.metadata),
+            "triangles": json.dumps(triangles),
         }
-        aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        stored = _Packing(tensors, triangles)
         try:
-            if table is None:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                kept = {k: t.detach().cpu().contiguous() for k, t in (tensors | prints).items()}
-                save_file(kept, aside, header)
-                os.replace(aside, path)
+            if self.shares is None:
+                entries = [Entry(key, *shape) for key, shape in shapes.items()]
+                entries += [Entry(key, tuple(t.shape), t.dtype) for key, t in prints.items()]
+                written = chain((stored[key] for key in shapes), prints.values())
+                write(path, entries, written, header, limit)
             else:
-                write_shared(path, aside, table, tensors, prints, header)
-        except (OSError, SafetensorError) as error:
+                write_shared(path, table, stored, prints, header, limit)
+        except OSError as error:
             raise OSError(
-                f"statistics could not be written to '{path}': {error}. What was there before is "
-                "still "
+                f"statistics could not be written to '{path}': {error}. What was there before is still "
                 "there; free some space or choose another place, and save again."
             ) from error
-        finally:
-            with contextlib.suppress(OSError):
-                aside.unlink(missing_ok=True)
 
     @classmethod
     def load(
@@ -209,29 +235,42 @@ class Statistics(Mapping[str, LayerStatistics]):
             StatisticsFileError: not such a file, truncated, or of a newer format.
         """
         path = Path(path)
-        if not path.is_file():
-            raise StatisticsFileError(f"there is no statistics file '{path}'")
         try:
-            with safe_open(path, framework="pt", device=str(device)) as file:
-                header = file.metadata() or {}
+            with opened(path, str(device)) as file:
+                header = file.header
                 _check_header(path, header)
                 table = records.read_table(header["layers"])
+                triangles = records.read_triangles(header.get("triangles", "{}"))
                 shares = None if gather else _shares(table, file)
                 own = table
                 if shares is not None:
                     own = {n: r for n, r in table.items() if shares.owners[n] == shares.rank}
                 wanted = {key for record in own.values() for key in record["tensors"].values()}
                 wanted |= {key for key in file.keys() if key.startswith(records.FINGERPRINT)}  # noqa: SIM118
-                tensors = {key: file.get_tensor(key) for key in sorted(wanted)}
+                tensors = {}
+                for key in sorted(wanted):
+                    tensor = file.tensor(key)
+                    width = triangles.get(key)
+                    tensors[key] = tensor if width is None else unpack(tensor, width)
             layers = records.read_layers(own, tensors)
             metadata = records.read_metadata(header["metadata"])
             prints = records.read_fingerprints(tensors, table)
+        except FileNotFoundError as error:
+            missing = "" if str(error) == str(path) else f": its part '{error}' is missing"
+            raise StatisticsFileError(f"there is no statistics file '{path}'{missing}") from None
         except SafetensorError as error:
             raise StatisticsFileError(
                 f"'{path}' cannot be read as a statistics file ({error}): it is truncated or "
                 "damaged. Collect the statistics again."
             ) from error
-        except (KeyError, TypeError, ValueError, RecursionError, RuntimeError) as error:
+        except (
+            AttributeError,
+            KeyError,
+            TypeError,
+            ValueError,
+            RecursionError,
+            RuntimeError,
+        ) as error:
             if isinstance(error, StatisticsFileError):
                 raise
             raise StatisticsFileError(
@@ -257,10 +296,27 @@ class Statistics(Mapping[str, LayerStatistics]):
         return tensors, places
 
 
-def _shares(table: Mapping[str, Mapping[str, Any]], file: Any) -> Shares | None:
+class _Packing(Mapping[str, Tensor]):
+    """Tensors as they are stored: packed when they are asked for."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], triangles: Mapping[str, int]) -> None:
+        self._tensors, self._triangles = tensors, triangles
+
+    def __getitem__(self, key: str) -> Tensor:
+        tensor = self._tensors[key]
+        return pack(tensor) if key in self._triangles else tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+def _shares(table: Mapping[str, Mapping[str, Any]], file: Stored) -> Shares | None:
     """How the layers are dealt out; None for one process."""
     places = {name: list(record["tensors"].values()) for name, record in table.items()}
-    shares = shares_of(places, lambda key: math.prod(file.get_slice(key).get_shape()))
+    shares = shares_of(places, lambda key: math.prod(file.shape(key)))
     return None if shares.size == 1 else shares
 
 

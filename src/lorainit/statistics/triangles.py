@@ -1,0 +1,58 @@
+"""Symmetric matrices as their upper triangle, row after row, and whole again to the bit."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_BLOCK = 512
+
+
+def packed_size(width: int) -> int:
+    """Numbers in the upper triangle of a matrix of this width, diagonal included."""
+    return width * (width + 1) // 2
+
+
+def mirror(matrix: Tensor) -> Tensor:
+    """``(n, n)``: what lies below the diagonal comes from above it, in place."""
+    width = matrix.shape[-1]
+    for low in range(0, width, _BLOCK):
+        high = min(low + _BLOCK, width)
+        matrix[high:, low:high] = matrix[low:high, high:].mT
+        block = matrix[low:high, low:high]
+        above = torch.ones_like(block, dtype=torch.bool).triu_()
+        block.copy_(torch.where(above, block, block.mT))
+    return matrix
+
+
+def is_symmetric(matrix: Tensor) -> bool:
+    """Whether ``(n, n)`` is its own transpose to the bit; zeros of either sign are the same."""
+    width = matrix.shape[-1]
+    return all(
+        torch.equal(matrix[low : low + _BLOCK, low:], matrix[low:, low : low + _BLOCK].mT)
+        for low in range(0, width, _BLOCK)
+    )
+
+
+def pack(matrix: Tensor) -> Tensor:
+    """The upper triangle of ``(n, n)``, row after row."""
+    return torch.cat([matrix[row, row:] for row in range(matrix.shape[-1])])
+
+
+def unpack(packed: Tensor, width: int) -> Tensor:
+    """The ``(width, width)`` matrix of `pack`.
+
+    Raises:
+        ValueError: of another size.
+    """
+    if packed.shape != (packed_size(width),):
+        raise ValueError(
+            f"a triangle of width {width} has {packed_size(width)} numbers, not {packed.numel()}"
+        )
+    matrix = packed.new_empty(width, width)
+    begin = 0
+    for row in range(width):
+        end = begin + width - row
+        matrix[row, row:] = packed[begin:end]
+        begin = end
+    return mirror(matrix)
