@@ -17,7 +17,6 @@ LossAt = Callable[[float], float]
 """The loss at a length; may be not finite, which counts as infinitely bad."""
 
 _GROWTH = 4.0
-_SCAN = 2
 
 
 @dataclass(frozen=True)
@@ -44,6 +43,7 @@ def search_length(
     precision: float = 0.1,
     max_trials: int = 24,
     start_loss: float | None = None,
+    scan: int = 2,
 ) -> SearchResult:
     """Search for the length with the least loss.
 
@@ -53,6 +53,7 @@ def search_length(
         precision: close in until the bracket is this wide, relative to the length.
         max_trials: at most so many evaluations.
         start_loss: the loss at zero, where it is known already.
+        scan: how many factors of 4 to look at on both sides of `first` before walking.
 
     Returns:
         The best length measured, with all trials.
@@ -73,7 +74,7 @@ def search_length(
             trials[length] = value if math.isfinite(value) else math.inf
         return trials[length]
 
-    middle = _best_on_grid(measure, first, start, max_trials, trials)
+    middle = _best_on_grid(measure, first, start, max_trials, trials, scan)
     low, high = middle / _GROWTH, middle * _GROWTH
     while len(trials) < max_trials and high / low > 1 + precision and trials[middle] < start:
         trial = _next_trial(low, middle, high, trials)
@@ -88,10 +89,15 @@ def search_length(
 
 
 def _best_on_grid(
-    measure: LossAt, first: float, start: float, max_trials: int, trials: dict[float, float]
+    measure: LossAt,
+    first: float,
+    start: float,
+    max_trials: int,
+    trials: dict[float, float],
+    scan: int,
 ) -> float:
     """Walk in factors of `_GROWTH` to a length whose neighbours on both sides are worse."""
-    for exponent in range(-_SCAN, _SCAN + 1):
+    for exponent in range(-scan, scan + 1):
         if len(trials) < max_trials:
             measure(first * _GROWTH**exponent)
     middle = min(trials, key=lambda length: trials[length])

@@ -18,6 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lorainit import subspace
 from lorainit.errors import FactorizationError, NonFiniteError, RankError
 from lorainit.types import DampingMode
 
@@ -257,17 +258,6 @@ def _lapack_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-def _thin_svd(tall: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """SVD of a few columns; on CUDA a float32 one by way of its Gram matrix in float64."""
-    if not (tall.is_cuda and tall.dtype == torch.float32):
-        return svd(tall)
-    wide = tall.double()
-    values, vectors = eigh(wide.mT @ wide)
-    s, v = values.flip(-1).clamp_min(0).sqrt(), vectors.flip(-1)
-    u = wide @ v / s.clamp_min(torch.finfo(tall.dtype).tiny).unsqueeze(-2)
-    return u.to(tall), s.to(tall), v.to(tall)
-
-
 def _gram_svd(matrix: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """Leading ``k`` triplets of a float32 matrix by way of the smaller Gram matrix, in float64.
 
@@ -366,7 +356,7 @@ def largest_eigenvectors(
     """
     n = matrix.shape[-1]
     if n > dense_limit(matrix) and 4 * (k + _OVERSAMPLING) < n:
-        found = _block_krylov_svd(matrix, k, _tolerance(matrix, tolerance))
+        found = _filtered_svd(matrix, k, _tolerance(matrix, tolerance))
         if found is not None:
             return found[1], fix_signs(found[2])
     values, vectors = eigh(matrix)
@@ -378,16 +368,16 @@ def top_singular(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Leading ``k`` singular triplets ``(U, S, V)`` of ``(..., m, n)``, signs fixed.
 
-    Dense up to `dense_limit` (in the smaller dimension). Above it a block Krylov space is grown,
-    with full reorthogonalization, until every residual ``|M^T u - s v|`` is below ``tolerance *
-    S[0]``; a dense SVD finishes what does not converge.
+    Dense up to `dense_limit` (in the smaller dimension). Above it by filtered subspace iteration
+    (`lorainit.subspace`), until every residual ``|M^T u - s v|`` is below ``tolerance * S[0]``; a
+    dense SVD finishes what does not converge.
 
     Returns:
         ``(..., m, k)``, ``(..., k)`` descending, ``(..., n, k)``.
     """
     small = min(matrix.shape[-2:])
-    if small > dense_limit(matrix) and 4 * (k + _OVERSAMPLING) < small:
-        found = _block_krylov_svd(matrix, k, _tolerance(matrix, tolerance))
+    if small > dense_limit(matrix) and 2 * (k + subspace.OVERSAMPLING) < small:
+        found = _filtered_svd(matrix, k, _tolerance(matrix, tolerance))
         if found is not None:
             return _fix_pair_signs(*found)
     if matrix.dtype == torch.float64:
@@ -589,32 +579,15 @@ def _orthonormal_to(basis: Tensor, block: Tensor) -> Tensor:
     return block
 
 
-def _block_krylov_svd(
-    matrix: Tensor, k: int, tolerance: float
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Leading triplets from the block Krylov space of ``M^T M``; None without convergence."""
-    width = k + _OVERSAMPLING
-    block = torch.linalg.qr(_start_block(matrix, matrix.shape[-1], width)).Q
-    basis, image = block, matrix @ block
-    look = _first_look(matrix)
-    for step in range(1, _MAX_ITERATIONS + 1):
-        full = basis.shape[-1] + width > min(_max_widths(matrix) * width, *matrix.shape[-2:])
-        if step >= look or full:
-            look = _next_look(step, matrix)
-            u, s, rotation = _thin_svd(image)
-            u, s = u[..., :k], s[..., :k]
-            v = basis @ rotation[..., :k]
-            residual = (matrix.mT @ u - v * s.unsqueeze(-2)).norm(dim=-2)
-            floor = s[..., :1].clamp_min(torch.finfo(matrix.dtype).tiny)
-            if bool((residual <= tolerance * floor).all()):
-                return u, s, v
-        if full:
-            rotation = rotation[..., : 2 * width]
-            basis, image = basis @ rotation, image @ rotation
-            fresh = image[..., :width]
-        else:
-            fresh = image[..., -width:]
-        block = _orthonormal_to(basis, matrix.mT @ fresh)
-        basis = torch.cat([basis, block], dim=-1)
-        image = torch.cat([image, matrix @ block], dim=-1)
-    return None
+def _filtered_svd(matrix: Tensor, k: int, tolerance: float) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Leading triplets by filtered subspace iteration on ``M^T M``; None without convergence."""
+    start = _start_block(matrix, matrix.shape[-1], k + subspace.OVERSAMPLING)
+
+    def apply(block: Tensor) -> Tensor:
+        return matrix.mT @ (matrix @ block)
+
+    zero = torch.zeros(matrix.shape[:-2], dtype=torch.float64)
+    found = subspace.filtered(apply, subspace.gram_ritz(matrix, k, tolerance), start, k, lower=zero)
+    if found is None or found.left is None:
+        return None
+    return found.left[..., :k], found.values[..., :k].sqrt().to(matrix), found.vectors[..., :k]

@@ -22,7 +22,7 @@ from lorainit.adapters.targets import Target
 from lorainit.adapters.weights import read_weight
 from lorainit.calibration import SearchResult, search_length
 from lorainit.division import device_of, less_at_once, solvers
-from lorainit.methods.metric import KroneckerMetric, cut
+from lorainit.methods.metric import LowRankSum
 from lorainit.methods.natural import Natural
 from lorainit.statistics import LossFunction, Statistics, distributed
 from lorainit.statistics.batches import to_device
@@ -61,29 +61,35 @@ class Probe:
     loss_reduction: LossReduction
     loss_fn: LossFunction | None = None
 
-    def loss(self, terms: Mapping[str, LowRank]) -> float:
-        """Mean loss with these terms added to the layers, over all processes."""
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[Callable[[Mapping[str, LowRank]], float]]:
+        """Inside, a function: the mean loss, over all processes, with these terms on the layers."""
         device = input_device(self.model)
-        total = count = 0.0
-        with (
-            unchanged_rng(device),
-            measuring(self.model),
-            torch.no_grad(),
-            displaced(self.modules, terms),
-        ):
-            for batch, counted in even_rounds(self.batches, sharded=is_sharded(self.model)):
-                result = batch_loss(
-                    self.model, to_device(batch, device), self.loss_reduction, self.loss_fn
-                )
-                unit = (
-                    result.sequences if self.loss_reduction == "sequence" else result.label_tokens
-                )
-                if not counted:
-                    continue
-                total += float(result.per_sequence.sum())
-                count += float(unit)
-        total, count = distributed.sum_counts([total, count])
-        return total / count if count else math.nan
+        rounds = even_rounds(self.batches, sharded=is_sharded(self.model))
+        moved = [(to_device(batch, device), counted) for batch, counted in rounds]
+        present: dict[str, LowRank] = {}
+
+        def loss(terms: Mapping[str, LowRank]) -> float:
+            present.clear()
+            present.update(terms)
+            # Every trial draws the same numbers, if the model or the loss draws any.
+            with unchanged_rng(device), torch.no_grad():
+                # One read of the device at the end. Who runs more rounds than it has batches, because
+                # the others do, does not count them.
+                sums = [self._sums(batch) * counted for batch, counted in moved]
+            total, count = torch.stack(sums).cpu().double().sum(0).tolist() if sums else (0.0, 0.0)
+            total, count = distributed.sum_counts([total, count])
+            return total / count if count else math.nan
+
+        with measuring(self.model), displaced(self.modules, present):
+            yield loss
+
+    def _sums(self, batch: Mapping[str, Any]) -> Tensor:
+        """``(2,)``: the batch's summed loss, and what it is divided by."""
+        result = batch_loss(self.model, batch, self.loss_reduction, self.loss_fn)
+        unit = result.sequences if self.loss_reduction == "sequence" else result.label_tokens
+        total = result.per_sequence.sum()
+        return torch.stack([total, unit.to(total)])
 
 
 def scale_factors(factors: Mapping[str, Factors], length: float) -> dict[str, Factors]:
@@ -99,12 +105,13 @@ def calibrate_factors(
         name: LowRank(pair.B * targets[name].spec.scaling, pair.A) for name, pair in factors.items()
     }
     first = first_length(terms, targets, _FIRST_SIZE)
-    result = search_length(
-        lambda length: probe.loss({n: t.scaled(length) for n, t in terms.items()}),
-        first,
-        precision=0.3,
-        max_trials=16,
-    )
+    with probe.opened() as loss:
+        result = search_length(
+            lambda length: loss({n: t.scaled(length) for n, t in terms.items()}),
+            first,
+            precision=0.3,
+            max_trials=16,
+        )
     return scale_factors(factors, result.length), result
 
 
@@ -132,9 +139,8 @@ class _Stack:
     """Layers of one shape and rank: their newest step and where it begins, stacked."""
 
     targets: list[Target]
-    metric: KroneckerMetric
     step: tuple[Tensor, Tensor]
-    present: tuple[Tensor, Tensor] | None
+    whole: LowRankSum | None
 
     @classmethod
     def measured(
@@ -145,13 +151,15 @@ class _Stack:
         present: _Pairs,
         device: torch.device,
     ) -> _Stack:
-        """Metric and step from statistics taken at the present displacement."""
+        """The step from statistics taken at the present displacement."""
         layers = [statistics[t.name].only(method.needs).to(device=device) for t in targets]
         metric, step = method.step(LayerStatistics.stack(layers), targets[0].spec.rank)
         if not present:
-            return cls(targets, metric, step, None)
+            return cls(targets, step, None)
         left, right = (torch.stack([present[t.name][i] for t in targets]) for i in (0, 1))
-        return cls(targets, metric, step, (left.to(step[0].device), right.to(step[1].device)))
+        left, right = left.to(step[0]), right.to(step[1])
+        both = torch.cat([left, step[0]], dim=-1), torch.cat([right, step[1]], dim=-2)
+        return cls(targets, step, LowRankSum.in_metric(metric, *both))
 
     @classmethod
     def all_measured(
@@ -184,13 +192,11 @@ class _Stack:
         """The displacement after a step of this length along its first directions, cut to rank."""
         left, right = self.step
         used = torch.arange(left.shape[-1], device=left.device) < directions
-        left = left * (used * length)
-        if self.present is None:
-            return left, right
-        whole = self.metric.into(
-            torch.cat([self.present[0], left], dim=-1), torch.cat([self.present[1], right], dim=-2)
-        )
-        return self.metric.out_of(*cut(*whole, self.targets[0].spec.rank))
+        weights = (used * length).to(left)
+        if self.whole is None:
+            return left * weights, right
+        weights = torch.cat([torch.ones_like(weights), weights])
+        return self.whole.cut(weights, self.targets[0].spec.rank)
 
 
 @dataclass(eq=False)
@@ -205,12 +211,14 @@ class NaturalSteps:
         targets: by name.
         probe: the loss on calibration sequences.
         searches: one a step.
+        directions: how many the newest step used.
     """
 
     method: Natural
     targets: Mapping[str, Target]
     probe: Probe
     searches: list[SearchResult] = field(default_factory=list)
+    directions: int | None = None
     _at: _Pairs = field(default_factory=dict)
     _stacks: list[_Stack] = field(default_factory=list)
     _owners: Mapping[str, int] = field(default_factory=dict)
@@ -228,7 +236,8 @@ class NaturalSteps:
                 for members in self._groups()
                 for stack in _Stack.all_measured(self.method, members, statistics, self._at)
             ]
-        result, directions = self._search()
+        with self.probe.opened() as loss:
+            result, directions = self._search(loss)
         if result.length > 0:
             self._at = self._pairs(lambda s: s.moved(result.length, directions), torch.float64)
         elif not self.searches:
@@ -288,43 +297,60 @@ class NaturalSteps:
     ) -> dict[str, LowRank]:
         return {n: LowRank(*p) for n, p in self._pairs(placed, torch.float32, width).items()}
 
-    def _search(self) -> tuple[SearchResult, int]:
-        """Length, and how many directions to use: first a few, then others at lengths near by."""
+    def _search(self, loss: Callable[[Mapping[str, LowRank]], float]) -> tuple[SearchResult, int]:
+        """Length, and how many directions to use: as many as before, then more or fewer near by."""
         largest = max(target.spec.rank for target in self.targets.values())
-        candidates = sorted({min(2**i, largest) for i in range(largest.bit_length() + 1)})
-        base = self.probe.loss(self.present())
+        counts = sorted({min(2**i, largest) for i in range(largest.bit_length() + 1)})
+        base = loss(self.present())
+        trials: list[tuple[float, float]] = []
+        best = (0.0, base, self.directions or counts[min(1, len(counts) - 1)])
 
-        def loss_at(length: float, directions: int) -> float:
-            if length == 0:
-                return base
-            return self.probe.loss(self._terms(lambda s: s.moved(length, directions)))
+        def better(length: float, directions: int) -> bool:
+            """Measure; keep it if it is the best so far."""
+            nonlocal best
+            value = loss(self._terms(lambda s: s.moved(length, directions)))
+            trials.append((length, value))
+            if not (math.isfinite(value) and value < best[1]):
+                return False
+            best = (length, value, directions)
+            return True
 
-        few = candidates[min(1, len(candidates) - 1)]
-        first = self._first_length(few)
-        best = search_length(
-            lambda t: loss_at(t, few), first, precision=1.0, max_trials=14, start_loss=base
+        def measured(length: float) -> float:
+            better(length, begin)
+            return trials[-1][1]
+
+        begin = best[2]
+        # A later step's length is near the one before: a narrower scan will do.
+        later = bool(self.searches)
+        search_length(
+            measured,
+            self._first_length(begin),
+            precision=1.0,
+            max_trials=14,
+            start_loss=base,
+            scan=1 if later else 2,
         )
-        chosen = few
-        trials = list(best.trials)
-        for directions in (c for c in candidates if c != few and best.length > 0):
-            # More directions make a longer step of the same length.
-            for length in (best.length, best.length * (few / directions) ** 0.5):
-                loss = loss_at(length, directions)
-                trials.append((length, loss))
-                if math.isfinite(loss) and loss < best.loss:
-                    best = SearchResult(length, loss, base, ())
-                    chosen = directions
-        if best.length > 0:
-            for length in (best.length * 1.4, best.length / 1.4):
-                loss = loss_at(length, chosen)
-                trials.append((length, loss))
-                if math.isfinite(loss) and loss < best.loss:
-                    best = SearchResult(length, loss, base, ())
-        return SearchResult(best.length, best.loss, base, tuple(trials)), chosen
+        place = counts.index(begin)
+        for way in (counts[place + 1 :], counts[:place][::-1]):
+            for directions in way if best[0] > 0 else ():
+                length = best[0]
+                # More directions make a longer step of the same length.
+                shorter = length * (best[2] / directions) ** 0.5
+                gains = [better(length, directions), better(shorter, directions)]
+                if not any(gains):
+                    break
+            if best[2] != begin:
+                break
+        if best[0] > 0:
+            length = best[0]
+            for factor in (1.4, 1 / 1.4):
+                better(length * factor, best[2])
+        self.directions = best[2]
+        return SearchResult(best[0], best[1], base, tuple(trials)), best[2]
 
     def _first_length(self, directions: int) -> float:
         if self.searches and self.searches[-1].length > 0:
-            return self.searches[-1].length / 4
+            return self.searches[-1].length / 2
         unit = self._terms(
             lambda s: (s.step[0][..., :directions], s.step[1][..., :directions, :]), directions
         )

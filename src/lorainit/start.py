@@ -92,7 +92,7 @@ class Measured:
         assert self.settings is not None
         modules = self.modules
         fingerprints = self._fingerprints(modules)
-        with displaced(modules, at or {}):
+        with displaced(modules, at) if at else contextlib.nullcontext():
             found = collect(
                 self.model, modules, data, self.settings, self.loss_fn, population=population
             )

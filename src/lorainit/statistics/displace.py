@@ -34,13 +34,18 @@ class LowRank:
 def displaced(modules: Mapping[str, nn.Module], terms: Mapping[str, LowRank]) -> Iterator[None]:
     """Layers compute ``W x + left (right x)`` inside the context.
 
-    Hooks that are registered inside the context see the displaced output.
+    `terms` is looked up at every call, so whoever holds it may change the displacement meanwhile;
+    layers without a term compute what they always do. Hooks that are registered inside the context
+    see the displaced output.
     """
 
-    def make_hook(term: LowRank) -> Any:
+    def make_hook(name: str) -> Any:
         def hook(
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
-        ) -> Tensor:
+        ) -> Tensor | None:
+            term = terms.get(name)
+            if term is None:
+                return None
             x = args[0] if args else kwargs.get("input", kwargs.get("x"))
             assert isinstance(x, Tensor)
             right, left = term.right.to(x), term.left.to(x)
@@ -49,8 +54,8 @@ def displaced(modules: Mapping[str, nn.Module], terms: Mapping[str, LowRank]) ->
         return hook
 
     with ExitStack() as stack:
-        stack.enter_context(routed(modules[name] for name in terms))
-        for name, term in terms.items():
-            handle = modules[name].register_forward_hook(make_hook(term), with_kwargs=True)
+        stack.enter_context(routed(modules.values()))
+        for name, module in modules.items():
+            handle = module.register_forward_hook(make_hook(name), with_kwargs=True)
             stack.callback(handle.remove)
         yield

@@ -1,0 +1,183 @@
+"""Leading eigenpairs by Chebyshev-filtered subspace iteration; batched.
+
+A block of a few vectors is multiplied by a polynomial of the matrix that is small on the part of the
+spectrum that is not wanted and grows quickly beyond it (Zhou, Saad, Tiago, Chelikowsky, Journal of
+Computational Physics 219, 2006). All work is products of the matrix with the block, which devices do
+well, and decompositions as small as the block is wide. Pairs that have converged are locked: the
+filter works on what is orthogonal to them, so that far larger neighbours do not drown the rest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Apply = Callable[[Tensor], Tensor]
+"""What a symmetric ``(..., n, n)`` matrix does to a block ``(..., n, width)``."""
+
+OVERSAMPLING = 16
+"""Columns of a block beyond the pairs sought: the wider, the lower the polynomial."""
+
+_MAX_PRODUCTS = 400
+_MAX_DEGREE = 48
+_LOCK = 0.3
+
+
+@dataclass(frozen=True, eq=False)
+class Ritz:
+    """What a block knows of the matrix.
+
+    Attributes:
+        values: ``(..., width)``, approximate eigenvalues, descending; float64 where there is one.
+        vectors: ``(..., n, width)``, orthonormal.
+        error: ``(..., k)``, residual norms of the first ``k`` pairs over what is allowed.
+        left: ``(..., m, width)``, left singular vectors, where the matrix is a Gram matrix.
+    """
+
+    values: Tensor
+    vectors: Tensor
+    error: Tensor
+    left: Tensor | None = None
+
+
+def filtered(
+    apply: Apply, ritz: Callable[[Tensor], Ritz], start: Tensor, k: int, *, lower: Tensor
+) -> Ritz | None:
+    """Iterate until the ``k`` leading pairs meet their tolerance; None if they do not.
+
+    Args:
+        apply: the matrix.
+        ritz: pairs from an orthonormal block, with their errors.
+        start: ``(..., n, width)``, any block of full rank, ``width > k``.
+        k: how many pairs are wanted, those with the largest eigenvalues.
+        lower: ``(...)``, a number that no eigenvalue is below.
+    """
+    block = orthonormal(apply(orthonormal(start)))
+    budget = _MAX_PRODUCTS
+    while True:
+        found = ritz(block)
+        if bool((found.error <= 1).all()):
+            return found
+        filter_ = _Filter(found, k, lower.to(found.values))
+        budget -= filter_.highest + 2
+        if budget < 0:
+            return None
+        block = filter_(apply, found.vectors)
+
+
+class _Filter:
+    """A Chebyshev polynomial for every matrix, small on ``[lower, edge]``, ``edge`` the least Ritz value."""
+
+    def __init__(self, found: Ritz, k: int, lower: Tensor) -> None:
+        values, error = found.values, found.error.to(found.values)
+        dtype = found.vectors.dtype
+        locked = (error <= _LOCK).cumprod(-1)
+        edge = values[..., -1]
+        self.centre = (edge + lower) / 2
+        self.half = ((edge - lower) / 2).clamp_min(torch.finfo(dtype).tiny ** 0.5)
+
+        def growth(value: Tensor) -> Tensor:
+            """Logarithm of what each degree multiplies this eigenvalue's vector by."""
+            place = (value - self.centre) / self.half
+            return torch.acosh(place.clamp_min(1 + 1e-12))
+
+        first = locked.sum(-1).clamp_max(k - 1)
+        largest = growth(values.gather(-1, first.unsqueeze(-1)).squeeze(-1))
+        smallest = growth(values[..., k - 1])
+        # What brings the worst pair to its tolerance, and what leaves the smallest pair sought above
+        # the rounding of the largest.
+        needed = ((error.amax(-1).log() + 2) / smallest.clamp_min(1e-3)).ceil()
+        room = -0.75 * math.log(torch.finfo(dtype).eps)
+        possible = (room / (largest - smallest).clamp_min(1e-6)).floor()
+        self.degrees = torch.minimum(needed, possible).clamp(2, _MAX_DEGREE)
+        self.highest = int(self.degrees.max())
+        width = values.shape[-1]
+        self.locked = torch.nn.functional.pad(locked, (0, width - k)).bool().unsqueeze(-2)
+
+    def __call__(self, apply: Apply, vectors: Tensor) -> Tensor:
+        """The block, locked vectors as they are, the others filtered; orthonormal."""
+        centre, scale = (t[..., None, None].to(vectors) for t in (self.centre, 1 / self.half))
+        kept = vectors * self.locked
+        before = vectors - kept
+
+        def outside(block: Tensor) -> Tensor:
+            return block - kept @ (kept.mT @ block)
+
+        now = outside((apply(before) - centre * before) * scale)
+        for degree in range(2, self.highest + 1):
+            after = outside((apply(now) - centre * now) * (2 * scale)) - before
+            # Matrices of one stack need different degrees: who is done waits.
+            goes_on = (degree <= self.degrees)[..., None, None]
+            before, now = torch.where(goes_on, now, before), torch.where(goes_on, after, now)
+        tiny = torch.finfo(now.dtype).tiny
+        length = torch.linalg.vector_norm(now, dim=-2, keepdim=True).clamp_min(tiny)
+        return orthonormal(torch.where(self.locked, vectors, now / length))
+
+
+def orthonormal(block: Tensor) -> Tensor:
+    """An orthonormal basis ``(..., n, k)`` of a block's columns, by rounds of Cholesky.
+
+    The first columns span what they spanned. The first round is slightly shifted, so that it leaves
+    a block whose condition the next can bear; the last one mends what rounding was left of columns
+    that depended on one another.
+    """
+    out: Tensor = block
+    for attempt in range(3):
+        wide = _wide(out)
+        gram = wide.mT @ wide
+        diagonal = gram.diagonal(dim1=-2, dim2=-1)
+        if attempt == 0:
+            limits = torch.finfo(gram.dtype)
+            diagonal.add_(1e3 * limits.eps * diagonal.mean(-1, keepdim=True) + limits.tiny)
+        triangle, info = torch.linalg.cholesky_ex(gram)
+        if bool(info.any()):
+            basis: Tensor = torch.linalg.qr(block).Q
+            return basis
+        eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).expand_as(gram)
+        inverse = torch.linalg.solve_triangular(triangle, eye, upper=False)
+        out = (wide @ inverse.mT).to(block)
+    return out
+
+
+def symmetric_ritz(
+    apply: Apply, k: int, allowed: Callable[[Tensor], Tensor]
+) -> Callable[[Tensor], Ritz]:
+    """Pairs of a symmetric matrix; `allowed` gives residual norms from the values ``(..., k)``."""
+
+    def ritz(block: Tensor) -> Ritz:
+        image = apply(block)
+        product = _wide(block).mT @ _wide(image)
+        values, turn = torch.linalg.eigh((product + product.mT) / 2)
+        values, turn = values.flip(-1), turn.flip(-1).to(block)
+        vectors = block @ turn
+        rest = image @ turn[..., :k] - vectors[..., :k] * values[..., None, :k].to(block)
+        norms = torch.linalg.vector_norm(rest, dim=-2)
+        return Ritz(values, vectors, norms / allowed(values[..., :k]).to(norms))
+
+    return ritz
+
+
+def gram_ritz(matrix: Tensor, k: int, tolerance: float) -> Callable[[Tensor], Ritz]:
+    """Pairs of ``M^T M`` for ``(..., m, n)``; the error is ``|M^T u - s v|`` over ``tolerance s_0``."""
+
+    def ritz(block: Tensor) -> Ritz:
+        image = _wide(matrix @ block)
+        values, turn = torch.linalg.eigh(image.mT @ image)
+        values, turn = values.flip(-1).clamp_min(0), turn.flip(-1)
+        sizes = values.sqrt().clamp_min(torch.finfo(matrix.dtype).tiny)
+        left = (image @ turn / sizes.unsqueeze(-2)).to(block)
+        vectors = (_wide(block) @ turn).to(block)
+        rest = matrix.mT @ left[..., :k] - vectors[..., :k] * sizes[..., None, :k].to(block)
+        norms = torch.linalg.vector_norm(rest, dim=-2)
+        return Ritz(values, vectors, norms / (tolerance * sizes[..., :1]).to(norms), left)
+
+    return ritz
+
+
+def _wide(block: Tensor) -> Tensor:
+    """In float64, where the device has it."""
+    return block if block.device.type == "mps" else block.double()
