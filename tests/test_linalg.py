@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -50,77 +52,80 @@ SPECTRA = {
 
 @DTYPES
 @pytest.mark.parametrize("name", list(SPECTRA))
-def test_smallest_eigenvectors(
-    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Values and span, by iteration: the dense solver is out of reach."""
-    tolerance = TOLERANCE[dtype] * (20 if name == "reaching far up" else 1)
+def test_smallest_of_operator(name: str, dtype: torch.dtype) -> None:
+    """Values and span; a spectrum that reaches a thousand times as far may be given up, not got wrong."""
     q, values = orthogonal(N), SPECTRA[name]
     matrix = ((q * values) @ q.mT).to(dtype)
     matrix = (matrix + matrix.mT) / 2
-    dense = linalg.eigh
-
-    def small_only(block: Tensor) -> tuple[Tensor, Tensor]:
-        assert block.shape[-1] < N, "the iteration gave up"
-        return dense(block)
-
-    monkeypatch.setattr(linalg, "eigh", small_only)
-    lower = torch.tensor(-1.0, dtype=dtype)
-    # Zero eigenvalues give residuals nothing to compare with but the bound, so start there.
-    found, vectors = (
-        linalg._shifted_inverse_iteration(matrix, 6, lower, linalg._tolerance(matrix, None))
-        if name == "zero"
-        else linalg.smallest_eigenvectors(matrix, 6, lower_bound=lower)
-    ) or (None, None)
-    assert found is not None
-    assert vectors is not None
-    assert float((found.double() - values[:6]).abs().max()) < tolerance
-    assert sine(vectors, q[:, :6]) < tolerance
-    assert torch.allclose(vectors.mT @ vectors, torch.eye(6, dtype=dtype), atol=1e-5)
+    tolerance = TOLERANCE[dtype] * (20 if name == "reaching far up" else 1)
+    upper = 1.001 * values[-1].to(dtype)
+    found = linalg.smallest_of_operator(matrix.matmul, matrix, 6, upper=upper)
+    if found is None:
+        assert name == "reaching far up"
+        return
+    assert float((found[0].double() - values[:6]).abs().max()) < tolerance
+    assert sine(found[1], q[:, :6]) < tolerance
+    assert torch.allclose(found[1].mT @ found[1], torch.eye(6, dtype=dtype), atol=1e-5)
 
 
-@DTYPES
-def test_more_repeated_eigenvalues_than_a_block_holds(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("name", ["separated", "clustered", "two levels"])
+def test_rough_products_are_measured_exactly(name: str) -> None:
+    """Products in float32, residuals in float64: as good as float32 allows, or float64 goes on."""
+    q, values = orthogonal(N), SPECTRA[name]
+    matrix = (q * values) @ q.mT
+    matrix = (matrix + matrix.mT) / 2
+    rough = matrix.float()
+    products = {"rough": 0, "exact": 0}
+
+    def times(which: str) -> Callable[[Tensor], Tensor]:
+        def apply(block: Tensor) -> Tensor:
+            products[which] += 1
+            assert block.dtype == (torch.float32 if which == "rough" else torch.float64)
+            return (rough if which == "rough" else matrix) @ block
+
+        return apply
+
+    for tolerance, angle in ((1e-5, 1e-5), (1e-10, 1e-9)):
+        products.update(rough=0, exact=0)
+        found = linalg.smallest_of_operator(
+            times("exact"),
+            matrix,
+            6,
+            upper=values[-1] * 1.001,
+            tolerance=tolerance,
+            rough=times("rough"),
+        )
+        assert found is not None
+        residual = (matrix @ found[1] - found[1] * found[0]).norm(dim=0)
+        assert float(residual.max()) <= tolerance * float(values[:6].abs().max()) * 1.01
+        assert name == "clustered" or sine(found[1], q[:, :6]) < angle
+        if tolerance == 1e-5:
+            assert 0 < products["exact"] <= products["rough"] / 2
+        else:
+            assert products["exact"] > 5
+
+
+def test_an_upper_bound_that_is_none_gives_nothing_wrong() -> None:
+    """Eigenvalues above the bound grow too: the residuals tell, and nothing is returned."""
+    q, values = orthogonal(N), SPECTRA["separated"]
+    matrix = (q * values) @ q.mT
+    found = linalg.smallest_of_operator(
+        matrix.matmul, matrix, 6, upper=torch.tensor(1.2, dtype=torch.float64)
+    )
+    assert found is None or sine(found[1], q[:, :6]) < 1e-8
+
+
+def test_more_repeated_eigenvalues_than_a_block_holds() -> None:
     """Any six of forty equal directions will do: they must be eigenvectors and orthonormal."""
     q = orthogonal(N)
     values = torch.cat([-ones(40), bulk(N - 40)])
-    matrix = ((q * values) @ q.mT).to(dtype)
-    found, vectors = linalg.smallest_eigenvectors(
-        matrix, 6, lower_bound=-torch.ones((), dtype=dtype)
-    )
-    residual = matrix @ vectors - vectors * found
-    assert float(residual.norm(dim=0).max()) < 1e-5
-    assert sine(vectors, q[:, :40]) < TOLERANCE[dtype]
-    assert torch.allclose(vectors.mT @ vectors, torch.eye(6, dtype=dtype), atol=1e-5)
-
-
-def test_shifted_inverse_where_the_matrix_itself_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Decades above the values sought, Krylov of the matrix fails, of the inverse does not."""
-    q = orthogonal(N)
-    values = torch.cat([torch.linspace(-1, -0.5, 6), torch.logspace(0, 6, N - 6)]).double()
     matrix = (q * values) @ q.mT
-    used = []
-    plain = linalg._krylov_eigenvectors
-
-    def spy(*args: object, **kwargs: object) -> object:
-        found = plain(*args, **kwargs)  # type: ignore[arg-type]
-        used.append(
-            ("inverse" if kwargs.get("inverse") is not None else "direct", found is not None)
-        )
-        return found
-
-    monkeypatch.setattr(linalg, "_krylov_eigenvectors", spy)
-    lower = torch.tensor(-1.0, dtype=torch.float64)
-    _, vectors = linalg.smallest_eigenvectors((matrix + matrix.mT) / 2, 6, lower_bound=lower)
-    assert used == [("direct", False), ("inverse", True)]
-    assert sine(vectors, q[:, :6]) < 1e-6
-
-
-def test_wrong_lower_bound_is_not_trusted() -> None:
-    """A shift inside the spectrum cannot be factored: the dense solver answers."""
-    q, values = orthogonal(N), SPECTRA["separated"]
-    matrix = (q * values) @ q.mT
-    assert linalg._shifted_inverse_iteration(matrix, 6, torch.tensor(0.5).double(), 1e-10) is None
+    found = linalg.smallest_of_operator(matrix.matmul, matrix, 6, upper=values[-1])
+    assert found is not None
+    residual = matrix @ found[1] - found[1] * found[0]
+    assert float(residual.norm(dim=0).max()) < 1e-8
+    assert sine(found[1], q[:, :40]) < 1e-8
+    assert torch.allclose(found[1].mT @ found[1], torch.eye(6, dtype=torch.float64), atol=1e-8)
 
 
 DECAYS = {
@@ -169,34 +174,43 @@ def test_largest_eigenvectors_by_iteration(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("which", ["smallest", "largest", "singular"])
 def test_dense_finishes_what_does_not_converge(which: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One iteration is never enough for a flat spectrum; the answer is right all the same."""
-    monkeypatch.setattr(linalg, "_MAX_ITERATIONS", 1)
+    """One product is never enough for a flat spectrum; the answer is right all the same."""
     monkeypatch.setattr(subspace, "_MAX_PRODUCTS", 4)
     q = orthogonal(N)
     values = torch.linspace(1.0, 2.0, N, dtype=torch.float64)
     matrix = (q * values) @ q.mT
     if which == "smallest":
-        assert linalg.smallest_of_operator(matrix.matmul, matrix, 6, norm=values[-1]) is None
-        vectors = linalg.smallest_eigenvectors(matrix, 6, lower_bound=torch.tensor(0.9))[1]
-        wanted = q[:, :6]
-    else:
-        assert linalg._filtered_svd(matrix, 6, 1e-10) is None
-        vectors = (
-            linalg.largest_eigenvectors(matrix, 6)[1]
-            if which == "largest"
-            else linalg.top_singular(matrix, 6)[2]
-        )
-        wanted = q[:, -6:]
-    assert sine(vectors, wanted) < 1e-8
+        # The caller forms the matrix; see the methods' tests.
+        assert linalg.smallest_of_operator(matrix.matmul, matrix, 6, upper=values[-1]) is None
+        return
+    assert linalg._filtered_svd(matrix, 6, 1e-10) is None
+    vectors = (
+        linalg.largest_eigenvectors(matrix, 6)[1]
+        if which == "largest"
+        else linalg.top_singular(matrix, 6)[2]
+    )
+    assert sine(vectors, q[:, -6:]) < 1e-8
 
 
-def test_stack_of_iterations_is_its_parts() -> None:
-    q = torch.stack([orthogonal(N, seed=seed) for seed in (1, 2)])
-    values = torch.stack([SPECTRA["separated"], SPECTRA["clustered"]])
-    stack = (q * values.unsqueeze(-2)) @ q.mT
-    together = linalg.smallest_eigenvectors(stack, 6)[1]
-    for index in range(2):
-        assert sine(together[index], q[index, :, :6]) < 1e-8
+# --- what layers share ----------------------------------------------------------------------
+
+
+def test_once_works_once_for_what_is_expanded() -> None:
+    shared = torch.randn(2, 1, 5, 5, dtype=torch.float64).expand(2, 3, 5, 5)
+    seen: list[tuple[int, ...]] = []
+
+    def square(matrix: Tensor) -> Tensor:
+        seen.append(tuple(matrix.shape))
+        return matrix @ matrix
+
+    found = linalg.once(square, shared)
+    assert seen == [(2, 1, 5, 5)]
+    assert found.shape == (2, 3, 5, 5)
+    assert found.stride(1) == 0
+    assert torch.equal(found, square(shared.contiguous()))
+    block = torch.randn(2, 3, 5, 4, dtype=torch.float64)
+    assert torch.allclose(linalg.product(shared, block), shared.contiguous() @ block, atol=1e-12)
+    assert torch.allclose(linalg.product(shared.mT, block), shared.mT.contiguous() @ block)
 
 
 # --- dense parts ----------------------------------------------------------------------------

@@ -51,7 +51,7 @@ def test_leading_pairs(name: str) -> None:
         K,
         lower=values[0],
     )
-    assert found is not None
+    assert found.converged
     assert float(residual_of(matrix, found).max()) <= float(allowed)
     assert torch.allclose(found.values[:K], values.flip(0)[:K], atol=1e-8 * float(values[-1]))
     kept = q[:, -12:] if name == "twelve equal" else q[:, -K:]
@@ -75,7 +75,7 @@ def test_stack_of_unlike_matrices_is_its_parts() -> None:
         K,
         lower=values[:, 0],
     )
-    assert found is not None
+    assert found.converged
     assert bool((residual_of(stack, found) <= allowed).all())
     for index in range(3):
         top = q[index, :, -K:]
@@ -85,7 +85,9 @@ def test_stack_of_unlike_matrices_is_its_parts() -> None:
 def test_small_values_beside_a_huge_one_in_float32() -> None:
     """Without locking, the rounding of the first value would drown the others."""
     q, p = orthogonal(), orthogonal(2)
-    sizes = torch.cat([torch.tensor([1.0, 2e-3, 1e-3]), 1e-4 * torch.linspace(1, 0, N - 3)]).double()
+    sizes = torch.cat(
+        [torch.tensor([1.0, 2e-3, 1e-3]), 1e-4 * torch.linspace(1, 0, N - 3)]
+    ).double()
     matrix = ((q * sizes) @ p.mT).float()
     found = subspace.filtered(
         lambda x: matrix.mT @ (matrix @ x),
@@ -94,7 +96,7 @@ def test_small_values_beside_a_huge_one_in_float32() -> None:
         3,
         lower=torch.zeros(()),
     )
-    assert found is not None
+    assert found.converged
     assert found.left is not None
     assert sine(found.vectors[:, :3].double(), p[:, :3]) < 1e-2
     assert sine(found.left[:, :3].double(), q[:, :3]) < 1e-2
@@ -116,7 +118,7 @@ def test_gives_up_within_its_budget() -> None:
 
     exact = subspace.symmetric_ritz(apply, K, lambda v: torch.full_like(v, 1e-19))
     found = subspace.filtered(apply, exact, start(), K, lower=values.min())
-    assert found is None
+    assert not found.converged
     assert calls <= subspace._MAX_PRODUCTS + 2
 
 

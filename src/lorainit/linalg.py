@@ -30,11 +30,6 @@ DENSE_LIMIT_CUDA = 128
 
 _LOOP_FROM = 256
 
-_OVERSAMPLING = 8
-_MAX_ITERATIONS = 60
-_MAX_WIDTHS = 12
-_MAX_WIDTHS_CUDA = 24
-
 
 # --- dtypes and checks ----------------------------------------------------------------------
 
@@ -85,9 +80,7 @@ def check_rank(rank: int, rows: int, columns: int, *, factor: int = 1) -> None:
 
 def double_precision(tensor: Tensor) -> Tensor:
     """The tensor in float64, on the CPU where its device has no float64 (MPS)."""
-    if tensor.device.type == "mps":
-        return tensor.cpu().double()
-    return tensor.double()
+    return once(lambda t: t.cpu().double() if t.device.type == "mps" else t.double(), tensor)
 
 
 def dense_limit(like: Tensor) -> int:
@@ -95,9 +88,40 @@ def dense_limit(like: Tensor) -> int:
     return DENSE_LIMIT_CUDA if like.is_cuda else DENSE_LIMIT
 
 
-def iterates(like: Tensor | None) -> bool:
-    """Whether ``(..., n, m)`` is large enough, on a device, for operators that are never formed."""
-    return like is not None and like.is_cuda and like.shape[-2] > DENSE_LIMIT_CUDA
+def iterates(like: Tensor) -> bool:
+    """Whether ``(..., n, m)`` is large enough for operators that are never formed."""
+    return like.shape[-2] > dense_limit(like)
+
+
+# --- what layers that share an input share -----------------------------------------------------
+
+
+def once(work: Callable[[Tensor], Tensor], stack: Tensor) -> Tensor:
+    """`work` on a stack of matrices ``(..., m, n)``, once for those along an expanded dimension.
+
+    Args:
+        work: gives a tensor with the same leading dimensions.
+        stack: what `LayerStatistics.stack` expanded has stride zero there.
+    """
+    narrow = stack
+    for dim in range(stack.dim() - 2):
+        if stack.stride(dim) == 0 and stack.shape[dim] > 1:
+            narrow = narrow.narrow(dim, 0, 1)
+    if narrow is stack:
+        return work(stack)
+    found = work(narrow)
+    leading = stack.dim() - 2
+    return found.expand(*stack.shape[:-2], *found.shape[leading:])
+
+
+def product(matrix: Tensor, block: Tensor) -> Tensor:
+    """``matrix @ block``; one matrix times several blocks, where it is expanded over them."""
+    if not (matrix.dim() == 4 and matrix.stride(1) == 0 and matrix.shape[1] > 1):
+        return matrix @ block
+    groups, number, rows, width = block.shape
+    beside = block.transpose(1, 2).reshape(groups, rows, number * width)
+    found = matrix[:, 0] @ beside
+    return found.reshape(groups, -1, number, width).transpose(1, 2)
 
 
 # --- one by one where that is quicker -------------------------------------------------------
@@ -277,71 +301,60 @@ def _gram_svd(matrix: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
 # --- leading and trailing subspaces ---------------------------------------------------------
 
 
-def smallest_eigenvectors(
-    matrix: Tensor, k: int, *, lower_bound: Tensor | None = None, tolerance: float | None = None
-) -> tuple[Tensor, Tensor]:
-    """Orthonormal eigenvectors of the ``k`` smallest eigenvalues of a symmetric matrix.
-
-    Up to `dense_limit` by a dense decomposition. Above it by a block Krylov space of the matrix,
-    which is quick where the eigenvalues sought stand out of the spectrum; failing that, where a
-    lower bound of the spectrum is known, by one of the shifted inverse (a Cholesky factorization,
-    then pairs of triangular solves), which is quick where the spectrum reaches far up. Both run
-    until every residual ``|M v - mu v|`` is below ``tolerance`` times the largest absolute
-    eigenvalue sought (or bound); failing both, dense.
-
-    Args:
-        matrix: ``(..., n, n)``.
-        k: how many.
-        lower_bound: ``(...)``, a number that no eigenvalue is below.
-        tolerance: residual tolerance; default ``1e-10`` in float64 and ``2e-6`` in float32.
-
-    Returns:
-        Eigenvalues ``(..., k)`` ascending, eigenvectors ``(..., n, k)``.
-    """
-    n = matrix.shape[-1]
-    if n > dense_limit(matrix) and 4 * (k + _OVERSAMPLING) < n:
-        goal = _tolerance(matrix, tolerance)
-        found = _krylov_eigenvectors(matrix.matmul, matrix, k, goal, norm=_column_norm(matrix))
-        if found is None and lower_bound is not None:
-            found = _shifted_inverse_iteration(matrix, k, lower_bound, goal)
-        if found is not None:
-            return found[0], fix_signs(found[1])
-    values, vectors = eigh(matrix)
-    return values[..., :k], fix_signs(vectors[..., :k])
-
-
 def smallest_of_operator(
-    apply: Callable[[Tensor], Tensor],
+    apply: subspace.Apply,
     like: Tensor,
     k: int,
     *,
-    norm: Tensor,
+    upper: Tensor,
     tolerance: float | None = None,
-    start: Tensor | None = None,
     each: float = 0.0,
+    rough: subspace.Apply | None = None,
+    start: Tensor | None = None,
 ) -> tuple[Tensor, Tensor] | None:
-    """As `smallest_eigenvectors`, of a matrix that is cheaper to apply than to form.
+    """Orthonormal eigenvectors of the ``k`` smallest eigenvalues of a matrix that is never formed.
+
+    By filtered subspace iteration (`lorainit.subspace`), until every residual ``|M v - mu v|`` is
+    below ``tolerance`` times the largest absolute eigenvalue sought, or below ``each`` times its own.
 
     Args:
         apply: what the symmetric ``(..., n, n)`` matrix does to a block ``(..., n, width)``.
         like: any ``(..., n, m)`` tensor of the matrix's batch, size, dtype and device.
         k: how many.
-        norm: ``(...)``, the matrix's spectral norm, or somewhat less.
-        tolerance: residual tolerance; default ``1e-10`` in float64 and ``2e-6`` in float32.
+        upper: ``(...)``, a number that no eigenvalue is above, and that none is far below.
+        tolerance: default ``1e-10`` in float64 and ``2e-6`` in float32.
+        each: the same for each eigenvalue by itself.
+        rough: the matrix in float32, for all products but those that measure the residuals.
         start: ``(..., n, width)`` near the vectors sought, where such are known.
-        each: a residual may also be this times its own eigenvalue.
 
     Returns:
         Eigenvalues ``(..., k)`` ascending and eigenvectors ``(..., n, k)``; None where a dense
         solver is as quick, or where the iteration does not meet its tolerance: form the matrix.
     """
     n = like.shape[-2]
-    width = k + _OVERSAMPLING if start is None else start.shape[-1]
-    if n <= dense_limit(like) or 4 * width >= n:
+    width = k + subspace.OVERSAMPLING if start is None else start.shape[-1]
+    if n <= dense_limit(like) or 2 * width >= n:
         return None
     goal = _tolerance(like, tolerance)
-    found = _krylov_eigenvectors(apply, like, k, goal, norm=norm, start=start, each=each)
-    return None if found is None else (found[0], fix_signs(found[1]))
+
+    def allowed(values: Tensor) -> Tensor:
+        sizes = values.abs()
+        largest = sizes.amax(-1, keepdim=True).clamp_min(torch.finfo(like.dtype).tiny)
+        # No residual can be asked to be below the rounding of the matrix itself.
+        rounding = 8 * torch.finfo(like.dtype).eps * upper.abs().unsqueeze(-1).to(values)
+        return torch.maximum(torch.maximum(goal * largest, each * sizes), rounding)
+
+    ritz = subspace.symmetric_ritz(lambda block: -apply(block), k, allowed, like.dtype)
+    block = _start_block(like, n, width) if start is None else start
+    for one in (rough, apply):
+        if one is None:
+            continue
+        turned = block.float() if one is rough else block.to(like)
+        found = subspace.filtered(lambda b, m=one: -m(b), ritz, turned, k, lower=-upper)  # type: ignore[misc]
+        if found.converged:
+            return -found.values[..., :k], fix_signs(found.vectors[..., :k].to(like))
+        block = found.vectors
+    return None
 
 
 def largest_eigenvectors(
@@ -355,7 +368,7 @@ def largest_eigenvectors(
         Eigenvalues ``(..., k)`` descending, eigenvectors ``(..., n, k)``.
     """
     n = matrix.shape[-1]
-    if n > dense_limit(matrix) and 4 * (k + _OVERSAMPLING) < n:
+    if n > dense_limit(matrix) and 2 * (k + subspace.OVERSAMPLING) < n:
         found = _filtered_svd(matrix, k, _tolerance(matrix, tolerance))
         if found is not None:
             return found[1], fix_signs(found[2])
@@ -468,117 +481,6 @@ def _start_block(matrix: Tensor, rows: int, width: int) -> Tensor:
     return block.to(matrix).expand(*matrix.shape[:-2], rows, width)
 
 
-def _shifted_inverse_iteration(
-    matrix: Tensor, k: int, lower_bound: Tensor, tolerance: float
-) -> tuple[Tensor, Tensor] | None:
-    """Smallest eigenpairs from the block Krylov space of ``(M - shift)^-1``; None if it fails."""
-    scale = lower_bound.abs().clamp_min(torch.finfo(matrix.dtype).tiny)
-    shift = lower_bound - 1e-3 * scale
-    factor, info = _cholesky(add_to_diagonal(matrix, -shift))
-    if bool(info.any()):
-        return None
-    return _krylov_eigenvectors(
-        matrix.matmul,
-        matrix,
-        k,
-        tolerance,
-        norm=_column_norm(matrix),
-        inverse=factor,
-        scale=scale,
-    )
-
-
-def _krylov_eigenvectors(
-    apply: Callable[[Tensor], Tensor],
-    like: Tensor,
-    k: int,
-    tolerance: float,
-    *,
-    norm: Tensor,
-    inverse: Tensor | None = None,
-    scale: Tensor | None = None,
-    start: Tensor | None = None,
-    each: float = 0.0,
-) -> tuple[Tensor, Tensor] | None:
-    """Smallest eigenpairs by Rayleigh-Ritz over a growing block Krylov space; None if it fails.
-
-    Args:
-        apply: what a symmetric ``(..., n, n)`` matrix does to a block ``(..., n, width)``.
-        like: any ``(..., n, m)`` tensor of the matrix's batch, size, dtype and device.
-        k: how many.
-        tolerance: of the residuals, relative to `scale` or the largest absolute value sought.
-        norm: ``(...)``, the matrix's spectral norm, or somewhat less.
-        inverse: Cholesky factor whose inverse makes the space, in place of the matrix.
-        scale: ``(...)``, what residuals are at least compared with.
-        start: the first block; default the same Gaussian one for every matrix.
-        each: a residual may also be this times its own eigenvalue.
-    """
-    width, n = k + _OVERSAMPLING, like.shape[-2]
-    first = _start_block(like, n, width) if start is None else start
-    width = first.shape[-1]
-    block = torch.linalg.qr(first).Q
-    basis, image = block, apply(block)
-    # No residual can be asked to be below the rounding of the matrix itself.
-    rounding = 8 * torch.finfo(like.dtype).eps * norm
-    look = _first_look(like) if start is None else 1
-    for step in range(1, _MAX_ITERATIONS + 1):
-        full = basis.shape[-1] + width > min(_max_widths(like) * width, n)
-        if step >= look or full:
-            look = _next_look(step, like)
-            values, rotation = eigh(basis.mT @ image)
-            values, wanted = values[..., :k], rotation[..., :k]
-            vectors = basis @ wanted
-            residual = (image @ wanted - vectors * values.unsqueeze(-2)).norm(dim=-2)
-            bound = values.abs().amax(-1).clamp_min(torch.finfo(like.dtype).tiny)
-            if scale is not None:
-                bound = torch.maximum(bound, scale)
-            allowed = torch.maximum(tolerance * bound, rounding).unsqueeze(-1)
-            allowed = torch.maximum(allowed, each * values.abs())
-            if bool((residual <= allowed).all()):
-                return values, vectors
-        if full:
-            # Restart from the best of the space, or it grows without end.
-            rotation = rotation[..., : 2 * width]
-            basis, image = basis @ rotation, image @ rotation
-            block, fresh = basis[..., :width], image[..., :width]
-        else:
-            fresh = image[..., -width:]
-        grown = fresh if inverse is None else torch.cholesky_solve(block, inverse)
-        block = _orthonormal_to(basis, grown)
-        basis = torch.cat([basis, block], dim=-1)
-        image = torch.cat([image, apply(block)], dim=-1)
-    return None
-
-
-def _first_look(like: Tensor) -> int:
-    return 4 if like.is_cuda else 1
-
-
-def _next_look(step: int, like: Tensor) -> int:
-    """When to look at the residuals next: on CUDA a look costs more than a step, so ever later."""
-    return step + (max(3, step // 2) if like.is_cuda else 1)
-
-
-def _max_widths(like: Tensor) -> int:
-    """How many blocks a space may hold: on CUDA a restart costs more than a wide space."""
-    return _MAX_WIDTHS_CUDA if like.is_cuda else _MAX_WIDTHS
-
-
-def _column_norm(matrix: Tensor) -> Tensor:
-    """The largest norm of a column: at most the spectral norm, and not far below."""
-    norms: Tensor = torch.linalg.vector_norm(matrix, dim=-2)
-    return norms.amax(-1)
-
-
-def _orthonormal_to(basis: Tensor, block: Tensor) -> Tensor:
-    """An orthonormal block with the directions of `block` outside of an orthonormal basis."""
-    # Twice is enough: the first projection leaves rounding of the size of the block.
-    for _ in range(2):
-        block = block - basis @ (basis.mT @ block)
-        block = torch.linalg.qr(block).Q
-    return block
-
-
 def _filtered_svd(matrix: Tensor, k: int, tolerance: float) -> tuple[Tensor, Tensor, Tensor] | None:
     """Leading triplets by filtered subspace iteration on ``M^T M``; None without convergence."""
     start = _start_block(matrix, matrix.shape[-1], k + subspace.OVERSAMPLING)
@@ -588,6 +490,6 @@ def _filtered_svd(matrix: Tensor, k: int, tolerance: float) -> tuple[Tensor, Ten
 
     zero = torch.zeros(matrix.shape[:-2], dtype=torch.float64)
     found = subspace.filtered(apply, subspace.gram_ritz(matrix, k, tolerance), start, k, lower=zero)
-    if found is None or found.left is None:
+    if not found.converged or found.left is None:
         return None
     return found.left[..., :k], found.values[..., :k].sqrt().to(matrix), found.vectors[..., :k]

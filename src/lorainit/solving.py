@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import zip_longest
+from itertools import groupby, zip_longest
 from typing import Any, Literal
 
 import torch
@@ -18,7 +18,14 @@ from lorainit.linalg import double_precision
 from lorainit.statistics import Statistics, distributed
 from lorainit.statistics.plan import statistic_bytes
 from lorainit.statistics.travel import Slot, from_owners
-from lorainit.types import Factors, LayerSpec, LayerStatistics, Method, RanksDirections
+from lorainit.types import (
+    OF_INPUT,
+    Factors,
+    LayerSpec,
+    LayerStatistics,
+    Method,
+    RanksDirections,
+)
 
 _CHUNK_BYTES = 1 << 30
 
@@ -59,7 +66,7 @@ def solve_layers(
         disable=None if progress else True,
     )
     with bar, torch.no_grad():
-        for chunks in _rounds(targets, owners, size, max_memory):
+        for chunks in _rounds(targets, owners, size, statistics, max_memory):
             try:
                 weights = _weights(chunks, rank)
                 if chunks[rank] and failure is None:
@@ -202,24 +209,57 @@ def _solve_stack(
     spec = chunk[0].spec
     dtype = torch.float64 if precision == "exact" else None
     wide = weights if dtype is None else [double_precision(weight) for weight in weights]
-    moved = [
-        _for_solving(layer, method.needs, weight.device, dtype)
-        for layer, weight in zip(layers, wide, strict=True)
-    ]
     if len(chunk) > 1:
         try:
-            stacked = method.solve(
-                torch.stack(wide), LayerStatistics.stack(moved), spec.rank, spec.scaling
-            )
+            stacked = _solve_stack(wide, layers, spec, method, dtype)
             _check_factors(stacked, spec, (len(chunk),))
             return [stacked[i] for i in range(len(chunk))]
         except LorainitError:
             # One of them cannot be solved: which, is found below.
             pass
     return [
-        _solve_one(target, weight, layer, method)
-        for target, weight, layer in zip(chunk, wide, moved, strict=True)
+        _solve_one(target, weight, _for_solving(layer, method.needs, weight.device, dtype), method)
+        for target, weight, layer in zip(chunk, wide, layers, strict=True)
     ]
+
+
+def _solve_stack(
+    weights: list[Tensor],
+    layers: list[LayerStatistics],
+    spec: LayerSpec,
+    method: Method,
+    dtype: torch.dtype | None,
+) -> Factors:
+    """All layers at once; what belongs to an input that several share is there once."""
+    sharing = _sharing(layers)
+    needs = [
+        method.needs if i % sharing == 0 else method.needs - OF_INPUT for i in range(len(layers))
+    ]
+    moved = [
+        _for_solving(layer, read, weight.device, dtype)
+        for layer, read, weight in zip(layers, needs, weights, strict=True)
+    ]
+    stack = torch.stack(weights)
+    if sharing > 1:
+        stack = stack.reshape(-1, sharing, *stack.shape[1:])
+    found = method.solve(
+        stack, LayerStatistics.stack(moved, sharing=sharing), spec.rank, spec.scaling
+    )
+    if sharing == 1:
+        return found
+    return Factors(found.A.flatten(0, 1), found.B.flatten(0, 1), found.anchored)
+
+
+def _sharing(layers: Sequence[LayerStatistics]) -> int:
+    """How many consecutive layers share one input's sums: the same number throughout, or 1."""
+    runs = [len(list(run)) for _, run in groupby(_input_key(layer) for layer in layers)]
+    return runs[0] if len(set(runs)) == 1 else 1
+
+
+def _input_key(layer: LayerStatistics) -> int:
+    """Equal for layers that hold the very same second moment of their input."""
+    moment = layer.input_second_moment_sum
+    return id(layer) if moment is None else id(moment)
 
 
 def _solve_one(target: Target, weight: Tensor, layer: LayerStatistics, method: Method) -> Factors:
@@ -257,6 +297,7 @@ def _rounds(
     targets: Mapping[str, Target],
     owners: Mapping[str, int],
     size: int,
+    statistics: Statistics | None,
     max_memory: int | None = None,
 ) -> Iterator[list[list[Target]]]:
     """Rounds of one chunk for each process, so that all solve at once between two gathers."""
@@ -264,22 +305,36 @@ def _rounds(
     mine: list[dict[str, Target]] = [{} for _ in range(size)]
     for name, target in targets.items():
         mine[owners[name]][name] = target
-    chunks = [_chunks(members, budget) for members in mine]
+    chunks = [_chunks(members, budget, statistics) for members in mine]
     yield from (list(turn) for turn in zip_longest(*chunks, fillvalue=[]))
 
 
-def _chunks(targets: Mapping[str, Target], budget: int) -> Iterator[list[Target]]:
-    """Targets of one shape, rank, scaling and device, as many as `budget` bytes allow."""
-    groups: dict[tuple[Any, ...], list[Target]] = {}
-    for target in targets.values():
+def _chunks(
+    targets: Mapping[str, Target], budget: int, statistics: Statistics | None = None
+) -> Iterator[list[Target]]:
+    """Targets of one shape, rank, scaling and device, as many as `budget` bytes allow.
+
+    Where `statistics` say so, those that share an input stand together, apart from those that do not
+    or with more or fewer others.
+    """
+    groups: dict[tuple[Any, ...], dict[int, list[Target]]] = {}
+    for name, target in targets.items():
         spec = target.spec
         device = next((p.device for p in target.module.parameters()), None)
         key = (spec.out_features, spec.in_features, spec.rank, spec.scaling, device)
-        groups.setdefault(key, []).append(target)
-    for (rows, columns, *_), members in groups.items():
+        held = None if statistics is None else statistics.get(name)
+        source = 0 if held is None else _input_key(held)
+        groups.setdefault(key, {}).setdefault(source, []).append(target)
+    for (rows, columns, *_), sources in groups.items():
         step = max(1, budget // (4 * (rows * rows + rows * columns + columns * columns)))
-        for first in range(0, len(members), step):
-            yield members[first : first + step]
+        by_number: dict[int, list[Target]] = {}
+        for members in sources.values():
+            number = len(members) if statistics is not None and len(members) <= step else 1
+            by_number.setdefault(number, []).extend(members)
+        for number, members in by_number.items():
+            whole = step - step % number
+            for first in range(0, len(members), whole):
+                yield members[first : first + whole]
 
 
 def _chunk_bytes(targets: Mapping[str, Target], max_memory: int | None = None) -> int:

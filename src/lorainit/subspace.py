@@ -25,6 +25,9 @@ OVERSAMPLING = 16
 _MAX_PRODUCTS = 400
 _MAX_DEGREE = 48
 _LOCK = 0.3
+_LEAST_GAP = 4e-3
+_PATIENCE = 3
+_PROGRESS = 0.7
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,30 +46,40 @@ class Ritz:
     error: Tensor
     left: Tensor | None = None
 
+    @property
+    def converged(self) -> bool:
+        """Whether all pairs sought meet their tolerance; waits for the device."""
+        return bool((self.error <= 1).all())
+
 
 def filtered(
     apply: Apply, ritz: Callable[[Tensor], Ritz], start: Tensor, k: int, *, lower: Tensor
-) -> Ritz | None:
-    """Iterate until the ``k`` leading pairs meet their tolerance; None if they do not.
+) -> Ritz:
+    """Iterate until the ``k`` leading pairs meet their tolerance (`Ritz.converged`), or none gets nearer.
 
     Args:
-        apply: the matrix.
-        ritz: pairs from an orthonormal block, with their errors.
+        apply: the matrix; it may be rougher, in a narrower dtype, than what `ritz` measures with.
+        ritz: pairs from an orthonormal block, in the block's dtype, with their errors.
         start: ``(..., n, width)``, any block of full rank, ``width > k``.
         k: how many pairs are wanted, those with the largest eigenvalues.
         lower: ``(...)``, a number that no eigenvalue is below.
     """
-    block = orthonormal(apply(orthonormal(start)))
-    budget = _MAX_PRODUCTS
-    while True:
-        found = ritz(block)
-        if bool((found.error <= 1).all()):
-            return found
+    found = ritz(orthonormal(apply(orthonormal(start))))
+    budget, patience, best = _MAX_PRODUCTS, _PATIENCE, float("inf")
+    while not found.converged and patience:
+        worst = float(found.error.max())
+        patience = patience - 1 if worst > _PROGRESS * best else _PATIENCE
+        best = min(best, worst)
         filter_ = _Filter(found, k, lower.to(found.values))
         budget -= filter_.highest + 2
         if budget < 0:
-            return None
-        block = filter_(apply, found.vectors)
+            break
+        try:
+            found = ritz(filter_(apply, found.vectors))
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+            # Not finite: an eigenvalue below the bound has outgrown everything.
+            break
+    return found
 
 
 class _Filter:
@@ -76,7 +89,13 @@ class _Filter:
         values, error = found.values, found.error.to(found.values)
         dtype = found.vectors.dtype
         locked = (error <= _LOCK).cumprod(-1)
-        edge = values[..., -1]
+        # Below the pairs sought, also where more eigenvalues are equal than the block has columns.
+        sought = values[..., k - 1]
+        edge = torch.minimum(values[..., -1], sought - _LEAST_GAP * (sought - lower))
+        # Where the matrix has less rank than the block has columns the edge is rounding, and the
+        # growth beyond it would overflow.
+        room = 8 * torch.finfo(dtype).eps * (values[..., 0] - lower)
+        edge = torch.maximum(edge, lower + room)
         self.centre = (edge + lower) / 2
         self.half = ((edge - lower) / 2).clamp_min(torch.finfo(dtype).tiny ** 0.5)
 
@@ -91,8 +110,8 @@ class _Filter:
         # What brings the worst pair to its tolerance, and what leaves the smallest pair sought above
         # the rounding of the largest.
         needed = ((error.amax(-1).log() + 2) / smallest.clamp_min(1e-3)).ceil()
-        room = -0.75 * math.log(torch.finfo(dtype).eps)
-        possible = (room / (largest - smallest).clamp_min(1e-6)).floor()
+        digits = -0.75 * math.log(torch.finfo(dtype).eps)
+        possible = (digits / (largest - smallest).clamp_min(1e-6)).floor()
         self.degrees = torch.minimum(needed, possible).clamp(2, _MAX_DEGREE)
         self.highest = int(self.degrees.max())
         width = values.shape[-1]
@@ -144,19 +163,23 @@ def orthonormal(block: Tensor) -> Tensor:
 
 
 def symmetric_ritz(
-    apply: Apply, k: int, allowed: Callable[[Tensor], Tensor]
+    apply: Apply, k: int, allowed: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None
 ) -> Callable[[Tensor], Ritz]:
-    """Pairs of a symmetric matrix; `allowed` gives residual norms from the values ``(..., k)``."""
+    """Pairs of a symmetric matrix; `allowed` gives residual norms from the values ``(..., k)``.
+
+    The block is measured in the matrix's dtype, however narrow it is.
+    """
 
     def ritz(block: Tensor) -> Ritz:
-        image = apply(block)
-        product = _wide(block).mT @ _wide(image)
+        exact = block.to(dtype) if dtype is not None else block
+        image = apply(exact)
+        product = _wide(exact).mT @ _wide(image)
         values, turn = torch.linalg.eigh((product + product.mT) / 2)
-        values, turn = values.flip(-1), turn.flip(-1).to(block)
-        vectors = block @ turn
-        rest = image @ turn[..., :k] - vectors[..., :k] * values[..., None, :k].to(block)
+        values, turn = values.flip(-1), turn.flip(-1).to(exact)
+        vectors = exact @ turn
+        rest = image @ turn[..., :k] - vectors[..., :k] * values[..., None, :k].to(exact)
         norms = torch.linalg.vector_norm(rest, dim=-2)
-        return Ritz(values, vectors, norms / allowed(values[..., :k]).to(norms))
+        return Ritz(values, vectors.to(block), norms / allowed(values[..., :k]).to(norms))
 
     return ritz
 

@@ -30,7 +30,10 @@ STATISTICS: frozenset[str] = frozenset(
 )
 """Every name that may stand in a method's ``needs``."""
 
-GRADIENT_STATISTICS: frozenset[str] = STATISTICS - {"input_second_moment", "input_mean"}
+OF_INPUT: frozenset[str] = frozenset({"input_second_moment", "input_mean"})
+"""The statistics of a layer's input, which other layers may read too."""
+
+GRADIENT_STATISTICS: frozenset[str] = STATISTICS - OF_INPUT
 """The statistics that need a backward pass."""
 
 
@@ -77,6 +80,7 @@ class LayerStatistics:
         "output_second_moment_sum",
         "output_second_moment_diagonal_sum",
     )
+    OF_INPUT: ClassVar[tuple[str, ...]] = ("input_second_moment_sum", "input_sum")
     COUNTS: ClassVar[tuple[str, ...]] = ("sequences", "label_tokens", "positions")
 
     @property
@@ -161,25 +165,40 @@ class LayerStatistics:
         )
 
     @classmethod
-    def stack(cls, layers: Sequence[LayerStatistics]) -> LayerStatistics:
+    def stack(cls, layers: Sequence[LayerStatistics], *, sharing: int = 1) -> LayerStatistics:
         """Layers of one shape as one object with a leading layer dimension.
 
         Only tensors that every layer has are kept. Counts become float64 tensors on the CPU.
+
+        Args:
+            layers: in order.
+            sharing: every so many consecutive layers read one input. Above 1 there are two leading
+                dimensions, ``(groups, sharing)``, and what belongs to the input, taken from each
+                group's first layer, is there once and expanded (stride zero).
         """
         first = layers[0]
         values: dict[str, Tensor | None] = {}
         for name in cls.TENSORS:
-            tensors = [getattr(layer, name) for layer in layers]
-            values[name] = None if any(t is None for t in tensors) else torch.stack(tensors)
+            once = sharing > 1 and name in cls.OF_INPUT
+            tensors = [getattr(layer, name) for layer in layers[:: sharing if once else 1]]
+            stacked = None if any(t is None for t in tensors) else torch.stack(tensors)
+            if stacked is not None and once:
+                stacked = stacked.unsqueeze(1).expand(-1, sharing, *stacked.shape[1:])
+            elif stacked is not None and sharing > 1:
+                stacked = stacked.reshape(-1, sharing, *stacked.shape[1:])
+            values[name] = stacked
         for name in cls.COUNTS:
             counts = [float(getattr(layer, name)) for layer in layers]
-            values[name] = torch.tensor(counts, dtype=torch.float64)
+            count = torch.tensor(counts, dtype=torch.float64)
+            values[name] = count if sharing == 1 else count.reshape(-1, sharing)
         populations = [layer.population for layer in layers]
         population = (
             None
             if any(p is None for p in populations)
             else torch.tensor([float(p) for p in populations if p is not None], dtype=torch.float64)
         )
+        if population is not None and sharing > 1:
+            population = population.reshape(-1, sharing)
         return cls(**values, loss_reduction=first.loss_reduction, population=population)  # type: ignore[arg-type]
 
     @classmethod
@@ -225,6 +244,9 @@ def _mean(total: Tensor, count: float | Tensor, trailing: int) -> Tensor:
     """Divide a sum by its count, the count broadcast over the statistic's own dimensions."""
     if isinstance(count, Tensor):
         shaped = count.to(device=total.device, dtype=total.dtype)
+        if total.dim() == trailing + 2 and total.stride(1) == 0:
+            # Layers that share an input share its count: divide once.
+            return _mean(total[:, 0], count[:, 0], trailing).unsqueeze(1).expand_as(total)
         return total / shaped.reshape(*count.shape, *([1] * trailing)).clamp_min(1)
     return total / max(count, 1.0)
 

@@ -60,14 +60,14 @@ def simulated() -> dict[int, dict[str, dict[str, torch.Tensor]]]:
 def solved_omega(monkeypatch) -> Callable[[LoraDA, LinearProblem], torch.Tensor]:
     """The matrix whose smallest eigenvectors `LoraDA.solve` takes, times ``sigma^2``."""
     seen: list[torch.Tensor] = []
-    original = linalg.smallest_eigenvectors
+    original = linalg.eigh
 
-    def record(matrix: torch.Tensor, *args: object, **kwargs: object) -> object:
+    def record(matrix: torch.Tensor) -> object:
         seen.append(matrix)
-        return original(matrix, *args, **kwargs)
+        return original(matrix)
 
     def omega(method: LoraDA, problem: LinearProblem) -> torch.Tensor:
-        monkeypatch.setattr(linalg, "smallest_eigenvectors", record)
+        monkeypatch.setattr(linalg, "eigh", record)
         method.solve(problem.base, problem.statistics(), RANK, 1.0)
         monkeypatch.undo()
         return seen[-1] * torch.linalg.matrix_norm(problem.change, 2) ** 2

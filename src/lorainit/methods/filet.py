@@ -81,27 +81,23 @@ class FILet:
         dtype = linalg.compute_dtype(weight, second)
         narrow = weight if dtype == torch.float32 else weight.to(dtype)
         weight = linalg.check_finite(weight.to(dtype), "the weight")
-        u, v, valid = self._candidates(weight, narrow)
-        energy = fisher_energy(u, v, second.to(dtype), statistics.output_second_moment.to(dtype))
-        energy = linalg.check_finite(energy, "the Fisher energy")
-        kept = self._keep(energy, valid, rank)
-        q = self._sizes(energy.gather(-1, kept), scaling) / scaling**0.5
-        a = v.gather(-1, kept.unsqueeze(-2).expand(*v.shape[:-1], rank)).mT * q.unsqueeze(-1)
-        b = u.gather(-1, kept.unsqueeze(-2).expand(*u.shape[:-1], rank)) * q.unsqueeze(-2)
-        return Factors(a, b, anchored=True)
-
-    def _candidates(self, weight: Tensor, narrow: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """``U`` ``(..., out, k)``, ``V`` ``(..., in, k)`` with unit columns, which are usable."""
+        moments = second.to(dtype), statistics.output_second_moment.to(dtype)
         if self.candidates == "svd":
             u, s, v = linalg.svd(weight)
             u, v = linalg.fix_pair_signs(u, v)
+            energy = fisher_energy(u, v, *moments)
             # Below this a singular value is rounding, and its pair says nothing of the weight.
-            rounding = torch.finfo(s.dtype).eps * max(weight.shape[-2:]) * s[..., :1]
-            return u, v, s > rounding
-        gram = linalg.gram(narrow).to(weight)
-        v, v_norm = _unit_columns(gram)
-        u, u_norm = _unit_columns(weight @ v)
-        return u, v, (v_norm > 0) & (u_norm > 0)
+            valid = s > torch.finfo(s.dtype).eps * max(weight.shape[-2:]) * s[..., :1]
+        else:
+            energy, valid = gram_energy(weight, narrow, *moments)
+        kept = self._keep(linalg.check_finite(energy, "the Fisher energy"), valid, rank)
+        if self.candidates == "svd":
+            u, v = _columns(u, kept), _columns(v, kept)
+        else:
+            v = _unit(weight.mT @ _columns(weight, kept))
+            u = _unit(weight @ v)
+        q = self._sizes(energy.gather(-1, kept), scaling) / scaling**0.5
+        return Factors(v.mT * q.unsqueeze(-1), u * q.unsqueeze(-2), anchored=True)
 
     def _keep(self, energy: Tensor, valid: Tensor, rank: int) -> Tensor:
         """Indices ``(..., rank)`` of the kept candidates; unusable (zero) ones come last."""
@@ -127,7 +123,47 @@ def fisher_energy(u: Tensor, v: Tensor, second_in: Tensor, second_out: Tensor) -
     return energy
 
 
-def _unit_columns(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Columns divided by their norms, and the norms; a zero column stays zero."""
-    norm = matrix.norm(dim=-2)
-    return matrix / norm.clamp_min(torch.finfo(matrix.dtype).tiny).unsqueeze(-2), norm
+def gram_energy(
+    weight: Tensor, narrow: Tensor, second_in: Tensor, second_out: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Energies of the columns of ``W^T W`` and their images, and which are usable; both ``(..., in)``.
+
+    For a wide weight all goes by ``(out, out)`` matrices, the candidates themselves are not formed:
+    ``v_k = W^T w_k`` for a column ``w_k`` of ``W``, so ``v_k^T Sx v_k = w_k^T (W Sx W^T) w_k``.
+
+    Args:
+        weight: ``(..., out, in)``.
+        narrow: the same, in the dtype that its Gram matrix is quickest in.
+        second_in: ``(..., in, in)``, ``Sx``.
+        second_out: ``(..., out, out)``, ``Sy``.
+    """
+    if weight.shape[-1] > weight.shape[-2]:
+        image = linalg.gram(narrow.mT).to(weight) @ weight
+        v_square = (weight * image).sum(-2).clamp_min(0)
+        on_output = linalg.product(second_in, weight.mT)
+        input_part = (weight * ((weight @ on_output) @ weight)).sum(-2)
+    else:
+        v = linalg.gram(narrow).to(weight)
+        v_square = v.square().sum(-2)
+        input_part = (v * linalg.product(second_in, v)).sum(-2)
+        image = weight @ v
+    u_square = image.square().sum(-2)
+    output_part: Tensor = (image * (second_out @ image)).sum(-2)
+    valid = (v_square > 0) & (u_square > 0)
+    tiny = torch.finfo(weight.dtype).tiny
+    energy: Tensor = (input_part / v_square.clamp_min(tiny)) * (
+        output_part / u_square.clamp_min(tiny)
+    )
+    usable: Tensor = torch.where(valid, energy, torch.zeros_like(energy))
+    return usable, valid
+
+
+def _columns(matrix: Tensor, index: Tensor) -> Tensor:
+    """``(..., m, k)``: the columns with these indices ``(..., k)``."""
+    return matrix.gather(-1, index.unsqueeze(-2).expand(*matrix.shape[:-1], index.shape[-1]))
+
+
+def _unit(matrix: Tensor) -> Tensor:
+    """Columns divided by their norms; a zero column stays zero."""
+    norm: Tensor = matrix.norm(dim=-2, keepdim=True)
+    return matrix / norm.clamp_min(torch.finfo(matrix.dtype).tiny)

@@ -7,6 +7,7 @@ ICML 2026, arXiv 2510.24561. Checked against the authors' release (github zqy012
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -16,6 +17,25 @@ from torch import Tensor
 from lorainit import linalg
 from lorainit.methods._settings import ROW_NORM, require_choice, require_damping, require_number
 from lorainit.types import DampingMode, Factors, LayerStatistics
+
+_Operator = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class _Fisher:
+    """What both ways to solve begin with, in float64.
+
+    Attributes:
+        z_factor: ``(..., in, in)``, lower Cholesky factor of ``Z``.
+        scaled: ``(..., out, in)``, ``diag(1/y) G``.
+        variance: ``(...)``, ``beta * sum(1/y) / N``.
+        inverse_bound: ``(...)``, at least the norm of ``Z^-1``.
+    """
+
+    z_factor: Tensor
+    scaled: Tensor
+    variance: Tensor
+    inverse_bound: Tensor
 
 
 @dataclass(frozen=True)
@@ -102,17 +122,9 @@ class LoraDA:
         del scaling
         linalg.check_rank(rank, *weight.shape[-2:])
         dtype = linalg.compute_dtype(weight, statistics.gradient)
-        found = self._iterate(statistics, rank, exact=dtype == torch.float64)
-        if found is None:
-            change, z_factor, y_inverse, norm = self._change(statistics)
-            if self.beta == 0:
-                subspace = linalg.top_singular(change, rank)[0]
-            else:
-                variance = self.beta * y_inverse.sum(-1) / norm.square()
-                variance = variance / self._population(statistics, norm)
-                subspace = self._subspace(change, z_factor, variance, rank)
-            found = subspace, change.mT @ subspace
-        subspace, content = found
+        fisher = self._fisher(statistics)
+        found = self._iterated(fisher, rank, exact=dtype == torch.float64)
+        subspace, content = self._dense(fisher, rank) if found is None else found
         a_size, b_size = self.gamma**-0.5, self.gamma**-0.5
         if self.calibrated:
             a_size, b_size = ROW_NORM, 1 / ROW_NORM
@@ -120,104 +132,115 @@ class LoraDA:
         b = (content * b_size).to(dtype)
         return Factors(a.to(weight.device), b.to(weight.device), anchored=False)
 
-    def _iterate(
-        self, statistics: LayerStatistics, rank: int, *, exact: bool
-    ) -> tuple[Tensor, Tensor] | None:
-        """``A0`` and ``D^T A0`` on CUDA, where ``D`` is never formed; None where that is no gain.
+    def _fisher(self, statistics: LayerStatistics) -> _Fisher:
+        gradient = linalg.check_finite(statistics.gradient, "the gradient")
+        # Damping is far below a factor's scale: what float32 factors, it may factor badly.
+        gradient = linalg.double_precision(gradient)
+        second = linalg.double_precision(statistics.input_second_moment)
+        diagonal = linalg.double_precision(statistics.output_second_moment_diagonal)
+        y_damping = linalg.damping_value(diagonal, self.damping, self.damping_mode)
+
+        def z_damping(moment: Tensor) -> Tensor:
+            own = moment.diagonal(dim1=-2, dim2=-1)
+            return linalg.damping_value(own, self.damping, self.damping_mode)
+
+        def factor(moment: Tensor) -> Tensor:
+            return linalg.damped_cholesky(moment, z_damping(moment), "the input second moment")
+
+        y_inverse = 1.0 / (diagonal + y_damping.unsqueeze(-1))
+        number = self._population(statistics, y_damping)
+        return _Fisher(
+            linalg.once(factor, second),
+            gradient * y_inverse.unsqueeze(-1),
+            self.beta * y_inverse.sum(-1) / number,
+            1 / z_damping(second),
+        )
+
+    def _iterated(self, fisher: _Fisher, rank: int, *, exact: bool) -> tuple[Tensor, Tensor] | None:
+        """``A0`` and ``D^T A0``, with ``D`` never formed; None if that is no gain, or fails.
 
         With ``P`` the inverse of the Cholesky factor, ``Z^-1 = P^T P``, all an iteration needs is
         products with ``P`` and ``H = diag(1/y) G``. Eigenvectors of ``Omega`` do not need ``sigma``:
         those of ``sigma^2 Omega`` are the same. The eigenvalues sought may be far below the variance
-        term's largest, so the iteration stays in float64; only its goals follow the precision: residuals
-        of 1e-10 of the largest eigenvalue, or of 1e-4 of a vector's own.
+        term's largest, so residuals are measured in float64, and asked to be below 1e-10 of the
+        largest eigenvalue sought, or (float32) below 1e-4 of a vector's own; the products between may
+        be in float32.
         """
-        if not linalg.iterates(statistics.input_second_moment_sum):
+        z_factor, h = fisher.z_factor, fisher.scaled
+        if self.beta == 0 or not linalg.iterates(z_factor):
             return None
-        z_factor, y_inverse, gradient = self._fisher(statistics)
-        root = linalg.triangular_inverse(z_factor)
+        root = linalg.once(linalg.triangular_inverse, z_factor)
+        # Units in which nothing over- or underflows in float32.
         size = root.diagonal(dim1=-2, dim2=-1).amax(-1)
-        root = root / size[..., None, None]
-        scaled = gradient * y_inverse.unsqueeze(-1)
-        length = scaled.flatten(-2).norm(dim=-1).clamp_min(torch.finfo(scaled.dtype).tiny)
-        scaled = scaled / length[..., None, None]
-        p, h = root, scaled
+        root = linalg.once(
+            lambda r: r / r.diagonal(dim1=-2, dim2=-1).amax(-1)[..., None, None], root
+        )
+        length = h.flatten(-2).norm(dim=-1).clamp_min(torch.finfo(h.dtype).tiny)
+        h = h / length[..., None, None]
+        ratio = fisher.variance / (size * length).square() / self.bias_weight
 
-        def missed(block: Tensor) -> Tensor:
-            """``-D D^T block``, for the scaled ``D``."""
-            image: Tensor = p.mT @ (p @ (h.mT @ (h @ (p.mT @ (p @ block)))))
-            return -image
+        def operators(p: Tensor, h: Tensor, weight: Tensor) -> tuple[_Operator, _Operator]:
+            def inverse(block: Tensor) -> Tensor:
+                return linalg.product(p.mT, linalg.product(p, block))
 
-        variance = self.beta * y_inverse.sum(-1) / self._population(statistics, size)
-        weight = variance / (size * length).square() / self.bias_weight
+            def missed(block: Tensor) -> Tensor:
+                return -inverse(h.mT @ (h @ inverse(block)))
 
-        def omega(block: Tensor) -> Tensor:
-            inverse = p.mT @ (p @ block)
-            image: Tensor = weight[..., None, None] * inverse - p.mT @ (p @ (h.mT @ (h @ inverse)))
-            return image
+            def omega(block: Tensor) -> Tensor:
+                middle = inverse(block)
+                return weight * middle - inverse(h.mT @ (h @ middle))
 
+            return missed, omega
+
+        missed, omega = operators(root, h, ratio[..., None, None])
+        rough = None
+        if not exact:
+            narrow = linalg.once(lambda r: r.float(), root)
+            rough = operators(narrow, h.float(), ratio[..., None, None].float())
         found = linalg.smallest_of_operator(
             omega,
-            p,
+            z_factor,
             rank,
-            norm=weight,
+            upper=ratio * fisher.inverse_bound / size.square(),
             tolerance=1e-10 if exact else 1e-8,
             each=0.0 if exact else 1e-4,
+            rough=None if rough is None else rough[1],
         )
         if found is None:
             return None
         subspace = found[1]
         # A value's error is the square of its vector's.
         longest = linalg.smallest_of_operator(
-            missed, p, 1, norm=weight * 0, tolerance=1e-6 if exact else 1e-4, start=subspace
+            missed,
+            z_factor,
+            1,
+            upper=torch.zeros_like(ratio),
+            tolerance=1e-6 if exact else 1e-4,
+            rough=None if rough is None else rough[0],
+            start=subspace,
         )
         if longest is None:
             return None
         norm = (-longest[0][..., 0]).clamp_min(0).sqrt()
         norm = torch.where(norm > 0, norm, torch.ones_like(norm))
-        content = -(scaled @ (root.mT @ (root @ subspace))) / norm[..., None, None]
-        return subspace, content
+        content = -(h @ linalg.product(root.mT, linalg.product(root, subspace)))
+        return subspace, content / norm[..., None, None]
 
-    def _fisher(self, statistics: LayerStatistics) -> tuple[Tensor, Tensor, Tensor]:
-        """Cholesky factor of ``Z``, ``1/y`` and the gradient ``(..., out, in)``: float64."""
-        gradient = linalg.check_finite(statistics.gradient, "the gradient")
-        # Damping is far below a factor's scale: what float32 factors, it may factor badly.
-        gradient = linalg.double_precision(gradient)
-        second = linalg.double_precision(statistics.input_second_moment)
-        diagonal = linalg.double_precision(statistics.output_second_moment_diagonal)
-        z_damping = linalg.damping_value(
-            second.diagonal(dim1=-2, dim2=-1), self.damping, self.damping_mode
-        )
-        y_damping = linalg.damping_value(diagonal, self.damping, self.damping_mode)
-        z_factor = linalg.damped_cholesky(second, z_damping, "the input second moment")
-        return z_factor, 1.0 / (diagonal + y_damping.unsqueeze(-1)), gradient
-
-    def _change(self, statistics: LayerStatistics) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """``D`` at norm one ``(..., in, out)``, Cholesky of ``Z``, ``1/y``, ``sigma``: float64."""
-        z_factor, y_inverse, gradient = self._fisher(statistics)
-        change = -torch.cholesky_solve(gradient.mT, z_factor) * y_inverse.unsqueeze(-2)
+    def _dense(self, fisher: _Fisher, rank: int) -> tuple[Tensor, Tensor]:
+        """``A0`` and ``D^T A0`` from dense decompositions of ``Omega``, or of ``D`` without variance."""
+        change = -torch.cholesky_solve(fisher.scaled.mT, fisher.z_factor)
         norm = linalg.largest_singular_value(change)
         # A zero gradient asks for no change; its direction is then the variance term's alone.
         norm = torch.where(norm > 0, norm, torch.ones_like(norm))
-        return change / norm[..., None, None], z_factor, y_inverse, norm
-
-    def _subspace(self, change: Tensor, z_factor: Tensor, variance: Tensor, rank: int) -> Tensor:
-        """``A0`` ``(..., in, rank)``; ``variance`` ``(...)`` is the factor of ``Z^-1``."""
-        weight = variance[..., None, None]
-
-        def apply(block: Tensor) -> Tensor:
-            missed = self.bias_weight * (change @ (change.mT @ block))
-            return weight * torch.cholesky_solve(block, z_factor) - missed
-
-        # |D D^T| is one; the inverse of Z is at least the inverse of its smallest pivot.
-        pivot = z_factor.diagonal(dim1=-2, dim2=-1).amin(-1)
-        size = (variance / pivot.square()).clamp_min(self.bias_weight)
-        found = linalg.smallest_of_operator(apply, change, rank, norm=size)
-        if found is not None:
-            return found[1]
-        omega = weight * torch.cholesky_inverse(z_factor)
-        omega = omega - self.bias_weight * (change @ change.mT)
-        lower = torch.full_like(variance, -self.bias_weight)
-        return linalg.smallest_eigenvectors(omega, rank, lower_bound=lower)[1]
+        change = change / norm[..., None, None]
+        if self.beta == 0:
+            subspace = linalg.top_singular(change, rank)[0]
+        else:
+            variance = (fisher.variance / norm.square())[..., None, None]
+            omega = variance * linalg.once(torch.cholesky_inverse, fisher.z_factor)
+            omega = omega - self.bias_weight * (change @ change.mT)
+            subspace = linalg.fix_signs(linalg.eigh(omega)[1][..., :rank])
+        return subspace, change.mT @ subspace
 
     def _population(self, statistics: LayerStatistics, like: Tensor) -> Tensor:
         known = self.population if self.population is not None else statistics.population

@@ -173,8 +173,10 @@ class Natural:
 
     def _root(self, second: Tensor, what: str) -> Tensor:
         """Lower Cholesky factor of a damped second moment, in float64."""
-        second = linalg.double_precision(second)
-        damping = linalg.damping_value(
-            second.diagonal(dim1=-2, dim2=-1), self.damping, self.damping_mode
-        )
-        return linalg.damped_cholesky(second, damping, what)
+
+        def factor(moment: Tensor) -> Tensor:
+            diagonal = moment.diagonal(dim1=-2, dim2=-1)
+            damping = linalg.damping_value(diagonal, self.damping, self.damping_mode)
+            return linalg.damped_cholesky(moment, damping, what)
+
+        return linalg.once(factor, linalg.double_precision(second))

@@ -1,0 +1,292 @@
+"""Measured starts: cuts in the metric, the probe, repeated natural steps, calibrated lengths."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import lorainit
+from lorainit.adapters.targets import match_targets
+from lorainit.calibration import SearchResult
+from lorainit.methods.metric import KroneckerMetric, LowRankSum
+from lorainit.refinement import NaturalSteps, Probe, natural_start
+from lorainit.statistics import CollectSettings, Statistics, collect
+from lorainit.statistics.displace import LowRank
+from lorainit.types import LayerStatistics
+from tests.adapters.tiny import VOCABULARY, config, llama
+
+ROWS = 24
+
+
+def sequences(rows: int = ROWS, seed: int = 3) -> list[dict[str, Tensor]]:
+    """Counting upwards from a random token: something that a few steps can learn."""
+    generator = torch.Generator().manual_seed(seed)
+    first = torch.randint(1, VOCABULARY - 1, (rows, 1), generator=generator)
+    ids = (first + torch.arange(8) - 1) % (VOCABULARY - 1) + 1
+    full = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    return [{k: v[i : i + 6] for k, v in full.items()} for i in range(0, rows, 6)]
+
+
+def moved(model: Any, terms: dict[str, LowRank]) -> Any:
+    """The model with the displacement in its weights: what hooks are compared with."""
+    copied = copy.deepcopy(model)
+    for name, term in terms.items():
+        with torch.no_grad():
+            copied.get_submodule(name).weight += term.left @ term.right
+    return copied
+
+
+@torch.no_grad()
+def loss_of(model: Any, data: list[dict[str, Tensor]]) -> float:
+    """Mean over sequences of the mean over their tokens, by the model's own loss one by one."""
+    losses = [
+        float(model(**{k: v[i : i + 1] for k, v in batch.items()}).loss)
+        for batch in data
+        for i in range(len(batch["input_ids"]))
+    ]
+    return sum(losses) / len(losses)
+
+
+# --- cuts in the metric -----------------------------------------------------------------------
+
+
+def random_metric(out: int = 9, inner: int = 7, stack: int = 2) -> KroneckerMetric:
+    x = torch.randn(stack, 30, inner, dtype=torch.float64) * torch.logspace(0, -3, inner).double()
+    y = torch.randn(stack, 30, out, dtype=torch.float64) * torch.logspace(0, -2, out).double()
+    return KroneckerMetric(torch.linalg.cholesky(x.mT @ x), torch.linalg.cholesky(y.mT @ y))
+
+
+@pytest.mark.parametrize("case", ["apart", "unlike lengths", "repeated"])
+def test_cut_of_a_sum_is_the_dense_svd_in_the_metric(case: str) -> None:
+    metric, rank = random_metric(), 3
+    left = torch.randn(2, 9, 5, dtype=torch.float64)
+    right = torch.randn(2, 5, 7, dtype=torch.float64)
+    if case == "unlike lengths":
+        left[..., :2] *= 1e-7
+    if case == "repeated":
+        left[..., 4], right[..., 4, :] = left[..., 3], right[..., 3, :]
+    terms = LowRankSum.in_metric(metric, left, right)
+    for weights in (torch.ones(5), torch.tensor([1.0, 1.0, 1.0, 0.1, 0.0])):
+        weights = weights.double()
+        whole = (left * weights) @ right
+        white = metric.y_root.mT @ whole @ metric.x_root
+        u, s, vh = torch.linalg.svd(white, full_matrices=False)
+        best = (u[..., :rank] * s[..., None, :rank]) @ vh[..., :rank, :]
+        cut_left, cut_right = terms.cut(weights, rank)
+        assert cut_left.shape == (2, 9, rank)
+        assert cut_right.shape == (2, rank, 7)
+        found = metric.y_root.mT @ cut_left @ cut_right @ metric.x_root
+        assert float((found - best).norm()) < 1e-6 * float(white.norm())
+        # Another metric's cut is another one: the test can tell.
+        plain = torch.linalg.svd(whole, full_matrices=False)
+        other = (plain[0][..., :rank] * plain[1][..., None, :rank]) @ plain[2][..., :rank, :]
+        if float(s[..., rank].max()) > 1e-3 * float(s.max()):
+            missed = metric.y_root.mT @ other @ metric.x_root
+            assert float((missed - best).norm()) > 1e-3 * float(white.norm())
+
+
+# --- the probe --------------------------------------------------------------------------------
+
+
+def displacement(model: Any, size: float = 0.05) -> dict[str, LowRank]:
+    targets = match_targets(model, config()).layers
+    return {
+        name: LowRank(
+            size * torch.randn(t.spec.out_features, 2), torch.randn(2, t.spec.in_features)
+        )
+        for name, t in targets.items()
+    }
+
+
+def probe_of(model: Any, data: list[dict[str, Tensor]]) -> Probe:
+    targets = match_targets(model, config()).layers
+    return Probe(model, {n: t.module for n, t in targets.items()}, data, "sequence")
+
+
+def test_probe_is_the_loss_of_the_displaced_model() -> None:
+    model, data = llama(), sequences()
+    before = copy.deepcopy(model.state_dict())
+    one, other = displacement(model), displacement(model, 0.2)
+    with probe_of(model, data).opened() as loss:
+        found = [loss(one), loss({}), loss(other), loss(one)]
+    wanted = [loss_of(moved(model, terms), data) for terms in (one, {}, other, one)]
+    assert found == pytest.approx(wanted, rel=1e-5)
+    assert found[0] == found[3] != found[2]
+    assert all(torch.equal(model.state_dict()[n], before[n]) for n in before)
+    assert loss_of(model, data) == pytest.approx(wanted[1], rel=1e-6)
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_probe_draws_the_same_numbers_at_every_trial() -> None:
+    model, data = llama(), sequences(6)
+
+    def noisy(model: Any, batch: dict[str, Tensor]) -> Tensor:
+        logits = model(**batch).logits
+        return (logits * torch.rand_like(logits)).mean((1, 2))
+
+    targets = match_targets(model, config()).layers
+    probe = Probe(model, {n: t.module for n, t in targets.items()}, data, "sequence", noisy)
+    state = torch.get_rng_state()
+    with probe.opened() as loss:
+        assert loss({}) == loss({})
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_probe_closes_after_an_error() -> None:
+    model, data = llama(), sequences(6)
+    model.train()
+    wrong = {next(iter(displacement(model))): LowRank(torch.zeros(3, 2), torch.zeros(2, 5))}
+    with probe_of(model, data).opened() as loss, pytest.raises(RuntimeError):
+        loss(wrong)
+    assert model.training
+    assert all(p.requires_grad for p in model.parameters())
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+# --- natural steps ------------------------------------------------------------------------------
+
+
+def run(steps: int) -> tuple[Any, list[tuple[dict[str, LowRank], SearchResult]], list[Any], Any]:
+    model, data = llama(), sequences()
+    fit, held = data[:3], data[3:]
+    targets = match_targets(model, config(r=4)).layers
+    modules = {n: t.module for n, t in targets.items()}
+    settings = CollectSettings(lorainit.Natural().needs, progress=False)
+    at: list[dict[str, LowRank]] = []
+
+    def collect_at(terms: Any) -> Statistics:
+        at.append(dict(terms))
+        displaced_model = moved(model, dict(terms))
+        return collect(
+            displaced_model,
+            {n: displaced_model.get_submodule(n) for n in modules},
+            fit,
+            settings,
+        )
+
+    seen: list[tuple[dict[str, LowRank], SearchResult]] = []
+    natural_start(
+        lorainit.Natural(steps=steps),
+        targets,
+        Probe(model, modules, held, "sequence"),
+        collect_at,
+        progress=False,
+        on_step=lambda number, terms, result: seen.append((terms, result)),
+    )
+    return model, seen, held, at
+
+
+def test_every_step_is_measured_and_none_goes_up() -> None:
+    model, seen, held, at = run(4)
+    losses = [seen[0][1].start_loss, *(result.loss for _, result in seen)]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < losses[1] < losses[0] - 0.05
+    for terms, result in seen:
+        assert loss_of(moved(model, terms), held) == pytest.approx(result.loss, rel=1e-4)
+        assert all(term.left.shape[1] <= 4 for term in terms.values())
+    # Each step's statistics are taken where the one before ended.
+    assert at[0] == {}
+    for before, now in zip(seen, at[1:], strict=False):
+        for name, term in now.items():
+            assert torch.equal(term.left, before[0][name].left)
+
+
+def test_first_steps_of_more_steps_are_the_same() -> None:
+    one, three = run(1)[1], run(3)[1]
+    assert one[0][1].loss == three[0][1].loss
+    for name, term in one[0][0].items():
+        assert torch.equal(term.left @ term.right, three[0][0][name].left @ three[0][0][name].right)
+
+
+def test_more_steps_by_the_public_door() -> None:
+    """The statistics at the displaced point come through hooks here; losses by the installed adapter."""
+    data = sequences()
+    losses = {}
+    for steps in (1, 3):
+        wrapped = lorainit.get_peft_model(
+            llama(), config(r=4), method=lorainit.Natural(steps=steps), data=data, progress=False
+        )
+        losses[steps] = loss_of(wrapped, data)
+    base = loss_of(llama(), data)
+    assert losses[3] < losses[1] < base
+
+
+def test_no_way_down_starts_where_the_model_is() -> None:
+    """Held-back sequences that every step makes worse: zero displacement, and rows to train."""
+    model, data = llama(), sequences()
+    targets = match_targets(model, config(r=4)).layers
+    modules = {n: t.module for n, t in targets.items()}
+    probe = Probe(model, modules, data, "sequence", lambda m, b: -_own(m, b))
+    settings = CollectSettings(lorainit.Natural().needs, progress=False)
+    steps = NaturalSteps(lorainit.Natural(), targets, probe)
+    found = collect(model, modules, data, settings)
+    # The loss that is measured is minus the loss that the step lowers, so only lengths so small
+    # that rounding decides could pass for better.
+    result = steps.take(found)
+    assert result.loss <= result.start_loss
+    factors = steps.factors()
+    assert result.length == 0 or result.loss > result.start_loss - 1e-5
+    assert all(float(pair.A.norm()) > 0 for pair in factors.values())
+
+
+def _own(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    token = torch.nn.functional.cross_entropy(
+        logits[:, :-1].mT, batch["labels"][:, 1:], reduction="none"
+    )
+    return token.mean(1)
+
+
+@pytest.mark.parametrize("name", ["LoraDA", "LoraOne"])
+def test_calibrated_length_is_the_best_of_its_line(name: str) -> None:
+    data = sequences()
+    method = getattr(lorainit, name)(scale="calibrated")
+    wrapped = lorainit.get_peft_model(
+        llama(), config(r=4), method=method, data=data, progress=False
+    )
+    base = loss_of(llama(), data)
+    found = loss_of(wrapped, data)
+    assert found < base
+    ups = [p for n, p in wrapped.named_parameters() if "lora_B" in n]
+    for factor in (0.25, 3.0):
+        with torch.no_grad():
+            for p in ups:
+                p.mul_(factor)
+            assert loss_of(wrapped, data) > found - 0.02 * (base - found)
+            for p in ups:
+                p.div_(factor)
+
+
+# --- layers that share an input ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["lora-da", "natural", "filet", "eva", "corda"])
+def test_shared_inputs_give_what_apart_ones_give(name: str) -> None:
+    from lorainit.methods import METHODS
+
+    method = METHODS[name]()
+    model = llama()
+    targets = match_targets(model, config()).layers
+    found = collect(
+        model,
+        {n: t.module for n, t in targets.items()},
+        sequences(),
+        CollectSettings(method.needs | {"input_second_moment"}, progress=False),
+    )
+    pairs = [n for n in targets if n.endswith(("k_proj", "v_proj"))]
+    assert found[pairs[0]].input_second_moment_sum is found[pairs[1]].input_second_moment_sum
+    layers = [found[n].only(method.needs) for n in pairs]
+    weights = torch.stack([targets[n].module.weight.detach() for n in pairs])
+    apart = method.solve(weights, LayerStatistics.stack(layers), 3, 2.0)
+    shared = LayerStatistics.stack(layers, sharing=2)
+    if shared.input_second_moment_sum is not None:
+        assert shared.input_second_moment_sum.stride(1) == 0
+    together = method.solve(weights.reshape(2, 2, *weights.shape[1:]), shared, 3, 2.0)
+    for half in ("A", "B"):
+        assert torch.allclose(
+            getattr(together, half).flatten(0, 1), getattr(apart, half), atol=1e-6
+        )
