@@ -211,7 +211,7 @@ def _solve_stack(
     wide = weights if dtype is None else [double_precision(weight) for weight in weights]
     if len(chunk) > 1:
         try:
-            stacked = _solve_stack(wide, layers, spec, method, dtype)
+            stacked = _solve_together(wide, layers, spec, method, dtype)
             _check_factors(stacked, spec, (len(chunk),))
             return [stacked[i] for i in range(len(chunk))]
         except LorainitError:
@@ -223,7 +223,7 @@ def _solve_stack(
     ]
 
 
-def _solve_stack(
+def _solve_together(
     weights: list[Tensor],
     layers: list[LayerStatistics],
     spec: LayerSpec,
