@@ -26,10 +26,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.timing import parts, peers
+from benchmarks.timing import parts, peers, table
 from benchmarks.timing.cases import Case, big_plan, processor_plan, tiny_plan
 from benchmarks.timing.clock import Clock, cleared, limited, peak_gib, provenance, reset_peak
 from benchmarks.timing.model import build
+from benchmarks.timing.table import PICTURE
 
 RESULTS = Path(__file__).parent / "results" / "speed.jsonl"
 
@@ -133,12 +134,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="JSON lines, added to as it goes")
     parser.add_argument("--seconds", type=float, default=1e9, help="for all cases together")
     parser.add_argument("--table", type=Path, nargs="?", const=RESULTS, help="of recorded results")
+    parser.add_argument(
+        "--picture", type=Path, default=PICTURE, help="where the table's picture goes"
+    )
     options = parser.parse_args(arguments)
     if options.table is not None:
-        from benchmarks.timing import table
-
-        print(table.tables(read(options.table)))
-        table.picture(read(options.table))
+        records = read(options.table)
+        print(table.tables(records))
+        table.picture(records, options.picture)
         return 0
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
     warnings.filterwarnings("ignore", category=UserWarning)

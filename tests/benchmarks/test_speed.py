@@ -1,0 +1,68 @@
+"""The speed benchmark's line on a tiny model: cases, resuming, failures, tables."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from benchmarks.timing import table
+from benchmarks.timing.cases import big_plan, processor_plan, tiny_plan
+
+from benchmarks import speed
+
+CPU = torch.device("cpu")
+WANTED = ("floor", "LoRA-DA", "full Sy", "LoRA-DA within 24 GiB", "PEFT LoRA-GA", "ranks")
+
+
+def cases(*names: str):
+    return [case for case in tiny_plan() if case.name in names]
+
+
+def test_plans_name_each_case_once_and_the_tiny_one_has_all_of_the_large_one() -> None:
+    for plan in (big_plan(), processor_plan(), tiny_plan()):
+        names = [case.name for case in plan]
+        assert len(set(names)) == len(names)
+        assert all(case.kind in speed.KINDS for case in plan)
+    assert {c.kind for c in tiny_plan()} == {c.kind for c in big_plan()}
+
+
+def test_measured_once_and_shown(tmp_path) -> None:
+    out = tmp_path / "speed.jsonl"
+    records = speed.measure(cases(*WANTED), CPU, out, 1e6)
+    assert not [r for r in records if "error" in r]
+    assert {r["name"] for r in speed.read(out)} == {"provenance", *WANTED}
+    start = table.by_name(records)["LoRA-DA"]
+    spent = start["seconds"]
+    assert (
+        sum(spent[part] for part in ("plan", "pass", "finish", "solve", "install")) < spent["total"]
+    )
+    assert start["passes"] == 1
+    assert start["statistics_gib"] > 0
+    text = table.tables(records)
+    assert "| LoRA-DA |" in text
+    assert table.ratio(table.by_name(records), "LoRA-DA") == pytest.approx(
+        table.pass_seconds(start) / table.by_name(records)["floor"]["seconds"]["floor"]
+    )
+    again = speed.measure(cases(*WANTED), CPU, out, 1e6)
+    assert [r["name"] for r in again].count("LoRA-DA") == 1  # not measured again
+    pytest.importorskip("matplotlib")
+    table.picture(records, tmp_path / "speed.png")
+    assert (tmp_path / "speed.png").stat().st_size > 1000
+
+
+def test_a_case_that_fails_says_so_and_the_next_begins(tmp_path, monkeypatch) -> None:
+    out = tmp_path / "speed.jsonl"
+
+    def broken(*_) -> None:
+        raise RuntimeError("no luck")
+
+    monkeypatch.setitem(speed.KINDS, "start", broken)
+    records = speed.measure(cases("LoRA-DA", "floor"), CPU, out, 1e6)
+    failed = [r for r in records if "error" in r]
+    assert [r["name"] for r in failed] == ["LoRA-DA"]
+    assert "no luck" in failed[0]["error"]
+    assert "no luck" in table.tables(records)
+    monkeypatch.undo()
+    assert not [r for r in speed.measure(cases("LoRA-DA"), CPU, out, 1e6)[3:] if "error" in r]
+    json.dumps(records)
