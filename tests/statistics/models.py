@@ -129,6 +129,27 @@ def whisper(dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
     return _made(lambda: hf.WhisperForConditionalGeneration(config), dtype)
 
 
+def wav2vec2(dtype: torch.dtype = torch.float32) -> Any:
+    config = hf.Wav2Vec2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        conv_dim=(8, 8),
+        conv_kernel=(4, 2),
+        conv_stride=(3, 2),
+        num_feat_extract_layers=2,
+        num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2,
+        classifier_proj_size=12,
+        num_labels=3,
+        apply_spec_augment=False,
+        attn_implementation="eager",
+    )
+    return _made(lambda: hf.Wav2Vec2ForSequenceClassification(config), dtype)
+
+
 class Perceptron(nn.Module):
     """Two layers; keyword inputs; logits as they are, or in a dictionary."""
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import lorainit
+from lorainit.statistics.positions import batch_positions
 from lorainit.types import STATISTICS
 from tests.statistics import models, reference
 from tests.statistics.models import Batch, all_linear, batches, sequences
@@ -155,19 +156,93 @@ def test_vit() -> None:
     check(models.vit(F64), data, reference.one_label)
 
 
-def test_whisper() -> None:
-    features = torch.randn(4, 8, 20, dtype=F64)
+def reads_whispers_encoder(name: str) -> bool:
+    return ".encoder." in name or name.endswith(("encoder_attn.k_proj", "encoder_attn.v_proj"))
+
+
+def speech(lengths: list[int] | None, size: int = 20) -> list[Any]:
     labels = torch.randint(3, VOCABULARY, (4, 6))
     labels[1, 4:] = labels[3, 2:] = -100
-    data = [{"input_features": features, "labels": labels}]
+    batch = {"input_features": torch.randn(4, 8, 20, dtype=F64), "labels": labels}
+    if lengths is not None:
+        mask = torch.arange(size) < torch.tensor(lengths)[:, None]
+        batch["attention_mask"] = mask.long()
+    return [batch]
+
+
+@pytest.mark.parametrize("lengths", [None, [20, 13, 8, 5]], ids=["whole", "padded"])
+def test_whisper(lengths: list[int] | None) -> None:
+    """Two frames make one step of the encoder, whose mask is of the frames."""
 
     def sided(name: str, batch: Mapping[str, Tensor]) -> Tensor | None:
-        reads_encoder = ".encoder." in name or name.endswith(
-            ("encoder_attn.k_proj", "encoder_attn.v_proj")
-        )
-        return None if reads_encoder else batch["labels"] != -100
+        if not reads_whispers_encoder(name):
+            return batch["labels"] != -100
+        if lengths is None:
+            return None
+        return torch.arange(10) < torch.tensor([-(-n // 2) for n in lengths])[:, None]
 
-    check(models.whisper(F64), data, reference.sequence_to_sequence, sided)
+    check(models.whisper(F64), speech(lengths), reference.sequence_to_sequence, sided)
+
+
+def test_wav2vec2() -> None:
+    """Convolutions of strides 3 and 2 make frames of samples."""
+    samples = torch.tensor([64, 40, 25])
+    mask = torch.arange(64) < samples[:, None]
+    values = torch.randn(3, 64, dtype=F64) * mask
+    data = [
+        {"input_values": values, "attention_mask": mask.long(), "labels": torch.tensor([0, 2, 1])}
+    ]
+    frames = ((samples - 4) // 3 + 1 - 2) // 2 + 1
+    assert frames.tolist() == [10, 6, 4]
+
+    def counted(name: str, batch: Mapping[str, Tensor]) -> Tensor | None:
+        return None if name == "classifier" else torch.arange(10) < frames[:, None]
+
+    found = check(models.wav2vec2(F64), data, reference.one_label, counted)
+    assert any("projector" in name for name in found)
+
+
+def test_masks_that_nothing_explains_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    """A mask of another number of frames, or with a hole: all positions count, in one line."""
+
+    def sided(name: str, batch: Mapping[str, Tensor]) -> Tensor | None:
+        return None if reads_whispers_encoder(name) else batch["labels"] != -100
+
+    hole = speech([20, 13, 8, 5])
+    hole[0]["attention_mask"][1, 3] = 0
+    for data in (speech([30, 13, 8, 5], size=30), hole):
+        caplog.clear()
+        with caplog.at_level("WARNING", logger="lorainit"):
+            check(models.whisper(F64), data, reference.sequence_to_sequence, sided)
+        assert caplog.text.count("do not lie like the attention mask") == 1
+        assert "batches without padding" in caplog.text
+        assert "encoder" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["added", "boolean", "three axes"])
+def test_masks_of_who_attends_to_whom(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    """As long as the plain mask of the same rows, they give the same statistics."""
+    plain = [models.pad(sequences(), extra=4)]
+    mask = plain[0]["attention_mask"].bool()
+    attends = mask[:, None, None, :] & torch.ones(mask.shape[1], mask.shape[1]).tril().bool()
+    added = torch.zeros(attends.shape, dtype=F64).masked_fill(~attends, torch.finfo(F64).min)
+    whole = {"added": added, "boolean": attends, "three axes": attends[:, 0]}[kind]
+    if kind == "three axes":
+        positions = batch_positions(
+            models.llama(), plain[0] | {"attention_mask": whole}, "attention", torch.device("cpu")
+        )
+        expected = mask.reshape(-1).nonzero().squeeze(1)
+        assert positions.main is not None
+        assert torch.equal(positions.main.indices, expected)
+        return
+    with caplog.at_level("WARNING", logger="lorainit"):
+        found = collect(models.llama(F64), [plain[0] | {"attention_mask": whole}])
+        expected = collect(models.llama(F64), plain)
+    assert not caplog.text
+    for name, layer in expected.items():
+        assert found[name].positions == layer.positions < mask.numel()
+        for field in ("gradient", "input_second_moment", "output_second_moment"):
+            torch.testing.assert_close(getattr(found[name], field), getattr(layer, field))
 
 
 @pytest.mark.parametrize("as_dict", [False, True], ids=["tensor", "dictionary"])

@@ -350,9 +350,23 @@ def _run(
         if distributed.anywhere(bad > 0):
             continue
         if not share or distributed.everywhere(run.state.sharing_held()):
+            _say_unknown(run.state.unknown)
             return run
         logger.info("inputs shared in one batch were not in another; collecting them apart")
         share = False
+
+
+def _say_unknown(unknown: Mapping[str, tuple[int, ...]]) -> None:
+    if unknown:
+        name, shape = next(iter(unknown.items()))
+        logger.warning(
+            "the inputs of %d layer(s) do not lie like the attention mask (first '%s', %s), so all of "
+            "their positions are counted, and padding too if it is among them; batches without "
+            "padding avoid that",
+            len(unknown),
+            name,
+            shape,
+        )
 
 
 def _without_suspects(

@@ -50,6 +50,7 @@ class TapState:
         positions: which positions of the batch count.
         counts: whether the batch counts at all; if not, it only keeps other processes company.
         encoder_layers: names of the layers inside an encoder, whose mask is not the decoder's.
+        unknown: shapes of inputs by layer, where the batch is padded and no mask says where.
     """
 
     needs: frozenset[str]
@@ -60,6 +61,7 @@ class TapState:
     _reads: list[_Read] = field(default_factory=list)
     _met: set[str] = field(default_factory=set)
     encoder_layers: frozenset[str] = frozenset()
+    unknown: dict[str, tuple[int, ...]] = field(default_factory=dict)
     _encoder_outputs: set[int] = field(default_factory=set)
 
     @property
@@ -115,6 +117,10 @@ class TapState:
         indices = self.positions.indices_for(
             leading, reads_encoder=read.reads_encoder, rows=read.rows
         )
+        if indices is None and self.positions.unknown(
+            leading, reads_encoder=read.reads_encoder, rows=read.rows
+        ):
+            self.unknown.setdefault(name, tuple(operand.shape))
         flat_x = None if x is None else x.reshape(-1, x.shape[-1])
         flat_g = None if g is None else g.reshape(-1, g.shape[-1])
         if "gradient" in self.needs and flat_g is not None and flat_x is not None:
