@@ -1,6 +1,7 @@
 # make demo            the whole straight line on a real model (see benchmarks/demo)
 # make test            the whole suite, on two processes
 # make check           lint, format, types and the import arrow
+# make release-check   build, install in a clean environment, try what a new user would
 # make methods-report  every method against every check, with the measured errors
 # make quality         the CPU slice of the quality benchmark
 PYTHON ?= python3
@@ -9,7 +10,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
-.PHONY: env demo test test-fast check build format methods-report quality clean
+.PHONY: env demo test test-fast check build release-check format methods-report quality clean
 
 env: $(STAMP)
 
@@ -36,6 +37,9 @@ check: env
 
 build: env
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+
+release-check:
+	$(PYTHON) tools/release_check.py
 
 format: env
 	$(BIN)/ruff check --fix .

@@ -7,14 +7,18 @@ reason. Blocks find a tiny model, a configuration and data under the names that 
 from __future__ import annotations
 
 import ast
+import dataclasses
 import json
 import re
 import shlex
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
+import peft
 import pytest
+from peft.tuners.lora.config import CordaConfig, EvaConfig, LoraGAConfig
 
 from lorainit import errors
 from lorainit.cli.parser import build_parser
@@ -38,8 +42,6 @@ NOT_RUN = {
 
 def surroundings(folder: Path) -> dict[str, object]:
     """What a page may take as given."""
-    import peft
-
     import lorainit
     from lorainit.data import load_batches
 
@@ -212,6 +214,25 @@ def test_quoted_messages_are_the_programs_own() -> None:
     for message in quoted:
         for part in message.lower().split("…"):
             assert part.strip() in everything, f"no error says {message!r}"
+
+
+def test_every_option_of_peft_has_its_line() -> None:
+    """All schemes that the installed PEFT offers, and every field of their configurations."""
+    page = (ROOT / "docs" / "peft.md").read_text(encoding="utf-8")
+    hints = typing.get_type_hints(peft.LoraConfig)
+    literal = next(
+        kind for kind in typing.get_args(hints["init_lora_weights"])
+        if typing.get_origin(kind) is typing.Literal
+    )  # fmt: skip
+    schemes = typing.get_args(literal)
+    assert "pissa" in schemes
+    missing = [name for name in schemes if f'"{name}"' not in page]
+    for kind in (EvaConfig, CordaConfig, LoraGAConfig):
+        fields = dataclasses.fields(kind)
+        missing += [
+            f.name for f in fields if not re.search(rf"{kind.__name__}\([^`]*\b{f.name}=", page)
+        ]
+    assert not missing
 
 
 def test_every_method_has_a_page() -> None:

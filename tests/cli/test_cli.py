@@ -65,6 +65,7 @@ def test_methods_say_what_the_model_computes_at_first(capsys: pytest.CaptureFixt
     assert table["lora-da"]["start"] == "displaced"
     assert table["pissa"]["start"] == "kept (anchored)"
     assert table["eva"]["start"] == "kept (B = 0)"
+    assert table["orthogonal"]["start"] == "kept (B A = 0)"
 
 
 @pytest.mark.parametrize("data", ["pairs", "chats"])

@@ -54,4 +54,7 @@ def start_of(method: Method) -> str:
         pair = method.solve(weight, statistics, 2, 1.0)
     if pair.anchored:
         return "kept (anchored)"
-    return "displaced" if bool(pair.B.any()) else "kept (B = 0)"
+    if not bool(pair.B.any()):
+        return "kept (B = 0)"
+    product, sizes = (pair.B @ pair.A).norm(), pair.B.norm() * pair.A.norm()
+    return "displaced" if product > 1e-4 * sizes else "kept (B A = 0)"
