@@ -256,6 +256,8 @@ WRONG = {
     "init --model @model --data @pairs.jsonl --rank 99 --output @x": "Lower r",
     "init --model @model --data @pairs.jsonl --target-modules none --output @x": "all-linear",
     "init --model @model --statistics @nothing --output @x": "no statistics file",
+    "init --model @model --data @pairs.jsonl --max-memory 1 --output @x": "is too small",
+    "init --model @model --data @pairs.jsonl --max-memory much --output @x": "like '24GiB'",
     "init --model @model --method pissa --device nowhere --output @x": "--device nowhere",
     "init --model @model --method pissa --output @pairs.jsonl/x": "cannot be written",
     "collect --model @model --data @pairs.jsonl --method pissa --output @x": "nothing to do",
@@ -344,6 +346,20 @@ def test_shell_file_and_python_have_one_signature(command: str, tmp_path: Path) 
     file.write_text("".join(f"{name}: x\n" for name in required))
     read = build_parser().parse_args(with_file([command, "--config", str(file)]))
     assert arguments_of(read) == parsed
+
+
+@pytest.mark.parametrize("command", ["collect", "init", "train", "compare"])
+def test_options_are_those_of_the_functions_behind(command: str) -> None:
+    """What a command shares with `collect_statistics` and `get_peft_model` means the same there."""
+    ours = inspect.signature(COMMANDS_BY_NAME[command]).parameters
+    theirs = inspect.signature(lorainit.get_peft_model).parameters
+    collecting = inspect.signature(lorainit.collect_statistics).parameters
+    shared = {"token_mask", "loss_reduction", "max_sequences", "max_memory"}
+    assert shared <= set(ours) & set(theirs) & set(collecting)
+    for name in shared | ({"cap_rank"} & set(ours)):
+        assert ours[name].default == theirs[name].default
+    for name in shared:
+        assert ours[name].default == collecting[name].default
 
 
 def test_every_option_goes_through_a_file_and_the_shell_alike(tmp_path: Path) -> None:

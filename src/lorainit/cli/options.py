@@ -64,6 +64,15 @@ LossReduction = Annotated[
     Literal["sequence", "token"],
     Option("each sequence's loss a mean over its label tokens, or a sum", "statistics"),
 ]
+MaxMemory = Annotated[
+    str | None,
+    Option(
+        "what model, statistics and a batch may take together, such as 24GiB; statistics are "
+        "collected in more passes where it asks for that",
+        "statistics",
+        "SIZE",
+    ),
+]
 StatisticsFile = Annotated[
     str, Option("what 'lorainit collect' wrote", "statistics", metavar="FILE")
 ]

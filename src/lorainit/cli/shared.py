@@ -195,6 +195,7 @@ def sample_arguments(options: argparse.Namespace) -> dict[str, Any]:
         "token_mask": options.token_mask,
         "loss_reduction": options.loss_reduction,
         "max_sequences": options.max_sequences,
+        "max_memory": options.max_memory,
         "progress": not options.quiet,
     }
 
