@@ -20,7 +20,6 @@ from lorainit.statistics.batches import (
     batch_rows,
     first_rows,
     is_splittable,
-    split_rows,
     to_device,
 )
 from lorainit.statistics.footprint import batch_positions_of, held_bytes, peak_bytes
@@ -32,7 +31,14 @@ from lorainit.statistics.losses import (
     innermost,
     run_forward,
 )
-from lorainit.statistics.nonfinite import Numbered, numbered, without_bad
+from lorainit.statistics.nonfinite import (
+    Glances,
+    Numbered,
+    cut,
+    looks_at_once,
+    numbered,
+    without_bad,
+)
 from lorainit.statistics.plan import (
     BatchSize,
     Plan,
@@ -149,11 +155,13 @@ class Prepared:
 
     def parts(self) -> Iterator[Statistics]:
         """Each pass's statistics, in the layers' order; a pass begins when its part is asked for."""
-        device = input_device(self.model)
+        device, rows = input_device(self.model), self.plan.batch.rows
         for group in self.plan.passes:
             some = {name: self.modules[name] for name in group}
             with measuring(self.model):
-                run = _run(self.model, some, self.batches, self.settings, self.loss_fn, device)
+                run = _run(
+                    self.model, some, self.batches, self.settings, self.loss_fn, device, rows
+                )
             part = _finish(run, self.settings, self.population, device, len(self.plan.passes) == 1)
             del run
             yield part
@@ -176,8 +184,6 @@ def prepare(
         _check_labels(model, batches)
     plan = _plan(model, modules, batches, settings, loss_fn, device)
     logger.info(str(plan))
-    if plan.batch.rows is not None:
-        batches = split_rows(batches, plan.batch.rows)
     return Prepared(model, modules, batches, settings, loss_fn, population, plan)
 
 
@@ -335,12 +341,15 @@ def _run(
     settings: CollectSettings,
     loss_fn: LossFunction | None,
     device: torch.device,
+    rows: int | None,
 ) -> _Run:
     """One pass; once more where inputs that one batch shared are apart in another.
 
     And where there is no loss to look at, once more without the sequences that are not finite.
     """
-    parts = [numbered(index, batch) for index, batch in enumerate(batches)]
+    parts = [
+        part for index, batch in enumerate(batches) for part in cut(numbered(index, batch), rows)
+    ]
     share, dropped = True, 0
     while True:
         with distributed.together():
@@ -418,7 +427,12 @@ def _pass(
     device: torch.device,
     *,
     share_inputs: bool,
+    at_once: bool = False,
 ) -> _Run:
+    """Run every batch; `at_once`: look at each loss before its backward.
+
+    Elsewhere the look comes when the device is done with it, and a bad one costs the pass.
+    """
     needs = settings.needs
     if "output_second_moment" in needs:
         # The full matrix serves the diagonal too.
@@ -432,6 +446,8 @@ def _pass(
     left: list[Numbered] = []
     skipped = 0
     sharded = is_sharded(model)
+    glances = None if at_once or sharded or looks_at_once(device) else Glances()
+    spoiled: tuple[Numbered, Tensor] | None = None
     bar = tqdm(
         total=sum(part.sequences for part in parts),
         desc="statistics",
@@ -461,7 +477,8 @@ def _pass(
                     if loss_fn is not None and part.counts:
                         _check_count(result.per_sequence, part.index, rows, batch_rows(batch))
                     loss = result.per_sequence.sum()
-                    finite = not part.counts or bool(torch.isfinite(loss.detach()))
+                    finite = not part.counts or glances is not None
+                    finite = finite or bool(torch.isfinite(loss.detach()))
                     if not finite:
                         losses_finite = torch.isfinite(result.per_sequence.detach())
                         rest, count = without_bad(part, losses_finite, settings.on_nonfinite)
@@ -484,6 +501,25 @@ def _pass(
             tokens.append(result.label_tokens)
             losses.append(loss.detach())
             bar.update(rows)
+            if glances is not None:
+                glances.add(part, result.per_sequence)
+                if (spoiled := glances.bad()) is not None:
+                    break
+    if glances is not None and (spoiled := spoiled or glances.bad(wait=True)) is not None:
+        if settings.on_nonfinite == "raise":
+            without_bad(*spoiled, settings.on_nonfinite)
+        logger.info("batch %d has a loss that is not finite: beginning again", spoiled[0].index)
+        del state
+        return _pass(
+            model,
+            modules,
+            parts,
+            settings,
+            loss_fn,
+            device,
+            share_inputs=share_inputs,
+            at_once=True,
+        )
     return _Run(
         state,
         float(sum(int(n) for n in sequences)),

@@ -307,10 +307,11 @@ def _token_loss(
     logits = logits[:, logits.shape[1] - length :]
     segments, starts = packed_segments(batch, labels)
     count = int(segments.max()) + 1 if segments.numel() else labels.shape[0]
-    segments = segments.to(labels.device)
+    # From the host without waiting for the forward to end.
+    segments = segments.to(labels.device, non_blocking=True)
     if kind == "causal":
         # A sequence's first token has nothing before it in its own sequence to be predicted from.
-        labels = labels.masked_fill(starts.to(labels.device), IGNORED)
+        labels = labels.masked_fill(starts.to(labels.device, non_blocking=True), IGNORED)
         logits, labels, segments = logits[:, :-1], labels[:, 1:], segments[:, 1:]
     flat = labels.reshape(-1)
     losses = F.cross_entropy(

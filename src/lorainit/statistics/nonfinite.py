@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from lorainit.errors import NonFiniteError
-from lorainit.statistics.batches import batch_rows, is_splittable, row_sequences, rows_where
+from lorainit.statistics.batches import (
+    batch_rows,
+    is_splittable,
+    row_sequences,
+    rows_where,
+    split_rows,
+)
 from lorainit.statistics.losses import packed_segments
 
 logger = logging.getLogger("lorainit")
@@ -39,9 +46,61 @@ class Numbered:
         return sum(row_sequences(self.batch, batch_rows(self.batch))) if self.counts else 0
 
 
+def looks_at_once(device: torch.device) -> bool:
+    """Whether a loss may be looked at before its backward, since nothing is waited for."""
+    return device.type != "cuda"
+
+
+class Glances:
+    """Whether losses were finite, asked of a device without waiting for it."""
+
+    def __init__(self) -> None:
+        self._open: deque[tuple[Numbered, Tensor, Tensor, torch.cuda.Event | None]] = deque()
+
+    def add(self, part: Numbered, losses: Tensor) -> None:
+        """Ask about ``(sequences,)`` losses of a batch."""
+        finite = torch.isfinite(losses.detach())
+        every = finite.all()
+        event = None
+        if every.is_cuda:
+            with torch.cuda.device(every.device):
+                answer = torch.empty((), dtype=torch.bool, pin_memory=True)
+                answer.copy_(every, non_blocking=True)
+                event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                event.record()
+            every = answer
+        self._open.append((part, finite, every, event))
+
+    def bad(self, *, wait: bool = False) -> tuple[Numbered, Tensor] | None:
+        """The first batch known to be bad and its ``(sequences,)`` finite ones; `wait` for all."""
+        while self._open:
+            part, finite, every, event = self._open[0]
+            if wait and event is not None:
+                event.synchronize()
+            elif not wait and (event is None or not event.query()):  # type: ignore[no-untyped-call]
+                return None
+            self._open.popleft()
+            if not bool(every):
+                return part, finite
+        return None
+
+
 def numbered(index: int, batch: Mapping[str, Any], *, counts: bool = True) -> Numbered:
     """A whole batch."""
     return Numbered(batch, index, tuple(range(batch_rows(batch))), counts)
+
+
+def cut(part: Numbered, rows: int | None) -> list[Numbered]:
+    """The same rows in batches of at most `rows`, where the batch can be split; None: as it is."""
+    if rows is None:
+        return [part]
+    pieces: list[Numbered] = []
+    first = 0
+    for batch in split_rows([dict(part.batch)], rows):
+        count = batch_rows(batch)
+        pieces.append(replace(part, batch=batch, rows=part.rows[first : first + count]))
+        first += count
+    return pieces
 
 
 def without_bad(
