@@ -11,6 +11,7 @@ from peft import PeftModel
 from torch import nn
 
 import lorainit
+from benchmarks import quantized_check
 from lorainit.adapters.targets import match_targets
 from lorainit.adapters.weights import read_weight
 from tests.adapters.tiny import METHODS, batch, config, llama, logits, start, train
@@ -119,35 +120,10 @@ def test_start_train_save_reload(kind: str, method: str, tmp_path: Path) -> None
     assert torch.equal(logits(again), live)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="bitsandbytes wants an accelerator")
 @pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("method", ["displaced", "anchored"])
-def test_bitsandbytes(bits: int, method: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", quantized_check.CHECKS)
+def test_bitsandbytes(name: str, bits: int, tmp_path: Path) -> None:
+    """On an accelerator where there is one; bitsandbytes runs on a CPU, too."""
     pytest.importorskip("bitsandbytes")
-    from transformers import BitsAndBytesConfig, LlamaForCausalLM
-
-    llama(dtype=torch.bfloat16).save_pretrained(tmp_path / "base")
-
-    def load() -> Any:
-        quantization = BitsAndBytesConfig(load_in_8bit=bits == 8, load_in_4bit=bits == 4)
-        return LlamaForCausalLM.from_pretrained(
-            tmp_path / "base", quantization_config=quantization, device_map={"": 0}
-        )
-
-    inputs = {key: value.cuda() for key, value in batch().items()}
-    base = load().eval()
-    with torch.no_grad():
-        expected = base(**inputs).logits
-    wrapped = start(base, METHODS[method], data=[inputs])
-    with torch.no_grad():
-        found = wrapped.eval()(**inputs).logits
-    assert torch.equal(found, expected) == (method == "anchored")
-    optimizer = torch.optim.SGD([p for p in wrapped.parameters() if p.requires_grad], lr=0.05)
-    wrapped(**inputs).loss.backward()
-    optimizer.step()
-    wrapped.save_pretrained(tmp_path / "adapter")
-    with torch.no_grad():
-        live = wrapped(**inputs).logits
-        stock = PeftModel.from_pretrained(load(), tmp_path / "adapter").eval()
-        torch.testing.assert_close(stock(**inputs).logits, live, rtol=2e-2, atol=2e-2)
+    passed, figures = quantized_check.CHECKS[name](quantized_check.Bench(tmp_path, bits))
+    assert passed, figures

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import torch
 import torch.distributed as dist
-from peft.utils.integrations import dequantize_module_weight
+from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -58,8 +61,11 @@ def _floating(module: nn.Module, name: str) -> Tensor:
         if isinstance(weight, Tensor) and hasattr(weight, "full_tensor"):
             whole: Tensor = weight.full_tensor()
             return whole.detach()
+        # PEFT's own reader of modules stores a copy in the module, on a CPU.
         if isinstance(weight, Tensor) and hasattr(weight, "quant_state"):
-            return torch.as_tensor(dequantize_module_weight(module)).detach()
+            return _from_4bit(weight)
+        if isinstance(weight, Tensor) and _is_int8(weight):
+            return _from_int8(module, weight)
         if isinstance(weight, Tensor) and type(weight).__module__.startswith("torchao"):
             plain: Tensor = weight.dequantize()  # type: ignore[no-untyped-call]
             return plain.detach()
@@ -73,6 +79,39 @@ def _floating(module: nn.Module, name: str) -> Tensor:
                 f"{error}. "
                 "Leave the layer out with exclude_modules."
             ) from error
+
+
+def _is_int8(weight: Tensor) -> bool:
+    return type(weight).__name__ == "Int8Params" and not weight.is_floating_point()
+
+
+def _from_4bit(weight: Any) -> Tensor:
+    """Bitsandbytes' four bits, in whichever of its two layouts they lie."""
+    if not getattr(weight.quant_state, "packing_format_for_cpu", False):
+        return torch.as_tensor(dequantize_bnb_weight(weight)).detach()
+    # On some CPUs the first forward lays them out anew, which its own reader does not know; its
+    # inverse leaves the scales transposed.
+    from bitsandbytes import functional
+
+    scales = weight.quant_state.absmax.T.reshape(-1).float()
+    data, state = functional._convert_weight_packed_for_cpu_inverse(
+        weight.data, copy.copy(weight.quant_state)
+    )
+    state.absmax, state.nested = scales, False
+    plain: Tensor = functional.dequantize_4bit(data, state)
+    return plain.detach()
+
+
+def _from_int8(module: nn.Module, weight: Any) -> Tensor:
+    """Bitsandbytes' eight bits: rows of integers, each with the absolute maximum of the row."""
+    scales = getattr(weight, "SCB", None)
+    if scales is None:
+        # Moved there by the layer's first forward.
+        scales = getattr(getattr(module, "state", None), "SCB", None)
+    if scales is None:
+        raise TypeError("its scales are not there")
+    found: Tensor = weight.data.float() * (scales.to(weight.device).float().unsqueeze(1) / 127)
+    return found
 
 
 def fingerprint(module: nn.Module, name: str) -> Tensor:

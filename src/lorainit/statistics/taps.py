@@ -238,6 +238,9 @@ def tapped(
                 return None
             read = state.arrived(name, x, rows)
             saved = x.detach() if state.keeps_input else None
+            if output._is_view():
+                # Of a quantized layer's own autograd function, say, whose views stay untouched.
+                output = output.clone()
             return _Tap.apply(output, saved, anchor, state, name, read)  # type: ignore[no-untyped-call]
 
         return hook
