@@ -16,7 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.quality.experiment import CURVE_PERCENT
+from benchmarks.quality.experiment import CURVE_PERCENT, Experiment
+from benchmarks.quality.kinds import defaults
 from benchmarks.quality.records import RESULTS, Record, read_records
 from benchmarks.quality.stages import BASELINE, best_rates
 
@@ -31,6 +32,19 @@ def bootstrap(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
     generator = np.random.default_rng(seed)
     means = data[generator.integers(0, len(data), (RESAMPLES, len(data)))].mean(1)
     low, high = np.quantile(means, (0.025, 0.975))
+    return float(low), float(high)
+
+
+def stratified(groups: Sequence[Sequence[float]], seed: int = 0) -> tuple[float, float]:
+    """95% percentile interval of the mean over groups (tasks), resampled within each."""
+    groups = [np.asarray(g, dtype=float) for g in groups if len(g)]
+    if not groups or min(map(len, groups)) < 2:
+        return (math.nan, math.nan)
+    generator = np.random.default_rng(seed)
+    means = np.zeros(RESAMPLES)
+    for data in groups:
+        means += data[generator.integers(0, len(data), (RESAMPLES, len(data)))].mean(1)
+    low, high = np.quantile(means / len(groups), (0.025, 0.975))
     return float(low), float(high)
 
 
@@ -230,13 +244,13 @@ def comparison_table(lines: dict[tuple[str, str], Line]) -> str:
     rows = []
     for label in labels:
         mine = [lines[t, label] for t in tasks if (t, label) in lines]
-        differences = [
-            d
+        groups = [
+            paired(line, lines[line.task, BASELINE])
             for line in mine
             if (line.task, BASELINE) in lines
-            for d in paired(line, lines[line.task, BASELINE])
         ]
-        low, high = bootstrap(differences)
+        differences = [d for group in groups for d in group]
+        low, high = stratified(groups)
         shares = [
             to / line.heldout[i][0][-1] for line in mine for i, to in enumerate(line.steps_to)
         ]
@@ -291,7 +305,7 @@ def range_table(records: Iterable[Record]) -> str:
         scores[record["task"], record["label"]][record["learning_rate"]].append(value)
     tasks = sorted({task for task, _ in scores})
     rows = []
-    for label in _ordered({label for _, label in scores}):
+    for label in ordered({label for _, label in scores}):
         widths, best = [], []
         for task in tasks:
             rates = scores.get((task, label))
@@ -314,7 +328,7 @@ def sweep_table(records: Iterable[Record], over: str) -> str:
         by_value[record["experiment"][over]].append(record)
     values = sorted(by_value)
     cells = {value: collect_lines(by_value[value]) for value in values}
-    labels = _ordered({label for lines in cells.values() for _, label in lines})
+    labels = ordered({label for lines in cells.values() for _, label in lines})
     rows = []
     for label in labels:
         row = [label]
@@ -326,18 +340,23 @@ def sweep_table(records: Iterable[Record], over: str) -> str:
 
 
 def _axes(lines: dict[tuple[str, str], Line]) -> tuple[list[str], list[str]]:
-    return sorted({t for t, _ in lines}), _ordered({label for _, label in lines})
+    return sorted({t for t, _ in lines}), ordered({label for _, label in lines})
 
 
-def _ordered(labels: Iterable[str]) -> list[str]:
+def ordered(labels: Iterable[str]) -> list[str]:
     return sorted(labels, key=lambda name: (name != BASELINE, name))
 
 
 # --- figures -----------------------------------------------------------------------------------
 
 
-def figures(lines: dict[tuple[str, str], Line], search: list[Record], out: Path) -> list[Path]:
-    """Held-out loss over the steps, and validation score over the learning rate, task by task."""
+def figures(
+    lines: dict[tuple[str, str], Line], search: list[Record], out: Path, name: str
+) -> list[Path]:
+    """Held-out loss over the steps, and validation score over the learning rate, task by task.
+
+    The files are called after `name`.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -359,10 +378,10 @@ def figures(lines: dict[tuple[str, str], Line], search: list[Record], out: Path)
                 axis.plot(steps, values.mean(0), label=label, **style)
             axis.set(title=task, xlabel="step", ylabel="held-out loss", xscale="symlog")
             axis.set_yscale("log")
-        made.append(_save(figure, axes, out / "curves.png", pyplot))
+        made.append(_save(figure, axes, out / f"curves-{name}.png", pyplot))
     if search:
         tasks = sorted({r["task"] for r in search})
-        labels = _ordered({r["label"] for r in search})
+        labels = ordered({r["label"] for r in search})
         figure, axes = _grid(pyplot, len(tasks))
         for axis, task in zip(axes, tasks, strict=False):
             for i, label in enumerate(labels):
@@ -376,7 +395,7 @@ def figures(lines: dict[tuple[str, str], Line], search: list[Record], out: Path)
                 scores = [mean(points[rate]) for rate in rates]
                 axis.plot(rates, scores, marker=".", label=label, **style)
             axis.set(title=task, xlabel="learning rate", ylabel="exact match, %", xscale="log")
-        made.append(_save(figure, axes, out / "learning-rates.png", pyplot))
+        made.append(_save(figure, axes, out / f"learning-rates-{name}.png", pyplot))
     return made
 
 
@@ -398,46 +417,68 @@ def _save(figure, axes, path: Path, pyplot) -> Path:  # type: ignore[no-untyped-
 
 
 def report(records: Iterable[Record]) -> str:
-    """All tables that the records allow, in Markdown."""
+    """All tables that the records allow, in Markdown, one part a model."""
     records = list(records)
+    parts = ["# Quality: what the records say", f"{len(records)} runs."]
+    models = sorted({_model(r) for r in records}, key=lambda name: ("smollm2" not in name, name))
+    for model in models:
+        parts += [f"## {model}", *_part([r for r in records if _model(r) == model])]
+    return "\n\n".join(parts) + "\n"
+
+
+def _part(records: Sequence[Record]) -> list[str]:
+    """The tables of one model."""
+    from benchmarks.quality.claims import claims_table, forgetting_table
+
     by_stage: dict[str, list[Record]] = defaultdict(list)
     for record in records:
         by_stage[record["stage"]].append(record)
-    parts = ["# Quality: what the records say", f"{len(records)} runs."]
     final = by_stage["seeds"]
+    swept: dict[str, list[Record]] = {}
+    for over in ("rank", "train_samples", "statistics_samples"):
+        mine = [r for r in by_stage["sweep"] if _swept(r) == over]
+        # The standard value was run before, as part of the final tables.
+        tasks, labels = {r["task"] for r in mine}, {r["label"] for r in mine}
+        same = [r for r in final if r["task"] in tasks and r["label"] in labels]
+        if mine:
+            swept[over] = mine + same
+    parts = []
     if final:
         lines = collect_lines(final)
         seeds = sorted({r["seed"] for r in final})
         parts += [
-            f"## Final exact match, % (test split, {len(seeds)} seeds, 95% intervals)",
+            f"### Final score, % right (test split, {len(seeds)} seeds, 95% intervals)",
             final_table(lines),
-            "## Against plain LoRA, over tasks",
+            "### Against plain LoRA, over tasks",
             comparison_table(lines),
-            "## Held-out loss at a share of the steps, mean over tasks",
+            "### The papers' claims, and ours",
+            claims_table(lines, swept.get("rank", ())),
+            "### Held-out loss at a share of the steps, mean over tasks",
             curve_table(lines),
         ]
+        if any("other" in r for r in final):
+            parts += [
+                "### Loss on another task: rise by fine-tuning",
+                forgetting_table(lines, final),
+            ]
     if by_stage["search"]:
-        parts += ["## Learning rates (short budget, one seed)", range_table(by_stage["search"])]
-    for over in ("rank", "train_samples", "statistics_samples"):
-        swept = [r for r in by_stage["sweep"] if _swept(r) == over]
-        if swept:
-            # The standard value was run before, as part of the final tables.
-            tasks = {r["task"] for r in swept}
-            labels = {r["label"] for r in swept}
-            swept += [r for r in final if r["task"] in tasks and r["label"] in labels]
-            parts += [f"## Exact match, %, by {over}", sweep_table(swept, over)]
+        parts += ["### Learning rates (short budget, one seed)", range_table(by_stage["search"])]
+    for over, mine in swept.items():
+        parts += [f"### Final score, % right, by {over}", sweep_table(mine, over)]
     diverged = [r for r in records if r["diverged"]]
     if diverged:
         labels = sorted({f"{r['label']} at {r['learning_rate']:.2g}" for r in diverged})
-        parts += [f"## Diverged: {len(diverged)} runs", ", ".join(labels)]
-    return "\n\n".join(parts) + "\n"
+        parts += [f"### Diverged: {len(diverged)} runs", ", ".join(labels)]
+    return parts
+
+
+def _model(record: Record) -> str:
+    return str(record["experiment"]["model"])
 
 
 def _swept(record: Record) -> str:
     """Which budget a sweep's record differs in from the standard one."""
-    from benchmarks.quality.experiment import Experiment
-
-    standard = Experiment(record["task"], record["method"], 1.0)
+    standard = Experiment(record["task"], record["method"], 1.0, **defaults(record["task"]))
     for over in ("rank", "train_samples", "statistics_samples"):
         if record["experiment"][over] != getattr(standard, over):
             return over
@@ -454,10 +495,12 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "tables.md").write_text(text, encoding="utf-8")
     print(text)
-    final = [r for r in records if r["stage"] == "seeds"]
-    search = [r for r in records if r["stage"] == "search"]
-    for path in figures(collect_lines(final), search, arguments.out):
-        print(path)
+    for model in sorted({_model(r) for r in records}):
+        mine = [r for r in records if _model(r) == model]
+        final = [r for r in mine if r["stage"] == "seeds"]
+        search = [r for r in mine if r["stage"] == "search"]
+        for path in figures(collect_lines(final), search, arguments.out, model):
+            print(path)
 
 
 if __name__ == "__main__":

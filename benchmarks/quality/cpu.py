@@ -1,4 +1,4 @@
-"""A slice of the benchmark for a processor: three methods, a handful of steps, a few minutes.
+"""A slice of the benchmark for a processor: three methods, three kinds of models, a few minutes.
 
 It shows that the harness runs and what its records and tables look like; it is far too small to rank
 methods by.
@@ -12,37 +12,43 @@ from pathlib import Path
 from benchmarks.common.cache import REPOSITORY
 from benchmarks.quality.analyze import report
 from benchmarks.quality.data import default_folder, prepare
-from benchmarks.quality.experiment import Experiment
+from benchmarks.quality.experiment import FULL, Experiment
+from benchmarks.quality.kinds import defaults, model_of
 from benchmarks.quality.records import read_records
 from benchmarks.quality.run import Bench, choose_device, load_model
 
-TASK = "simple_equations"
+TASKS = ("simple_equations", "tweets", "rotated")
 METHODS = ("vanilla", "lora-one", "lora-da")
+
+
+def experiments(task: str) -> list[Experiment]:
+    """Six steps of four sequences; full fine-tuning where that is small."""
+    small = {
+        "steps": 6,
+        "batch_size": 4,
+        "train_samples": 24,
+        "statistics_samples": 16,
+        "precision": "fp32",
+    }
+    fields = defaults(task) | small
+    methods = METHODS if task == "simple_equations" else (*METHODS, FULL)
+    return [Experiment(task, method, 1e-3, **fields) for method in methods]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=REPOSITORY / "outputs" / "quality-cpu")
     parser.add_argument("--data", type=Path, default=default_folder())
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS))
     arguments = parser.parse_args()
-    prepare(TASK, arguments.data)
-    experiments = [
-        Experiment(
-            TASK,
-            method,
-            1e-3,
-            steps=6,
-            batch_size=4,
-            train_samples=24,
-            statistics_samples=16,
-            precision="fp32",
-        )
-        for method in METHODS
-    ]
     done = set(read_records([arguments.out]))
-    if any(e.id not in done for e in experiments):
+    for task in arguments.tasks:
+        wanted = [e for e in experiments(task) if e.id not in done]
+        if not wanted:
+            continue
+        prepare(task, arguments.data)
         bench = Bench(
-            load_model(None, choose_device("cpu")),
+            load_model(None, choose_device("cpu"), model_of([task])),
             arguments.data,
             arguments.out,
             "seeds",
@@ -51,7 +57,7 @@ def main() -> None:
             test_rows=16,
             evaluation_rows=8,
         )
-        bench.run(experiments, done)
+        bench.run(wanted, done)
     text = report(read_records([arguments.out]).values())
     (arguments.out / "tables.md").write_text(text, encoding="utf-8")
     print(text)

@@ -57,6 +57,11 @@ class Pool:
     def __len__(self) -> int:
         return self.tokens.shape[0]
 
+    @property
+    def length(self) -> int:
+        """Positions that a model sees in one row."""
+        return self.tokens.shape[1]
+
     def to(self, device: torch.device | str) -> Pool:
         return type(self)(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
 

@@ -65,6 +65,11 @@ class TextPool(LabelledPool):
 class ImagePool(LabelledPool):
     """Pixels of square grey images, 0 to 255, row by row."""
 
+    @property
+    def length(self) -> int:
+        """Patches of 4 x 4 pixels, and one more position."""
+        return self.tokens.shape[1] // 16 + 1
+
     def inputs(self, tokens: Tensor, lengths: Tensor) -> dict[str, Tensor]:
         del lengths
         return {"pixel_values": pixels(tokens)}

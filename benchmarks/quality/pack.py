@@ -1,8 +1,9 @@
-"""SmolLM2-135M as its own 4-bit blocks, for machines that get the model over a narrow road.
+"""The models in few bytes, for machines that get them over a narrow road.
 
 ``python -m benchmarks.quality.pack`` writes two files of about 48 MB and the configuration; from
 them `load_packed` makes the very weights of ``benchmarks.common.models.load_smollm2``, in a second
-and without ``gguf``.
+and without ``gguf``. ``--encoder`` writes MiniLM (45 MB, in bfloat16: the benchmark rounds the weights to
+it anyway); the vision transformer's folder is small as it is.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 from transformers import AutoConfig, LlamaForCausalLM
 
 from benchmarks.common.cache import cache_folder
-from benchmarks.common.models import SMOLLM2, load_smollm2, smollm2_folder
+from benchmarks.common.models import SMOLLM2, load_minilm, load_smollm2, smollm2_folder
 
 _BLOCK = 32
 PARTS = ("blocks-0.safetensors", "blocks-1.safetensors")
@@ -107,6 +108,11 @@ def pack(folder: Path) -> None:
         raise RuntimeError(f"the packed model differs in {different[:3]}")
 
 
+def pack_encoder(folder: Path) -> None:
+    """MiniLM in bfloat16, as an ordinary folder."""
+    load_minilm(dtype=torch.bfloat16).save_pretrained(folder)
+
+
 def _name(gguf_name: str) -> str:
     if gguf_name == "token_embd.weight":
         return "model.embed_tokens.weight"
@@ -124,11 +130,14 @@ def _unpermute(rows: Tensor, head_dim: int) -> Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=cache_folder() / "packed")
-    folder = parser.parse_args().out
-    pack(folder)
-    for part in PARTS:
-        print(f"{folder / part}: {(folder / part).stat().st_size / 1e6:.1f} MB")
+    parser.add_argument("--encoder", action="store_true", help="MiniLM, not SmolLM2")
+    parser.add_argument("--out", type=Path, help="folder; by default in the cache")
+    arguments = parser.parse_args()
+    name = "packed-minilm" if arguments.encoder else "packed"
+    folder = arguments.out or cache_folder() / name
+    (pack_encoder if arguments.encoder else pack)(folder)
+    for path in sorted(folder.iterdir()):
+        print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":

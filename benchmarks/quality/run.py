@@ -330,7 +330,7 @@ def _order(experiment: Experiment, pools: dict[str, Pool]) -> torch.Tensor:
 
 def stack_for(pool: Pool, most: int) -> int:
     """How many adapters train at once on sequences of the pool's length."""
-    size, length = most, pool.tokens.shape[1]
+    size, length = most, pool.length
     while size > 1 and size * length > most * STACK_LENGTH:
         size //= 2
     return size

@@ -15,7 +15,9 @@ from benchmarks.quality.analyze import (
     good_range,
     report,
     sign_flip,
+    stratified,
 )
+from benchmarks.quality.claims import claims_table, forgetting_table, verdict
 from benchmarks.quality.experiment import CURVE_PERCENT, Experiment
 from benchmarks.quality.records import head
 
@@ -86,6 +88,50 @@ def test_the_rate_is_validations_and_the_target_plain_loras(tmp_path):
     text = report(records + search)
     assert "+10.00" in text
     assert "| natural | 61.0" in text
-    paths = figures(lines, search, tmp_path)
+    paths = figures(lines, search, tmp_path, "model")
     assert all(path.exists() for path in paths)
     assert len(paths) == 2
+
+
+def test_an_interval_within_tasks_does_not_see_the_distance_between_them():
+    apart = [[0.0, 0.1, 0.2], [10.0, 10.1, 10.2]]
+    low, high = stratified(apart)
+    assert 5.0 <= low < 5.1 < high <= 5.2
+    low, high = bootstrap([x for group in apart for x in group])
+    assert high - low > 3
+    assert math.isnan(stratified([[1.0], [1.0, 2.0]])[0])
+
+
+def test_a_claim_holds_only_where_the_interval_says_so():
+    assert verdict(0.1, 0.2) == "held"
+    assert verdict(-0.2, -0.1) == "did not hold"
+    assert verdict(-0.1, 0.1) == "open"
+    assert verdict(math.nan, math.nan).startswith("open")
+    records = []
+    for seed in range(5):
+        noise = 0.01 * seed
+        records += [
+            record("vanilla", seed, 1e-3, 0.5 + noise, [3.0, 2.0, 1.0 + noise]),
+            record("natural", seed, 1e-3, 0.6 + noise, [2.0, 1.0, 0.5]),
+            record("pissa", seed, 1e-3, 0.2 + 0.05 * seed, [3.0, 2.5, 1.0 + noise]),
+        ]
+    swept = [r | {"rank": rank} for r in records for rank in (1, 8)]
+    rows = {r.split(" | ")[0]: r for r in claims_table(collect_lines(records), swept).split("\n| ")}
+    natural, pissa = (rows[k].removesuffix(" |").split(" | ") for k in ("natural", "pissa"))
+    assert natural[1] == "held: +10.00 [+10.00, +10.00] points"
+    assert natural[2].startswith("held")
+    assert natural[3].startswith("open: 1.00")
+    assert natural[4:] == ["1: +10.0, 8: +10.0", "10%"]
+    assert pissa[1].startswith("did not hold")
+    assert pissa[2].startswith("did not hold")
+    assert pissa[3].startswith("did not hold")
+
+
+def test_forgetting_counts_from_the_base():
+    records = []
+    for method, start, end in (("vanilla", 2.0, 3.0), ("natural", 2.5, 2.75)):
+        other = {"loss": end, "start_loss": start, "exact": 0.0, "sequences": 5}
+        records.append(record(method, 0, 1e-3, 0.5, [3.0, 1.0]) | {"other": other})
+    text = forgetting_table(collect_lines(records), records)
+    assert "| vanilla | +1.00 |" in text
+    assert "| natural | +0.75 |" in text

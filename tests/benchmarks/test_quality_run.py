@@ -173,9 +173,9 @@ def test_the_commands_from_search_to_tables(folder, tmp_path, monkeypatch, capsy
     call(merge, out, "--into", into)
     text = call(analyze, "--records", into, "--out", tmp_path)
     assert "natural(steps=2)" in text
-    assert "## Exact match, %, by rank" in text
-    assert (tmp_path / "curves.png").exists()
-    assert (tmp_path / "learning-rates.png").exists()
+    assert "### Final score, % right, by rank" in text
+    assert (tmp_path / "curves-smollm2-135m-instruct.png").exists()
+    assert (tmp_path / "learning-rates-smollm2-135m-instruct.png").exists()
     assert not read_records([out], "failures")
     with pytest.raises(SystemExit, match="no such setting"):
         call(run, "search", *common, "ranks=3")
