@@ -22,6 +22,8 @@ from benchmarks.quality.records import RESULTS, Record, read_records
 from benchmarks.quality.stages import BASELINE, best_rates
 
 RESAMPLES = 10_000
+FEW = 64
+"""Training samples of the few-shot comparison."""
 
 
 def bootstrap(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
@@ -297,27 +299,39 @@ def curve_table(lines: dict[tuple[str, str], Line]) -> str:
     return table(["method", *(f"{p}%" for p in CURVE_PERCENT)], rows)
 
 
-def range_table(records: Iterable[Record]) -> str:
-    """Good range of learning rates, from the search: exact match on validation."""
+def good_ranges(records: Iterable[Record]) -> dict[str, float]:
+    """By method: decades of good learning rates, mean over tasks."""
+    widths: dict[str, list[float]] = defaultdict(list)
+    for (_, label), points in _by_rate(records).items():
+        widths[label].append(good_range(list(points), list(points.values())))
+    return {label: mean(values) for label, values in widths.items()}
+
+
+def _by_rate(records: Iterable[Record]) -> dict[tuple[str, str], dict[float, float]]:
+    """Exact match on validation, mean over seeds, by task and method, then by learning rate."""
     scores: dict[tuple[str, str], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
         value = finite(record["validation"]["exact"])
         scores[record["task"], record["label"]][record["learning_rate"]].append(value)
-    tasks = sorted({task for task, _ in scores})
+    return {
+        key: {rate: mean(values) for rate, values in sorted(points.items())}
+        for key, points in scores.items()
+    }
+
+
+def range_table(records: Iterable[Record]) -> str:
+    """Good range of learning rates, from the search: exact match on validation."""
+    records = list(records)
+    widths, scores = good_ranges(records), _by_rate(records)
     rows = []
-    for label in ordered({label for _, label in scores}):
-        widths, best = [], []
-        for task in tasks:
-            rates = scores.get((task, label))
-            if not rates:
-                continue
-            points = sorted(rates)
-            means = [mean(rates[rate]) for rate in points]
-            widths.append(good_range(points, means))
-            best.append(points[int(np.nanargmax(np.nan_to_num(means)))])
-        rows.append(
-            [label, number(mean(widths), 2), ", ".join(f"{rate:.2g}" for rate in sorted(set(best)))]
-        )
+    for label in ordered(widths):
+        best = {
+            max(points, key=lambda rate: float(np.nan_to_num(points[rate])))
+            for (_, name), points in scores.items()
+            if name == label
+        }
+        rates = ", ".join(f"{rate:.2g}" for rate in sorted(best))
+        rows.append([label, number(widths[label], 2), rates])
     return table(["method", "decades within 2% of its best", "best rates, over tasks"], rows)
 
 
@@ -428,7 +442,7 @@ def report(records: Iterable[Record]) -> str:
 
 def _part(records: Sequence[Record]) -> list[str]:
     """The tables of one model."""
-    from benchmarks.quality.claims import claims_table, forgetting_table
+    from benchmarks.quality.claims import aims_table, claims_table, forgetting_table
 
     by_stage: dict[str, list[Record]] = defaultdict(list)
     for record in records:
@@ -442,6 +456,7 @@ def _part(records: Sequence[Record]) -> list[str]:
         same = [r for r in final if r["task"] in tasks and r["label"] in labels]
         if mine:
             swept[over] = mine + same
+    few_shot = [r for r in by_stage["sweep"] if r["experiment"]["train_samples"] == FEW]
     parts = []
     if final:
         lines = collect_lines(final)
@@ -453,6 +468,8 @@ def _part(records: Sequence[Record]) -> list[str]:
             comparison_table(lines),
             "### The papers' claims, and ours",
             claims_table(lines, swept.get("rank", ())),
+            "### Against the best of all others",
+            aims_table(lines, by_stage["search"], few_shot),
             "### Held-out loss at a share of the steps, mean over tasks",
             curve_table(lines),
         ]

@@ -14,9 +14,12 @@ import numpy as np
 
 from benchmarks.quality.analyze import (
     Line,
+    bootstrap,
     collect_lines,
     finite,
+    good_ranges,
     mean,
+    number,
     ordered,
     paired,
     stratified,
@@ -144,3 +147,84 @@ def _ranks(records: Iterable[Record]) -> dict[str, str]:
             if gains:
                 above[label].append(f"{rank}: {100 * mean(gains):+.1f}")
     return {label: ", ".join(found) for label, found in above.items()}
+
+
+def aims_table(lines: Lines, search: Iterable[Record] = (), few_shot: Iterable[Record] = ()) -> str:
+    """Every method against the best of all others, plain LoRA among them.
+
+    Steps to plain LoRA's final loss (median over runs) and early loss above it (mean) as a share of the
+    best other's; tasks on which the score is above and significantly below the best other's (of that
+    task, by its mean); the good range of learning rates beside plain LoRA's; tasks on which few-shot
+    training scores above every other.
+    """
+    labels = ordered({label for _, label in lines})
+    tasks = sorted({task for task, _ in lines})
+    share = {label: _median_share(lines, label) for label in labels}
+    early = {
+        label: mean([mean(x.early) for (_, n), x in lines.items() if n == label])
+        for label in labels
+    }
+    width = good_ranges(search)
+    few = collect_lines(few_shot)
+    rows = []
+    for label in labels:
+        others = [name for name in labels if name != label]
+        if not others:
+            continue
+        above = below = seen = 0
+        for task in tasks:
+            mine = lines.get((task, label))
+            peers = [lines[task, name] for name in others if (task, name) in lines]
+            if mine is None or not peers:
+                continue
+            seen += 1
+            differences = paired(mine, max(peers, key=lambda line: mean(line.exact)))
+            above += mean(differences) > 0
+            below += bootstrap(differences)[1] < 0
+        rows.append(
+            [
+                label,
+                _ratio(share[label], min(share[name] for name in others)),
+                _ratio(early[label], min(early[name] for name in others)),
+                f"{above} above, {below} significantly below, of {seen}",
+                f"{number(width.get(label, math.nan), 2)} / {number(width.get(BASELINE, math.nan), 2)}",
+                _few_shot(few, label),
+            ]
+        )
+    header = [
+        "method", "steps to LoRA's final loss, % of the best other's",
+        "early loss above it, % of the best other's", "tasks, against the best other",
+        "good range of learning rates, decades / LoRA's", "few-shot: tasks above every other",
+    ]  # fmt: skip
+    return table(header, rows)
+
+
+def _median_share(lines: Lines, label: str) -> float:
+    shares = [
+        to / line.heldout[i][0][-1]
+        for (_, name), line in lines.items()
+        if name == label
+        for i, to in enumerate(line.steps_to)
+    ]
+    return float(np.median(shares)) if shares else math.nan
+
+
+def _ratio(mine: float, best: float) -> str:
+    """In percent; a start below plain LoRA's final loss has no sensible ratio and says so."""
+    if not (math.isfinite(mine) and math.isfinite(best)):
+        return "never" if math.isinf(mine) else "–"
+    if best <= 0:
+        return "the best other is at or below it"
+    return f"{100 * mine / best:.0f}%"
+
+
+def _few_shot(lines: Lines, label: str) -> str:
+    tasks = sorted({task for task, name in lines if name == label})
+    wins = sum(
+        mean(lines[task, label].exact)
+        > max(
+            (mean(x.exact) for (t, n), x in lines.items() if t == task and n != label), default=1.0
+        )
+        for task in tasks
+    )
+    return f"{wins} of {len(tasks)}" if tasks else "–"

@@ -17,7 +17,7 @@ from benchmarks.quality.analyze import (
     sign_flip,
     stratified,
 )
-from benchmarks.quality.claims import claims_table, forgetting_table, verdict
+from benchmarks.quality.claims import aims_table, claims_table, forgetting_table, verdict
 from benchmarks.quality.experiment import CURVE_PERCENT, Experiment
 from benchmarks.quality.records import head
 
@@ -135,3 +135,29 @@ def test_forgetting_counts_from_the_base():
     text = forgetting_table(collect_lines(records), records)
     assert "| vanilla | +1.00 |" in text
     assert "| natural | +0.75 |" in text
+
+
+def test_the_aims_are_against_the_best_of_the_others():
+    records, search = [], []
+    for seed in range(5):
+        records += [
+            record("vanilla", seed, 1e-3, 0.5, [3.0, 2.0, 1.0]),
+            record("pissa", seed, 1e-3, 0.55, [3.0, 1.0, 0.5]),
+            record("natural", seed, 1e-3, 0.6, [2.0, 0.5, 0.4]),
+        ]
+    for rate in (1e-4, 1e-3, 1e-2):
+        search.append(record("vanilla", 0, rate, 0.5, [1.0, 1.0], "search"))
+        search.append(record("natural", 0, rate, 0.5 * (rate < 2e-3), [1.0, 1.0], "search"))
+    few = [r | {"test": r["test"] | {"exact": 0.1}} for r in records if r["label"] != "natural"]
+    text = aims_table(collect_lines(records), search, [*few, records[2]])
+    natural = next(line for line in text.splitlines() if line.startswith("| natural"))
+    cells = natural.strip("| ").split(" | ")
+    # Crossings of 1.0: natural at 3.33 of 10 steps, pissa at 5; early means 1.85 and 2.8, less 1.0.
+    assert cells[1] == "67%"
+    assert cells[2] == "47%"
+    assert cells[3] == "1 above, 0 significantly below, of 1"
+    assert cells[4] == "1.02 / 2.00"
+    assert cells[5] == "1 of 1"
+    pissa = next(line for line in text.splitlines() if line.startswith("| pissa"))
+    assert "150% | 212%" in pissa
+    assert "0 above, 1 significantly below, of 1" in pissa
