@@ -322,7 +322,7 @@ def smallest_of_operator(
         like: any ``(..., n, m)`` tensor of the matrix's batch, size, dtype and device.
         k: how many.
         upper: ``(...)``, a number that no eigenvalue is above, and that none is far below.
-        tolerance: default ``1e-10`` in float64 and ``2e-6`` in float32.
+        tolerance: default ``1e-10`` in float64; in float32 ``2e-6``, or what rounding allows.
         each: the same for each eigenvalue by itself.
         rough: the matrix in float32, for all products but those that measure the residuals.
         start: ``(..., n, width)`` near the vectors sought, where such are known.
@@ -469,9 +469,12 @@ def _column_signs(vectors: Tensor) -> Tensor:
 
 
 def _tolerance(matrix: Tensor, tolerance: float | None) -> float:
+    """The one asked for, or the default; in float32 not below the rounding of long sums."""
     if tolerance is not None:
         return tolerance
-    return 1e-10 if matrix.dtype == torch.float64 else 2e-6
+    if matrix.dtype == torch.float64:
+        return 1e-10
+    return max(2e-6, 2 * torch.finfo(torch.float32).eps * max(matrix.shape[-2:]) ** 0.5)
 
 
 def _start_block(matrix: Tensor, rows: int, width: int) -> Tensor:

@@ -38,7 +38,7 @@ def test_lora_da_by_iteration_is_the_dense_one(
     change = change / norm
     omega = fisher.variance / norm**2 * inverse - method.bias_weight * change @ change.mT
     wanted = torch.linalg.eigh(omega)[1][:, :RANK]
-    tolerance = 1e-7 if dtype == torch.float64 else 3e-4
+    tolerance = 1e-7 if dtype == torch.float64 else 1e-3
     assert angle(found.A.mT, wanted) < tolerance
     assert relative(product(found, 1.0), change.mT @ wanted @ wanted.mT / method.gamma) < tolerance
 

@@ -163,7 +163,7 @@ class LoraDA:
         products with ``P`` and ``H = diag(1/y) G``. Eigenvectors of ``Omega`` do not need ``sigma``:
         those of ``sigma^2 Omega`` are the same. The eigenvalues sought may be far below the variance
         term's largest, so residuals are measured in float64, and asked to be below 1e-10 of the
-        largest eigenvalue sought, or (float32) below 1e-4 of a vector's own; the products between may
+        largest eigenvalue sought, or (float32) below 3e-4 of a vector's own; the products between may
         be in float32.
         """
         z_factor, h = fisher.z_factor, fisher.scaled
@@ -203,7 +203,7 @@ class LoraDA:
             rank,
             upper=ratio * fisher.inverse_bound / size.square(),
             tolerance=1e-10 if exact else 1e-8,
-            each=0.0 if exact else 1e-4,
+            each=0.0 if exact else 3e-4,
             rough=None if rough is None else rough[1],
         )
         if found is None:
