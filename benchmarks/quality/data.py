@@ -148,6 +148,12 @@ def load_pools(task: str, folder: Path) -> dict[str, Pool]:
     return pools
 
 
+def style_of(task: str, folder: Path) -> str:
+    """The prompt's style in a prepared file."""
+    with np.load(folder / f"{task}.npz") as file:
+        return str(file["style"]) if "style" in file else "plain"
+
+
 def fitting(arrays: Sequence[Tensor], like: Pool, most: int = 128) -> Pool:
     """The first sequences of another task that a pool's length and label slots have room for."""
     tokens, lengths, prompts = arrays
@@ -199,7 +205,8 @@ def prepare(task: str, folder: Path, style: Style = "plain") -> Path:
     check_disjoint(**{name: make_split(task, name, size) for name, size in SIZES.items()})  # type: ignore[arg-type]
     everything = [e for examples in splits.values() for e in examples]
     arrays: dict[str, np.ndarray] = {
-        "slots": np.array(max(len(e) - e.prompt_length for e in everything))
+        "slots": np.array(max(len(e) - e.prompt_length for e in everything)),
+        "style": np.array(style),
     }
     for name, examples in splits.items():
         tokens = np.full((len(examples), limit), tokenizer.pad_token_id, dtype=np.uint16)

@@ -44,6 +44,7 @@ class Experiment:
         precision: of base weights and activations in training; adapters and optimizer are float32.
         warmup: share of the steps over which the rate rises from zero; a cosine to zero follows.
         clip: largest norm of the gradient, over all adapter weights together.
+        style: of the prompt, ``"plain"`` or ``"chat"``; the prepared data must be of this style.
         init: ``"statistics"``: from statistics shared with other methods; ``"data"``: the method
             gets the batches themselves (refinement, calibration); ``"auto"`` decides by settings.
     """
@@ -65,6 +66,7 @@ class Experiment:
     warmup: float = 0.03
     clip: float = 1.0
     init: str = "auto"
+    style: str = "plain"
 
     def __post_init__(self) -> None:
         if self.method not in lorainit.METHODS and self.method != FULL:

@@ -26,7 +26,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from benchmarks.quality import stages
-from benchmarks.quality.data import Pool, batch_order, default_folder, load_pools
+from benchmarks.quality.data import Pool, batch_order, default_folder, load_pools, style_of
 from benchmarks.quality.experiment import (
     CURVE_PERCENT,
     FULL,
@@ -128,6 +128,12 @@ class Bench:
         with tqdm(total=len(pending), desc=self.stage, unit="run", mininterval=5) as bar:
             for task, members in by_task.items():
                 pools = {k: p.to(self.device) for k, p in load_pools(task, self.data).items()}
+                style = style_of(task, self.data)
+                if any(e.style != style for e in members):
+                    raise ValueError(
+                        f"the data of {task} in {self.data} have prompts of style '{style}': "
+                        f"run with --set style={style}, or name a folder of the other style"
+                    )
                 try:
                     added += self._task(members, pools, bar)
                 finally:

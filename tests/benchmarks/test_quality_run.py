@@ -92,6 +92,13 @@ def test_failures_stand_apart_and_time_ends_cleanly(folder, tmp_path):
         bench(folder, tmp_path, clock=Clock(0.0)).run([fine.at(seed=1)], set())
 
 
+def test_the_prompts_style_is_the_datas(folder, tmp_path):
+    chat = Experiment("tiny", "vanilla", 1e-3, style="chat", **SMALL)
+    assert chat.id != chat.at(style="plain").id
+    with pytest.raises(ValueError, match="--set style=plain"):
+        bench(folder, tmp_path).run([chat], set())
+
+
 def test_an_experiments_name_is_its_content():
     one = Experiment("chain_sum", "natural", 1e-3, settings={"damping": 0.1})
     assert one.id == Experiment.from_json(json.loads(json.dumps(one.to_json()))).id
