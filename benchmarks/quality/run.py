@@ -109,7 +109,9 @@ class Bench:
         self.data, self.out, self.stage, self.stack = data, out, stage, stack
         self.test, self.validation_rows, self.test_rows = test, validation_rows, test_rows
         self.evaluation_rows = evaluation_rows
-        self.initialise = Initialiser(model)
+        # Launches cost more than products on a device: few large batches.
+        on_device = next(model.parameters()).is_cuda
+        self.initialise = Initialiser(model, batch_size=128 if on_device else 32)
         self.clock = clock or Clock(None)
         self.provenance = provenance(commit, self.device)
         self._bases: dict[Any, Base] = {}

@@ -474,7 +474,7 @@ def _tolerance(matrix: Tensor, tolerance: float | None) -> float:
         return tolerance
     if matrix.dtype == torch.float64:
         return 1e-10
-    return max(2e-6, 2 * torch.finfo(torch.float32).eps * max(matrix.shape[-2:]) ** 0.5)
+    return float(max(2e-6, 2 * torch.finfo(torch.float32).eps * max(matrix.shape[-2:]) ** 0.5))
 
 
 def _start_block(matrix: Tensor, rows: int, width: int) -> Tensor:

@@ -148,6 +148,29 @@ def test_starts_are_scored_against_trained_lora(folder, tmp_path):
     assert set(read_records([tmp_path], "start")) == set(done)
 
 
+def test_starts_of_fewer_steps_come_from_the_longest_run(folder, tmp_path):
+    from benchmarks.quality.data import load_pools
+    from benchmarks.quality.start import StartBench
+
+    one = StartBench(bench(folder, tmp_path), load_pools("tiny", folder), {})
+    fields = SMALL | {"precision": "fp32", "steps": 0}
+    several = [
+        Experiment("tiny", "natural", 1e-3, 0, {"steps": steps}, **fields) for steps in (1, 2, 3)
+    ]
+    together = one.starts(several)
+    for experiment, found in zip(several, together, strict=True):
+        (alone,) = (
+            StartBench(bench(folder, tmp_path), load_pools("tiny", folder), {}).bench.initialise(
+                experiment, one.pools["train"]
+            ),
+        )
+        for name, (a, b) in alone.start.factors.items():
+            assert torch.allclose(a, found.start.factors[name][0], atol=1e-6)
+            assert torch.allclose(b, found.start.factors[name][1], atol=1e-6)
+    seconds = [found.seconds for found in together]
+    assert 0 < seconds[0] < seconds[1] < seconds[2]
+
+
 def test_the_commands_from_search_to_tables(folder, tmp_path, monkeypatch, capsys):
     """What is typed on an accelerator, stage by stage, on a tiny model."""
     from benchmarks.quality import analyze, merge, run

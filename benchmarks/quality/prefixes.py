@@ -1,0 +1,68 @@
+"""One run of many natural steps, and every number of steps on the way as a start of its own.
+
+The first steps of a longer run are the steps of a shorter one, to the bit (tests/test_refinement.py),
+so a benchmark need not take them again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+from benchmarks.quality.stacked import Start
+from lorainit.refinement import NaturalSteps
+from lorainit.statistics import Statistics
+from lorainit.types import Factors
+
+
+@dataclass
+class Prefixes:
+    """What was there after each step.
+
+    Attributes:
+        starts: factors by number of steps, from one.
+        seconds: since the recording began, recording aside.
+    """
+
+    starts: list[Start] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+    def after(self, steps: int) -> tuple[Start, float]:
+        """Start and seconds of so many steps; of fewer, where no more went down."""
+        index = min(steps, len(self.starts)) - 1
+        return self.starts[index], self.seconds[index]
+
+
+@contextmanager
+def recorded() -> Iterator[Prefixes]:
+    """Inside, every natural step is kept."""
+    found, take = Prefixes(), NaturalSteps.take
+    began, aside = _now(), 0.0
+
+    def and_keep(self: NaturalSteps, statistics: Statistics) -> object:
+        nonlocal aside
+        result = take(self, statistics)
+        found.seconds.append(_now() - began - aside)
+        found.starts.append(_start(self.factors()))
+        aside = _now() - began - found.seconds[-1]
+        return result
+
+    NaturalSteps.take = and_keep  # type: ignore[method-assign,assignment]
+    try:
+        yield found
+    finally:
+        NaturalSteps.take = take  # type: ignore[method-assign]
+
+
+def _start(factors: dict[str, Factors]) -> Start:
+    return Start({name: (pair.A.clone(), pair.B.clone()) for name, pair in factors.items()}, {})
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
