@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.quality.data import Pool, batch_order, load_pools
+from benchmarks.quality.data import Pool, batch_order, load_pools, style_of
 from benchmarks.quality.experiment import LEARNING_RATES, Experiment
 from benchmarks.quality.initialise import Initialised
 from benchmarks.quality.prefixes import Prefixes, recorded
@@ -269,6 +269,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--matched", nargs="*", default=[], help="methods to match in time")
     parser.add_argument("--matched-seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--rates", type=float, nargs="+", default=list(LEARNING_RATES))
     parser.add_argument("--table", action="store_true", help="only print what is recorded")
     arguments = parser.parse_args()
     folders = [*arguments.records, arguments.out]
@@ -293,16 +294,17 @@ def main() -> None:
         for task in arguments.tasks:
             pools = {k: p.to(bench.device) for k, p in load_pools(task, arguments.data).items()}
             one = StartBench(bench, pools, done)
+            style = style_of(task, arguments.data)
             for seed in arguments.seeds:
                 clock.check(15.0)
-                one.untrained(task, seed, arguments.methods)
+                one.untrained(task, seed, arguments.methods, style=style)
             clock.check(15.0)
-            rates = best.get((task, BASELINE), list(LEARNING_RATES))
-            one.trained(task, arguments.seeds, rates)
+            rates = best.get((task, BASELINE), arguments.rates)
+            one.trained(task, arguments.seeds, rates, style=style)
             for seed in arguments.matched_seeds:
                 for method in arguments.matched:
                     clock.check(20.0)
-                    one.matched(task, seed, method, LEARNING_RATES)
+                    one.matched(task, seed, method, arguments.rates, style=style)
             bench.free()
             print(json.dumps({"task": task, "seconds": round(clock.gone)}), flush=True)
     except OutOfTime:
