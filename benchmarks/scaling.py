@@ -3,6 +3,7 @@
     torchrun --nproc-per-node 1 -m benchmarks.scaling --out FOLDER     first: the reference
     torchrun --nproc-per-node 2 -m benchmarks.scaling --out FOLDER
     torchrun --nproc-per-node 2 -m benchmarks.scaling --out FOLDER --tiny      seconds, on gloo
+    python -m benchmarks.scaling --collect FOLDER --table      keep the lines, print the tables
 
 All launches see the same sequences, in the same batches, shared out. The one-process launch leaves
 sketches of its statistics in the folder, and every later one is compared with them: of a statistic
@@ -35,6 +36,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import lorainit
+from benchmarks import scaling_table
 from benchmarks.timing import cases as timed_cases
 from benchmarks.timing.cases import SHAPES
 from benchmarks.timing.clock import cleared, limited
@@ -43,6 +45,7 @@ from benchmarks.timing.model import batches_of, build, config
 from lorainit.adapters.wrappers import adapter_tensors
 from lorainit.methods import LoraDA
 
+RESULTS = Path(__file__).parent / "results" / "scaling.json"
 SKETCH = 16
 REFERENCE = "reference.pt"
 
@@ -364,13 +367,23 @@ def provenance(machine: Machine) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, help="folder for JSON lines and sketches")
     parser.add_argument(
-        "--out", type=Path, required=True, help="folder for JSON lines and sketches"
+        "--collect", type=Path, help="keep a folder's lines as results/scaling.json"
     )
+    parser.add_argument("--table", action="store_true", help="print the tables of docs/scaling.md")
     parser.add_argument("--tiny", action="store_true", help="a few seconds, to see that it runs")
     parser.add_argument("--kinds", nargs="+", default=["plain", "fsdp"], choices=["plain", "fsdp"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(arguments)
+    if options.collect:
+        RESULTS.write_text(json.dumps(scaling_table.read_folder(options.collect), indent=1) + "\n")
+    if options.table:
+        print(scaling_table.tables(json.loads(RESULTS.read_text())))
+    if options.collect or options.table:
+        return 0
+    if options.out is None:
+        parser.error("--out is needed to measure")
     folder: Path = options.out
     folder.mkdir(parents=True, exist_ok=True)
     cuda = options.device == "cuda"

@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--cpu", action="store_true")
     arguments = parser.parse_args()
 
@@ -50,6 +51,7 @@ def main() -> None:
         output_dir=arguments.out,
         max_steps=arguments.steps,
         max_length=arguments.length,
+        learning_rate=arguments.lr,
         per_device_train_batch_size=2,
         use_cpu=arguments.cpu,
         bf16=not arguments.cpu,

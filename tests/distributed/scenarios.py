@@ -19,6 +19,7 @@ from lorainit.adapters.anchor import placed_like
 from lorainit.adapters.install import true_config
 from lorainit.errors import LorainitError
 from lorainit.statistics import distributed, travel
+from lorainit.statistics.accumulators import panels, unfold
 from lorainit.statistics.rounds import is_sharded
 from lorainit.types import STATISTICS
 from tests.statistics import models
@@ -134,30 +135,24 @@ def statistics_of_splits(rank: int, size: int, kind: str) -> list[dict[str, Any]
 
 TRAVELLERS: dict[str, tuple[tuple[int, ...], torch.dtype, bool]] = {
     "wide": ((5, 37), torch.float32, False),
-    "square": ((40, 40), torch.float32, True),
+    "square": ((600, 600), torch.float32, True),
     "small": ((3, 3), torch.float64, True),
     "one": ((1, 1), torch.float32, True),
     "vector": ((11,), torch.float32, False),
     "stack": ((2, 3, 4), torch.float64, False),
     "nobody's": ((2, 2), torch.float32, False),
 }
-"""Shape, dtype, whether symmetric."""
+"""Shape, dtype, whether folded."""
 
 
 def traveller(name: str, rank: int) -> Tensor | None:
-    """A process's part: some have none, and of a symmetric one what lies below is not a number."""
-    shape, dtype, symmetric = TRAVELLERS[name]
+    """A process's part; some have none."""
+    shape, dtype, folded = TRAVELLERS[name]
     if name == "nobody's" or (name == "wide" and rank == 1):
         return None
     generator = torch.Generator().manual_seed(rank)
     tensor = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-    return tensor + tensor.mT if symmetric else tensor
-
-
-def below_strips(width: int) -> Tensor:
-    """What does not travel of a symmetric matrix of this width."""
-    rows, columns = torch.meshgrid(torch.arange(width), torch.arange(width), indexing="ij")
-    return columns < rows // -(-width // 16) * -(-width // 16)
+    return tensor + tensor.mT if folded else tensor
 
 
 def travelling(rank: int, size: int, nbytes: int) -> dict[str, dict[str, Tensor]]:
@@ -167,16 +162,18 @@ def travelling(rank: int, size: int, nbytes: int) -> dict[str, dict[str, Tensor]
         travel.Slot(name, index % size, *TRAVELLERS[name]) for index, name in enumerate(TRAVELLERS)
     ]
     tensors = {name: t for name in TRAVELLERS if (t := traveller(name, rank)) is not None}
-    for name, (shape, _, symmetric) in TRAVELLERS.items():
-        if symmetric:
-            tensors[name].masked_fill_(below_strips(shape[0]), torch.nan)
+    for low, high in panels(600):
+        tensors["square"][high:, low:high] = torch.nan
     cpu = torch.device("cpu")
     travel.to_owners(tensors, slots, cpu)
     assert set(tensors) == {slot.key for slot in slots if slot.owner == rank}
     owned = {name: tensor.clone() for name, tensor in tensors.items()}
     travel.from_owners(tensors, slots, cpu)
+    for tensor in (*tensors.values(), *owned.values()):
+        if tensor.shape == (600, 600):
+            unfold(tensor)
     assert all(torch.equal(tensors[name], tensor) for name, tensor in owned.items())
-    return {"owned": owned, "all": tensors}
+    return {"owned": set(owned), "all": tensors}
 
 
 def shared_out(rank: int, size: int, folder: str) -> dict[str, Any]:

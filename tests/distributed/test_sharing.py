@@ -12,7 +12,7 @@ from tests.distributed import scenarios
 from tests.distributed.launch import launch, succeeded
 
 
-@pytest.mark.parametrize(("size", "nbytes"), [(3, 160), (2, 1 << 20)])
+@pytest.mark.parametrize(("size", "nbytes"), [(3, 4000), (2, 1 << 20)])
 def test_sums_travel_to_their_owners_and_back(size: int, nbytes: int, tmp_path: Path) -> None:
     results = succeeded(launch(scenarios.travelling, size, tmp_path, nbytes))
     for index, (name, (shape, dtype, _)) in enumerate(scenarios.TRAVELLERS.items()):

@@ -16,7 +16,7 @@ from lorainit.statistics.travel import Slot, divide, from_owners, to_owners
 
 _LAYER_FIELDS = ("gradient", "output_second_moment", "output_squares")
 _INPUT_FIELDS = ("second_moment", "total")
-_SYMMETRIC = frozenset({"output_second_moment", "second_moment"})
+_FOLDED = frozenset({"output_second_moment", "second_moment"})
 
 _Described = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
@@ -58,7 +58,7 @@ def reduce_layers(
     owners = divide(weights, distributed.world()[1])
     _add_counts([*layers.values(), *(layers[name].inputs for name in leaders.values())])
     slots = [
-        Slot((name, field), owners[leader[name]], *described[name][field], field in _SYMMETRIC)
+        Slot((name, field), owners[leader[name]], *described[name][field], field in _FOLDED)
         for name, _, field in holders
     ]
     # Nothing else holds the tensors from here on: what has been sent is freed on the way.

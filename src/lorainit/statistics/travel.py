@@ -2,8 +2,8 @@
 
 Every tensor has an owner. Those of all owners travel at once: a buffer has one segment for each
 owner, filled with as many whole rows of its tensors as fit, so that all links are used both ways and
-no buffer has the size of a matrix. While one buffer travels, the next is packed. Of a symmetric
-matrix, strips of rows from the diagonal on travel: 17/32 of it.
+no buffer has the size of a matrix. While one buffer travels, the next is packed. Of a folded sum
+only the block triangle travels, 5/8 of it.
 """
 
 from __future__ import annotations
@@ -19,14 +19,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lorainit.statistics import distributed
+from lorainit.statistics.accumulators import FOLD_FROM, panels
 
 BUFFER_BYTES = 1 << 28
 """A buffer's size, all segments together."""
 
 SEGMENT_BYTES = 1 << 21
 """A segment is no smaller, however many owners there are: each costs a copy."""
-
-_STRIPS = 16
 
 
 @dataclass(frozen=True)
@@ -38,14 +37,15 @@ class Slot:
         owner: rank of the process that owns it.
         shape: with at least one dimension.
         dtype: the same everywhere.
-        symmetric: a square matrix of which the upper triangle says all; the lower is not read.
+        folded: a square sum of `accumulators.add_gram`, of which what lies below the block triangle
+            is neither read nor written.
     """
 
     key: Hashable
     owner: int
     shape: tuple[int, ...]
     dtype: torch.dtype
-    symmetric: bool = False
+    folded: bool = False
 
     @property
     def columns(self) -> int:
@@ -62,9 +62,9 @@ class Slot:
 
     def strips(self) -> list[tuple[int, int, int]]:
         """First row, row after the last, and first column of each part that travels."""
-        if not self.symmetric:
+        if not self.folded or self.columns < FOLD_FROM:
             return [(0, self.rows, 0)]
-        return [(low, high, low) for low, high in _bounds(self.columns)]
+        return [(low, high, low) for low, high in panels(self.columns)]
 
 
 class _Strip(NamedTuple):
@@ -173,13 +173,6 @@ def from_owners(
     _overlapped(_rounds(slots, size), begin)
 
 
-def mirrored(matrix: Tensor) -> Tensor:
-    """A square matrix whose strips from the diagonal on are right, made symmetric in place."""
-    for low, high in _bounds(matrix.shape[-1]):
-        matrix[high:, low:high] = matrix[low:high, high:].mT
-    return matrix
-
-
 def _collective(name: str) -> Callable[..., Any]:
     """PyTorch 2.13 gave these other names."""
     old = {"reduce_scatter": "reduce_scatter_tensor", "all_gather": "all_gather_into_tensor"}
@@ -226,8 +219,6 @@ def _unpack(
         if tensor is None:
             tensor = tensors[slot.key] = torch.empty(slot.shape, dtype=slot.dtype, device=device)
         strip.of(tensor).copy_(part)
-        if slot.symmetric and strip.last:
-            mirrored(tensor)
 
 
 def _parts(strips: Sequence[_Strip], flat: Tensor) -> Iterator[tuple[_Strip, Tensor]]:
@@ -271,8 +262,3 @@ def _segments(slots: Sequence[Slot], room: int) -> Iterator[list[_Strip]]:
                 row += count
     if segment:
         yield segment
-
-
-def _bounds(width: int) -> list[tuple[int, int]]:
-    step = -(-width // _STRIPS)
-    return [(low, min(low + step, width)) for low in range(0, width, step)]

@@ -1,0 +1,38 @@
+"""The scaling benchmark's comparison by sketches, and its tables from the records that are kept."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import scaling, scaling_table
+
+
+def test_sketches_say_how_far_matrices_are_apart() -> None:
+    torch.manual_seed(0)
+    first = torch.randn(300, 200, dtype=torch.float64)
+    noise = torch.randn(300, 200, dtype=torch.float64)
+    for size in (1e-6, 1e-2):
+        other = first + size * noise
+        found = scaling.distances(
+            {"layer gradient": scaling.sketch(other)}, {"layer gradient": scaling.sketch(first)}
+        )
+        assert found["gradient"]["largest"] == pytest.approx(size, rel=0.5)
+    same = {"layer gradient": scaling.sketch(first)}
+    assert scaling.distances(same, same)["gradient"]["largest"] == 0
+    assert "error" in scaling.distances(same, {"another gradient": scaling.sketch(first)})
+
+
+def test_tables_of_the_records() -> None:
+    records = json.loads(scaling.RESULTS.read_text())
+    known = scaling_table.constants(records)
+    # Between what such a card can do and a tenth of it.
+    assert 8e13 < known["flops"] < 8e14
+    assert known["reduction"] < known["link"]
+    text = scaling_table.tables(records)
+    assert text.count("replicated") == text.count("sharded |") == 2
+    # 68.5e9 weights in float32.
+    assert scaling_table.gradient_bytes(scaling_table.LARGE) == pytest.approx(274e9, rel=1e-3)
+    assert scaling_table.input_bytes(scaling_table.LARGE) == pytest.approx(327e9, rel=2e-3)
