@@ -3,6 +3,7 @@
     python tools/release_check.py             the wheel, required dependencies alone, pinned
     python tools/release_check.py --oldest    ... at the lower bounds of pyproject.toml
     python tools/release_check.py --newest    ... at the newest releases
+    python tools/release_check.py --python P  ... into the environment of interpreter P, as it is
 
 Needs nothing but Python and a package index. Prints a table; the exit code is 1 if anything failed.
 """
@@ -252,9 +253,13 @@ def main() -> int:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--oldest", action="store_true", help="lower bounds of pyproject.toml")
     which.add_argument("--newest", action="store_true", help="newest releases")
+    which.add_argument(
+        "--python", type=Path, help="an environment that is there, all but the wheel"
+    )
     parser.add_argument("--keep", type=Path, help="folder to work in, and to leave behind")
     options = parser.parse_args()
     versions = "oldest" if options.oldest else "newest" if options.newest else "pinned"
+    versions = "given" if options.python else versions
     table = Table()
     with tempfile.TemporaryDirectory() as temporary:
         folder = (options.keep or Path(temporary)).resolve()
@@ -266,7 +271,12 @@ def main() -> int:
             return "sdist, and the wheel from it"
 
         def installs() -> str:
-            made["python"] = install(folder / versions, made["wheel"], versions)
+            if options.python:
+                words = ("install", "--quiet", "--no-deps", "--force-reinstall", made["wheel"])
+                run(options.python, "-m", "pip", *words)
+                made["python"] = options.python.absolute()
+            else:
+                made["python"] = install(folder / versions, made["wheel"], versions)
             return versions_of(made["python"])
 
         table.check("build", builds)

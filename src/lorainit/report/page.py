@@ -165,20 +165,24 @@ def _start(layers: Sequence[LayerReport], facts: Facts) -> str:
     start = loss.base if loss is not None else None
     if known and not facts.anchored:
         rows += [
-            ("... promised to first order, by the gradient", start, promise.slope),
-            ("... promised by gradient and curvature", start, promise.change),
+            ("promised by the gradient alone", start, promise.slope),
+            ("promised by gradient and curvature", start, promise.change),
         ]
     if best:
-        rows.append((f"the best steps of rank {facts.rank}, layers one by one", start, best))
+        # A sum over layers that know nothing of each other: no loss that a model could have.
+        rows.append(
+            (f"at the very most, rank {facts.rank}, each layer's own best step", None, best)
+        )
     body = "".join(
         f"<tr><td>{name}</td><td>{_loss(value, change, measured='measured' in name)}</td>"
-        f"<td>{'' if change is None else f'{change:+.3g}'}</td></tr>"
+        f"<td>{'' if change is None else _signed(change)}</td></tr>"
         for name, value, change in rows
     )
     where = f" Measured on {loss.on}." if loss is not None else ""
     text = (
         "Loss of a label token. The curvature is the Fisher's, from both second moments, each layer "
-        "by itself: layers that pull together promise more than they keep." + where
+        "by itself: layers that pull together promise more than they keep, and a small sample "
+        "promises too much." + where
     )
     return _section(
         "The loss at the start",
@@ -186,6 +190,10 @@ def _start(layers: Sequence[LayerReport], facts: Facts) -> str:
         '<div class="card fit"><div class="scroll"><table class="plain"><thead><tr><th></th>'
         f"<th>loss</th><th>change</th></tr></thead><tbody>{body}</tbody></table></div></div>",
     )
+
+
+def _signed(change: float) -> str:
+    return f"{change:+.3g}".replace("-", "−")
 
 
 def _loss(value: float | None, change: float | None, *, measured: bool) -> str:
