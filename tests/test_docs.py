@@ -111,11 +111,17 @@ def test_commands_parse(page: Path) -> None:
 VALUE = "\0"
 """Stands for what a message's f-string fills in."""
 
+_DAMAGED = "a damaged statistics file: caught, and named by StatisticsFileError"
 INTERNAL = {
-    "records.py": "a damaged statistics file: caught, and named by StatisticsFileError",
-    "__init__.py": "AttributeError, in Python's own words",
+    "statistics/records.py": _DAMAGED,
+    "statistics/files.py": _DAMAGED,
+    "statistics/triangles.py": _DAMAGED,
+    "lorainit/__init__.py": "AttributeError, in Python's own words",
 }
 """Files whose raises reach no user as they are, with the reason."""
+
+CAUGHT = {"its scales are not there": "by read_weight, which names the layer"}
+"""The same for single messages."""
 
 
 def text_of(node: ast.AST, constants: dict[str, ast.AST]) -> str:
@@ -142,7 +148,7 @@ def messages() -> list[tuple[str, str, str]]:
     """Place, class and text of every ``raise`` in the sources that says something of its own."""
     found = []
     for file in sorted((ROOT / "src" / "lorainit").rglob("*.py")):
-        if file.name in INTERNAL:
+        if str(file).endswith(tuple(INTERNAL)):
             continue
         tree = ast.parse(file.read_text(encoding="utf-8"))
         constants: dict[str, ast.AST] = {
@@ -164,6 +170,8 @@ def messages() -> list[tuple[str, str, str]]:
                 )  # fmt: skip
             kind = getattr(made.func, "id", getattr(made.func, "attr", ""))
             text = " ".join(text_of(a, constants) for a in made.args).lower()
+            if text in CAUGHT:
+                continue
             if len(re.findall(r"\w+", text)) > 2:  # or else it only puts a place before another's
                 place = f"{file.relative_to(ROOT)}:{node.lineno}"
                 found.append((place, kind, " ".join(text.split())))
