@@ -17,7 +17,7 @@ from lorainit.adapters.origin import origin_of
 from lorainit.errors import DataError
 from lorainit.report import Curve, StartLoss, read_curves, report
 from lorainit.report.drawing import _scale
-from lorainit.report.measure import measure_layer, place_of
+from lorainit.report.measure import measure_layer, place_of, spread
 from lorainit.report.promise import Displacement, displacements_of, promise_of, total
 from lorainit.report.sizes import sizes_of
 from tests.adapters import tiny
@@ -269,6 +269,22 @@ def test_statistics_of_inputs_alone_are_enough(tmp_path: Path) -> None:
     )
     report(tiny.llama(), tiny.config(), found, tmp_path / "a.html", progress=False)
     assert "hold no gradient" in (tmp_path / "a.html").read_text()
+
+
+def test_layers_compared_are_spread_over_the_depth() -> None:
+    from lorainit.adapters.targets import match_targets
+
+    layers = list(match_targets(tiny.llama(), tiny.config()).layers.values())
+    (first, *_) = layers
+    deep = [
+        replace(first, spec=replace(first.spec, name=f"model.layers.{i}.mlp.{kind}"))
+        for i in range(30)
+        for kind in ("up", "down")
+    ]
+    names = spread(deep, 4)
+    assert {int(name.split(".")[2]) for name in names} == {0, 10, 19, 29}
+    assert len(names) == 8
+    assert spread(layers, 4) == {target.name for target in layers}
 
 
 @pytest.mark.parametrize(

@@ -18,11 +18,14 @@ from lorainit.methods import METHODS
 from lorainit.methods.vanilla import Vanilla
 from lorainit.report.advice import advice
 from lorainit.report.curves import Curve
-from lorainit.report.measure import measure_layer, methods_served
+from lorainit.report.measure import measure_layer, methods_served, spread
 from lorainit.report.page import Facts, render
 from lorainit.report.promise import Displacement, StartLoss, displacements_of, measured_loss
 from lorainit.report.sizes import sizes_of
 from lorainit.statistics import Statistics
+
+_DEPTHS_COMPARED = 8
+"""Every method is solved again for the layers of so many depths; for all it would take longest."""
 
 
 def report(
@@ -73,8 +76,11 @@ def report(
         anchored = origin is not None and origin.anchored
         if loss is None and origin is not None:
             loss = measured_loss(origin.measured)
+    measured = [t for name, t in targets.layers.items() if name in statistics]
+    compared = spread(measured, _DEPTHS_COMPARED)
+    spectra: dict[int, list[float]] = {}
     bar = tqdm(
-        [t for name, t in targets.layers.items() if name in statistics],
+        measured,
         desc="report",
         unit="layer",
         disable=None if progress else True,
@@ -83,7 +89,8 @@ def report(
         measure_layer(
             target,
             statistics[target.name],
-            served,
+            served if target.name in compared else {},
+            spectra=spectra,
             size=sizes.get(target.name),
             displacement=displacements.get(target.name),
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,6 +71,7 @@ def measure_layer(
     *,
     size: float | None = None,
     displacement: Displacement | None = None,
+    spectra: dict[int, list[float]] | None = None,
 ) -> LayerReport:
     """All that is said of one layer.
 
@@ -80,6 +81,7 @@ def measure_layer(
         methods: by name, those whose subspaces are compared.
         size: of an adapter, see `LayerReport`.
         displacement: what that adapter adds.
+        spectra: of inputs that layers share, by the id of their sum; read and added to.
     """
     spec = target.spec
     depth, projection = place_of(spec.name)
@@ -97,7 +99,11 @@ def measure_layer(
         if "gradient" in have:
             found.energy = float(statistics.gradient.double().square().sum())
         if "input_second_moment" in have:
-            found.input_spectrum = _spectrum(statistics.input_second_moment)
+            known = {} if spectra is None else spectra
+            key = id(statistics.input_second_moment_sum)
+            if key not in known:
+                known[key] = _spectrum(statistics.input_second_moment)
+            found.input_spectrum = known[key]
             values = torch.tensor(found.input_spectrum, dtype=torch.float64)
             found.directions = float(values.sum().square() / values.square().sum().clamp_min(1e-30))
         if "output_second_moment" in have:
@@ -128,6 +134,15 @@ def place_of(name: str) -> tuple[int | None, str]:
     if short in ("dense", "query", "key", "value", "linear", "weight") and len(parts) > 1:
         short = ".".join(parts[-2:])
     return (int(numbers[0]) if numbers else None), short
+
+
+def spread(targets: Sequence[Target], depths: int) -> set[str]:
+    """Names of the layers of so many depths, spread evenly, the first and the last among them."""
+    there = sorted({d for t in targets if (d := place_of(t.spec.name)[0]) is not None})
+    if len(there) > depths:
+        step = (len(there) - 1) / (depths - 1)
+        there = [there[round(i * step)] for i in range(depths)]
+    return {t.spec.name for t in targets if place_of(t.spec.name)[0] in {None, *there}}
 
 
 def methods_served(statistics: Statistics, methods: Mapping[str, Any]) -> dict[str, Method]:

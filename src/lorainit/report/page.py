@@ -122,8 +122,9 @@ def render(
         sections.append(
             _section(
                 "Do the methods agree?",
-                "Mean squared cosine between the row spaces of A, over all layers: 100% is one subspace; "
-                f"chance is about {_chance(layers):.1%}.",
+                "Mean squared cosine between the row spaces of A: 100% is one subspace; chance is about "
+                f"{_chance(layers):.1%}. Over {sum(bool(x.overlap) for x in layers)} of {len(layers)} "
+                "layers, spread over the depth.",
                 f'<div class="card fit">'
                 f"{matrix(facts.methods, _mean_overlap(layers), 'overlap of methods')}</div>",
             )
