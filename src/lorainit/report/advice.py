@@ -67,8 +67,8 @@ def _sample(layers: Sequence[LayerReport], metadata: Mapping[str, Any]) -> list[
         found.append(
             (
                 "note",
-                f"{len(thin)} layers have inputs in fewer effective directions than the rank, as those of "
-                f"{thin[0].name} ({thin[0].directions:.1f}). A few directions hold nearly all the energy"
+                f"{len(thin)} of {len(layers)} layers have inputs in fewer effective directions than the "
+                f"rank, as those of {thin[0].name} ({thin[0].directions:.1f}). A few directions hold nearly all the energy"
                 + (
                     "." if labels_only else "; if that is the first token's, try the mask 'labels'."
                 ),
@@ -109,9 +109,13 @@ def _loss(
             )
         ]
     text = f"The start lowers the loss from {loss.base:.4g} to {loss.start:.4g}"
-    promised = total({x.name: x.promise for x in layers if x.promise is not None}).change
+    promised = total({x.name: x.promise for x in layers if x.promise is not None}).slope
     if promised < 0:
-        text += f", {change / promised:.0%} of what gradient and curvature promised"
+        kept = change / promised
+        text += f", {kept:.0%} of what the gradient's slope promises"
+        if kept < 0.1:
+            text += ". That is little: the step is too long, or the sample is unlike these records"
+            return [("note", text + ".")]
     return [("good", text + ".")]
 
 

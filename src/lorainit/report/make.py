@@ -68,12 +68,13 @@ def report(
     served = methods_served(statistics, {name: METHODS[name]() for name in methods})
     sizes: Mapping[str, float] = {}
     displacements: Mapping[str, Displacement] = {}
-    anchored = False
+    anchored = calibrated = False
     if isinstance(model, PeftModel) and adapter_name in model.peft_config:
         sizes = sizes_of(model, adapter_name)
         displacements = displacements_of(model, adapter_name)
         origin = origin_of(model, adapter_name)
         anchored = origin is not None and origin.anchored
+        calibrated = origin is not None and origin.measured.get("length", 0) > 0
         if loss is None and origin is not None:
             loss = measured_loss(origin.measured)
     measured = [t for name, t in targets.layers.items() if name in statistics]
@@ -97,7 +98,7 @@ def report(
         for target in bar
     ]
     metadata: dict[str, Any] = {**statistics.metadata}
-    facts = Facts(metadata, peft_config.r, anchored, loss, list(served), list(curves))
+    facts = Facts(metadata, peft_config.r, anchored, calibrated, loss, list(served), list(curves))
     said = advice(layers, metadata, anchored=anchored, loss=loss)
     path = Path(output)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ from lorainit.adapters.targets import Target
 from lorainit.adapters.weights import read_weight
 from lorainit.errors import LorainitError
 from lorainit.methods.natural import Natural
-from lorainit.report.promise import Displacement, Promise, curvature_unit, promise_of
+from lorainit.report.promise import Displacement, Promise, promise_of
 from lorainit.statistics import Statistics
 from lorainit.types import LayerStatistics, Method
 
@@ -41,9 +41,7 @@ class LayerReport:
         positions: counted positions.
         overlap: between the row spaces of two methods' ``A``, 0 to 1, by names.
         size: ``|s B A| / |W|`` of the adapter given.
-        best: the change of the loss that the best step of this rank promises, by the quadratic model of
-            this layer alone; at most zero.
-        promise: what the adapter given promises, by the same model.
+        promise: what the adapter given promises for the loss.
     """
 
     name: str
@@ -60,7 +58,6 @@ class LayerReport:
     positions: float = 0.0
     overlap: dict[tuple[str, str], float] = field(default_factory=dict)
     size: float | None = None
-    best: float | None = None
     promise: Promise | None = None
 
 
@@ -115,8 +112,6 @@ def measure_layer(
             values = Natural().singular_values(statistics, count).double().square()
             found.signal = _shares(values)
             found.kept = sum(found.signal[: spec.rank]) if found.signal else None
-            kept = float(values[: spec.rank].sum())
-            found.best = -kept / 2 / curvature_unit(statistics)
         if displacement is not None:
             found.promise = promise_of(displacement, statistics)
         found.overlap = _overlaps(target, statistics, methods)

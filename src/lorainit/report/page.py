@@ -48,7 +48,9 @@ polyline{fill:none}.faint{stroke:var(--heat);stroke-opacity:.18;stroke-width:1}
 .c4{--c:#f472b6}.c5{--c:#60a5fa}.c6{--c:#a3d65c}.c7{--c:#a8b0ba}}
 .line{stroke:var(--c);stroke-width:2;stroke-linejoin:round}.noise{stroke-width:1;stroke-opacity:.25}
 .dot{fill:var(--c)}
-table.plain{width:auto}table.plain td,table.plain th{padding-right:22px}
+table.plain{width:auto}
+table.plain td:first-child{white-space:normal}
+table.plain td,table.plain th{padding-right:22px}
 table{border-collapse:collapse;font-size:.85rem;width:100%}
 th,td{padding:4px 10px 4px 0;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
 th:first-child,td:first-child{text-align:left}th{color:var(--soft);font-weight:500}
@@ -64,6 +66,7 @@ class Facts:
         metadata: of the statistics.
         rank: that the page speaks of.
         anchored: whether the adapter given is.
+        calibrated: whether the start's length was chosen for the least loss.
         loss: before and after the start, where it was measured.
         methods: whose subspaces were compared.
         curves: learning curves.
@@ -72,6 +75,7 @@ class Facts:
     metadata: Mapping[str, Any]
     rank: int
     anchored: bool
+    calibrated: bool
     loss: StartLoss | None
     methods: Sequence[str]
     curves: Sequence[Curve]
@@ -151,10 +155,9 @@ def render(
 def _start(layers: Sequence[LayerReport], facts: Facts) -> str:
     """The loss that the adapter was promised to have, and the one that it has."""
     promise = total({x.name: x.promise for x in layers if x.promise is not None})
-    best = sum(layer.best for layer in layers if layer.best is not None)
     loss = facts.loss
     known = any(layer.promise is not None for layer in layers)
-    if loss is None and not known and not best:
+    if loss is None and not known:
         return ""
     rows: list[tuple[str, float | None, float | None]] = []
     if loss is not None:
@@ -167,13 +170,10 @@ def _start(layers: Sequence[LayerReport], facts: Facts) -> str:
     if known and not facts.anchored:
         rows += [
             ("promised by the gradient alone", start, promise.slope),
-            ("promised by gradient and curvature", start, promise.change),
+            ("... by gradient and Fisher curvature", start, promise.change),
         ]
-    if best:
-        # A sum over layers that know nothing of each other: no loss that a model could have.
-        rows.append(
-            (f"at the very most, rank {facts.rank}, each layer's own best step", None, best)
-        )
+        if facts.calibrated:
+            rows.append(("... by a parabola that is lowest here", start, promise.slope / 2))
     body = "".join(
         f"<tr><td>{name}</td><td>{_loss(value, change, measured='measured' in name)}</td>"
         f"<td>{'' if change is None else _signed(change)}</td></tr>"
@@ -181,9 +181,9 @@ def _start(layers: Sequence[LayerReport], facts: Facts) -> str:
     )
     where = f" Measured on {loss.on}." if loss is not None else ""
     text = (
-        "Loss of a label token. The curvature is the Fisher's, from both second moments, each layer "
-        "by itself: layers that pull together promise more than they keep, and a small sample "
-        "promises too much." + where
+        "Loss of a label token. The Fisher's curvature takes layers and positions one by one, as the "
+        "method does; those that pull together bend the loss far more, so it promises too much."
+        + where
     )
     return _section(
         "The loss at the start",
