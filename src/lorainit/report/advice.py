@@ -68,7 +68,8 @@ def _sample(layers: Sequence[LayerReport], metadata: Mapping[str, Any]) -> list[
             (
                 "note",
                 f"{len(thin)} of {len(layers)} layers have inputs in fewer effective directions than the "
-                f"rank, as those of {thin[0].name} ({thin[0].directions:.1f}). A few directions hold nearly all the energy"
+                f"rank, as those of {thin[0].name} ({thin[0].directions:.1f}). A few directions hold "
+                "nearly all the energy"
                 + (
                     "." if labels_only else "; if that is the first token's, try the mask 'labels'."
                 ),
