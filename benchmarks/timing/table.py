@@ -291,6 +291,8 @@ def picture(records: Sequence[Record], path: Path = PICTURE) -> None:
             widths, [last * (w / widths[-1]) ** 3 for w in widths], ":", color="gray", label="cubic"
         )
         middle.set_xlabel("width of one decoder layer")
+        middle.set_xticks(widths, [str(width) for width in widths])
+        middle.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
         middle.set_ylabel("seconds")
         middle.legend(frameon=False)
     if "ranks" in known:
@@ -301,6 +303,9 @@ def picture(records: Sequence[Record], path: Path = PICTURE) -> None:
                 if f"{name} {rank}" in known["ranks"]["seconds"]
             ]
             right.loglog(*zip(*points, strict=True), "o-", label=name)
+        ranks = sorted({rank for line in right.lines for rank in line.get_xdata()})
+        right.set_xticks(ranks, [f"{rank:g}" for rank in ranks])
+        right.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
         right.set_xlabel("rank")
         right.set_ylabel("seconds for one decoder layer")
         right.legend(frameon=False)
