@@ -28,6 +28,9 @@ DENSE_LIMIT = 768
 DENSE_LIMIT_CUDA = 128
 """The same on CUDA, where small dense decompositions wait for one another."""
 
+_SYMMETRIC_LIMIT = 256
+"""The same of leading eigenvectors, whose iteration needs one product a step, not two."""
+
 _LOOP_FROM = 256
 
 
@@ -362,18 +365,52 @@ def largest_eigenvectors(
 ) -> tuple[Tensor, Tensor]:
     """Orthonormal eigenvectors of the ``k`` largest eigenvalues of a positive semidefinite matrix.
 
-    Dense up to `dense_limit`, above it as `top_singular`, whose triplets they are.
+    Dense where it is small, above that by filtered subspace iteration until every residual
+    ``|M v - mu v|`` is below ``tolerance`` times the largest eigenvalue, or dense if it never is.
 
     Returns:
         Eigenvalues ``(..., k)`` descending, eigenvectors ``(..., n, k)``.
     """
+    if matrix.dim() == 4 and matrix.stride(1) == 0 and matrix.shape[1] > 1:
+        # Layers that share an input.
+        found = largest_eigenvectors(matrix[:, 0], k, tolerance=tolerance)
+        values, vectors = (t.unsqueeze(1).expand(-1, matrix.shape[1], *t.shape[1:]) for t in found)
+        return values, vectors
     n = matrix.shape[-1]
-    if n > dense_limit(matrix) and 2 * (k + subspace.OVERSAMPLING) < n:
-        found = _filtered_svd(matrix, k, _tolerance(matrix, tolerance))
-        if found is not None:
-            return found[1], fix_signs(found[2])
+    width = k + subspace.OVERSAMPLING
+    if n > min(dense_limit(matrix), _SYMMETRIC_LIMIT) and 4 * width < n:
+        goal = _tolerance(matrix, tolerance)
+        tiny = torch.finfo(matrix.dtype).tiny
+        ritz = subspace.symmetric_ritz(
+            matrix.matmul, k, lambda v: (goal * v[..., :1]).clamp_min(tiny)
+        )
+        zero = torch.zeros(matrix.shape[:-2], dtype=torch.float64, device=matrix.device)
+        pairs = subspace.filtered(
+            matrix.matmul, ritz, _start_block(matrix, n, width), k, lower=zero
+        )
+        if pairs.converged:
+            return pairs.values[..., :k].to(matrix), fix_signs(pairs.vectors[..., :k])
     values, vectors = eigh(matrix)
     return values[..., -k:].flip(-1), fix_signs(vectors[..., -k:].flip(-1))
+
+
+def largest_eigenvalue(matrix: Tensor, *, near: Tensor) -> Tensor:
+    """``(...)``, of a positive semidefinite ``(..., n, n)``, to twelve digits in float64.
+
+    Args:
+        matrix: ``(..., n, n)``.
+        near: ``(..., n, width)``, vectors among whose combinations its eigenvector may nearly be.
+    """
+    if near.shape[-1] > 1:
+        tiny = torch.finfo(matrix.dtype).tiny
+        ritz = subspace.symmetric_ritz(matrix.matmul, 1, lambda v: (1e-6 * v).clamp_min(tiny))
+        zero = torch.zeros(matrix.shape[:-2], dtype=matrix.dtype, device=matrix.device)
+        found = subspace.filtered(matrix.matmul, ritz, near, 1, lower=zero)
+        if found.converged:
+            # A value's error is the square of its vector's.
+            return found.values[..., 0].clamp_min(0)
+    values: Tensor = torch.linalg.eigvalsh(matrix)
+    return values[..., -1].clamp_min(0)
 
 
 def top_singular(

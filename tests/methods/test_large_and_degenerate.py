@@ -48,6 +48,7 @@ def test_other_methods_by_iteration_are_the_dense_ones(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weight, statistics = layer(out=400, inner=450)
+    monkeypatch.setattr(linalg, "_SYMMETRIC_LIMIT", 10_000)
     dense = solve(name, weight, statistics)
     monkeypatch.setattr(linalg, "DENSE_LIMIT", 100)
     iterated = solve(name, weight, statistics)

@@ -58,7 +58,7 @@ def simulated() -> dict[int, dict[str, dict[str, torch.Tensor]]]:
 
 @pytest.fixture
 def solved_omega(monkeypatch) -> Callable[[LoraDA, LinearProblem], torch.Tensor]:
-    """The matrix whose smallest eigenvectors `LoraDA.solve` takes, times ``sigma^2``."""
+    """The matrix whose smallest eigenvectors `LoraDA.solve` takes, ``sigma^2 Omega``."""
     seen: list[torch.Tensor] = []
     original = linalg.eigh
 
@@ -70,7 +70,7 @@ def solved_omega(monkeypatch) -> Callable[[LoraDA, LinearProblem], torch.Tensor]
         monkeypatch.setattr(linalg, "eigh", record)
         method.solve(problem.base, problem.statistics(), RANK, 1.0)
         monkeypatch.undo()
-        return seen[-1] * torch.linalg.matrix_norm(problem.change, 2) ** 2
+        return seen[-1]
 
     return omega
 

@@ -229,18 +229,18 @@ class LoraDA:
     def _dense(self, fisher: _Fisher, rank: int) -> tuple[Tensor, Tensor]:
         """``A0`` and ``D^T A0`` from dense decompositions of ``Omega``, or of ``D`` without variance."""
         change = -torch.cholesky_solve(fisher.scaled.mT, fisher.z_factor)
-        norm = linalg.largest_singular_value(change)
-        # A zero gradient asks for no change; its direction is then the variance term's alone.
-        norm = torch.where(norm > 0, norm, torch.ones_like(norm))
-        change = change / norm[..., None, None]
         if self.beta == 0:
             subspace = linalg.top_singular(change, rank)[0]
-        else:
-            variance = (fisher.variance / norm.square())[..., None, None]
-            omega = variance * linalg.once(torch.cholesky_inverse, fisher.z_factor)
-            omega = omega - self.bias_weight * (change @ change.mT)
+        # Omega times sigma squared has Omega's eigenvectors.
+        square = change @ change.mT
+        if self.beta > 0:
+            inverse = linalg.once(torch.cholesky_inverse, fisher.z_factor)
+            omega = fisher.variance[..., None, None] * inverse - self.bias_weight * square
             subspace = linalg.fix_signs(linalg.eigh(omega)[1][..., :rank])
-        return subspace, change.mT @ subspace
+        norm = linalg.largest_eigenvalue(square, near=subspace).sqrt()
+        # A zero gradient asks for no change; its direction is then the variance term's alone.
+        norm = torch.where(norm > 0, norm, torch.ones_like(norm))
+        return subspace, change.mT @ subspace / norm[..., None, None]
 
     def _population(self, statistics: LayerStatistics, like: Tensor) -> Tensor:
         known = self.population if self.population is not None else statistics.population
