@@ -1062,6 +1062,48 @@ def test_relative_damping_gives_a_useful_start_from_a_singular_moment() -> None:
     assert float(after) < float(before)
 
 
+DISPLACING = ["lora-one", "lora-da"]
+BY_GRADIENT = [*DISPLACING, "lora-ga", "filet"]
+
+
+def of_scale(scale: float) -> Callable[..., Tensor]:
+    """A loss of one logit at the first token: gradients of rank one, or none at all."""
+
+    def loss(base: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        logits: Tensor = base(**batch).logits
+        return scale * logits[:, 0, 3].double()
+
+    return loss
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0], ids=["zero", "rank one"])
+@pytest.mark.parametrize("name", BY_GRADIENT)
+def test_gradients_of_less_than_the_rank(
+    name: str, scale: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Said where nothing is there to follow; finite, and trainable, in any case."""
+    base, batch = models.llama(), batches(ROWS[:1], 1)[0]
+    with torch.no_grad():
+        before = base(**batch).logits
+    with caplog.at_level(logging.WARNING, logger="lorainit"):
+        wrapped = install(
+            base, method=lorainit.METHODS[name](), data=[batch], loss_fn=of_scale(scale)
+        )
+    said = f"the gradient of 14 of 14 layers is exactly zero ({LAYER}, "
+    assert (said in caplog.text) == (scale == 0)
+    with torch.no_grad():
+        moved = float((wrapped(**batch).logits - before).abs().max())
+    assert (moved > 0) == (name in DISPLACING and scale > 0)
+    layers = [m for m in wrapped.get_base_model().modules() if hasattr(m, "lora_B")]
+    for layer in layers:
+        delta = layer.get_delta_weight("default")
+        assert torch.isfinite(delta).all()
+        if name in DISPLACING:
+            assert int(torch.linalg.matrix_rank(delta, rtol=1e-3)) <= scale
+    wrapped(**batch).loss.backward()
+    assert any(p.grad is not None and p.grad.any() for p in wrapped.parameters())
+
+
 @pytest.mark.parametrize("damping", [1e-30, 1e-12])
 def test_hopeless_absolute_damping_names_the_layer_and_the_remedy(damping: float) -> None:
     base = model()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby, zip_longest
 from typing import Any, Literal
@@ -26,6 +27,8 @@ from lorainit.types import (
     Method,
     RanksDirections,
 )
+
+logger = logging.getLogger("lorainit")
 
 _CHUNK_BYTES = 1 << 30
 
@@ -59,6 +62,7 @@ def solve_layers(
     failure: Exception | None = None
     solved: dict[str, Factors] = {}
     sizes: dict[str, float] = {}
+    silent: list[str] = []
     bar = tqdm(
         total=len(targets),
         desc=type(method).__name__,
@@ -75,6 +79,8 @@ def solve_layers(
                         LayerStatistics() if statistics is None else statistics[t.name]
                         for t in chunk
                     ]
+                    if "gradient" in method.needs:
+                        silent += _without_gradient(chunk, layers)
                     pairs = _solve_chunk(chunk, weights, layers, method, precision)
                     del layers
                     for target, weight, pair in zip(chunk, weights, pairs, strict=True):
@@ -90,6 +96,15 @@ def solve_layers(
                     statistics.release(target.name)
             bar.update(sum(map(len, chunks)))
         distributed.raise_together(failure)
+        if silent:
+            logger.warning(
+                "%s: the gradient of %d of %d layers is exactly zero (%s): the data say nothing about "
+                "them. Look at the labels and at loss_fn, or leave them out with exclude_modules.",
+                type(method).__name__,
+                len(silent),
+                len(targets),
+                ", ".join(silent[:3]) + (", ..." if len(silent) > 3 else ""),
+            )
         if size > 1:
             solved, sizes = _exchanged(targets, owners, solved, sizes)
     return {name: solved[name] for name in targets}, {name: sizes[name] for name in targets}
@@ -123,6 +138,14 @@ def value_directions(
     slots = [Slot(n, owners[n], (limits[n],), torch.float64) for n in targets]
     from_owners(found, slots, torch.device("cpu"))
     return {name: found[name] for name in targets}
+
+
+def _without_gradient(chunk: Sequence[Target], layers: Sequence[LayerStatistics]) -> list[str]:
+    return [
+        target.name
+        for target, layer in zip(chunk, layers, strict=True)
+        if layer.gradient_sum is not None and not bool(layer.gradient_sum.any())
+    ]
 
 
 def _weights(chunks: Sequence[list[Target]], rank: int) -> list[Tensor]:

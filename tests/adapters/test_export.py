@@ -14,6 +14,7 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 
 import lorainit
+from lorainit import writing
 from lorainit.adapters import export as exporting
 from lorainit.errors import AdapterError, RankError
 from tests.adapters.tiny import METHODS, config, llama, logits, start, train
@@ -191,6 +192,33 @@ def test_an_older_export_survives_a_full_disk(
     assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() != older[
         "adapter_model.safetensors"
     ]
+
+
+def test_an_older_side_file_survives_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrapped = start(llama(), METHODS["anchored"])
+    wrapped.save_pretrained(tmp_path)
+    older = {p.name for p in tmp_path.iterdir()}
+    before = (tmp_path / "lorainit.json").read_bytes()
+
+    tried = []
+
+    def full(self: Path, text: str, **kwargs: Any) -> None:
+        tried.append(self.name)
+        self.write_bytes(text[:9].encode())
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        writing.write_text(tmp_path / "report.html", "a page of text")
+    with pytest.raises(OSError, match="No space left"):
+        wrapped.save_pretrained(tmp_path)
+    monkeypatch.undo()
+    assert "lorainit.json" in tried[-1]
+    assert {p.name for p in tmp_path.iterdir()} == older
+    assert (tmp_path / "lorainit.json").read_bytes() == before
+    assert torch.equal(logits(lorainit.load_adapter(llama(), tmp_path)), logits(wrapped))
 
 
 def test_an_export_is_trained_on_as_a_plain_adapter(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from peft import LoraConfig, PeftModel
 
 from lorainit._version import __version__
 from lorainit.errors import AdapterError
+from lorainit.writing import write_text
 
 SIDE_FILE = "lorainit.json"
 _FORMAT = 1
@@ -53,7 +54,7 @@ class StartedLoraConfig(LoraConfig):  # type: ignore[misc]
         content = {"format": _FORMAT, "r": self.r, "lora_alpha": self.lora_alpha}
         content |= asdict(self.origin)
         text = json.dumps(content, indent=2, default=str)
-        (Path(save_directory) / SIDE_FILE).write_text(text + "\n", encoding="utf-8")
+        write_text(Path(save_directory) / SIDE_FILE, text + "\n")
 
 
 def remember(model: PeftModel, adapter_name: str, origin: Origin) -> None:

@@ -34,6 +34,7 @@ from lorainit.data import batches_of
 from lorainit.errors import DataError
 from lorainit.pipeline import collect_statistics, get_peft_model
 from lorainit.statistics.batches import to_device
+from lorainit.writing import write_text
 
 _POINTS = 4
 """How often the held-out loss is measured in a run, after its start."""
@@ -63,7 +64,7 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         rest = Subset(records, range(options.held_out, len(records)))
         result = _runs(options, names, rates, batches_of(rest, options.batch_size), held, needs)
     if options.output:
-        Path(options.output).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_text(Path(options.output), json.dumps(result, indent=1) + "\n")
     return result, _table(options, result)
 
 

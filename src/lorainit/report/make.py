@@ -23,6 +23,7 @@ from lorainit.report.page import Facts, render
 from lorainit.report.promise import Displacement, StartLoss, displacements_of, measured_loss
 from lorainit.report.sizes import sizes_of
 from lorainit.statistics import Statistics
+from lorainit.writing import write_text
 
 _DEPTHS_COMPARED = 8
 """Every method is solved again for the layers of so many depths; for all it would take longest."""
@@ -102,5 +103,5 @@ def report(
     said = advice(layers, metadata, anchored=anchored, loss=loss)
     path = Path(output)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(render(layers, facts, said, title=title), encoding="utf-8")
+    write_text(path, render(layers, facts, said, title=title))
     return said
