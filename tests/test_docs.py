@@ -35,7 +35,6 @@ NOT_RUN = {
     "Trainer(model=model, ...)": "a sketch; tests/life/test_trainer.py resumes in both ways",
     'lorainit.export(model, "served"': "goes on from the sketch; tests/adapters/test_export.py",
     "dist.init_process_group": "needs several processes; tests/distributed",
-    "BitsAndBytesConfig": "needs bitsandbytes",
 }
 """Blocks by a text in them, with the reason."""
 
@@ -97,6 +96,11 @@ def test_python_blocks_run(page: Path, folder: Path, monkeypatch: pytest.MonkeyP
     for line, code in blocks(page, "python"):
         # Padded, so that a traceback shows the page's own line.
         exec(compile("\n" * (line) + code, str(page), "exec"), module.__dict__)
+
+
+def test_what_is_not_run_is_there() -> None:
+    everything = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    assert not [text for text in NOT_RUN if text not in everything]
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "bash")], ids=name)

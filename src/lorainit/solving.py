@@ -79,7 +79,7 @@ def solve_layers(
                         LayerStatistics() if statistics is None else statistics[t.name]
                         for t in chunk
                     ]
-                    if "gradient" in method.needs:
+                    if method.needs & {"gradient", "output_second_moment"}:
                         silent += _without_gradient(chunk, layers)
                     pairs = _solve_chunk(chunk, weights, layers, method, precision)
                     del layers
@@ -141,11 +141,13 @@ def value_directions(
 
 
 def _without_gradient(chunk: Sequence[Target], layers: Sequence[LayerStatistics]) -> list[str]:
-    return [
-        target.name
-        for target, layer in zip(chunk, layers, strict=True)
-        if layer.gradient_sum is not None and not bool(layer.gradient_sum.any())
-    ]
+    found = []
+    for target, layer in zip(chunk, layers, strict=True):
+        # FILet reads what gradients are like without their sum.
+        told = layer.output_second_moment_sum if layer.gradient_sum is None else layer.gradient_sum
+        if told is not None and not bool(told.any()):
+            found.append(target.name)
+    return found
 
 
 def _weights(chunks: Sequence[list[Target]], rank: int) -> list[Tensor]:

@@ -74,28 +74,31 @@ class _Stop(TrainerCallback):
         return control
 
 
-def trainer(model: Any, folder: Path, form: str, *, stop: bool = False) -> SFTTrainer:
-    arguments = SFTConfig(
-        output_dir=str(folder),
-        max_steps=STEPS,
-        per_device_train_batch_size=4,
-        learning_rate=1e-2,
-        logging_steps=1,
-        save_steps=CUT,
-        report_to=[],
-        disable_tqdm=True,
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        completion_only_loss=True if form == "completion" else None,
-        assistant_only_loss=form == "chat",
-        dataset_num_proc=None,
-        seed=7,
-    )
+def trainer(
+    model: Any, folder: Path, form: str, *, stop: bool = False, **changes: Any
+) -> SFTTrainer:
+    settings: dict[str, Any] = {
+        "output_dir": str(folder),
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_steps": CUT,
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "completion_only_loss": True if form == "completion" else None,
+        "assistant_only_loss": form == "chat",
+        "dataset_num_proc": None,
+        "seed": 7,
+    }
     return SFTTrainer(
         model=model,
-        args=arguments,
+        args=SFTConfig(**(settings | changes)),
         train_dataset=dataset(form),
+        eval_dataset=dataset(form) if "eval_strategy" in changes else None,
         processing_class=tokenizer(),
         callbacks=[_Stop()] if stop else [],
     )

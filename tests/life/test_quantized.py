@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 
 import lorainit
 from benchmarks import quantized_check
+from lorainit import solving
 from lorainit.adapters.targets import match_targets
 from lorainit.adapters.weights import read_weight
 from tests.adapters.tiny import METHODS, batch, config, llama, logits, start, train
@@ -91,6 +93,33 @@ def test_statistics_through_the_quantized_forward(kind: str) -> None:
             first, second = getattr(found[name], field), getattr(expected[name], field)
             error = float((first - second).norm() / second.norm())
             assert error < tolerance, (name, field, error)
+
+
+@pytest.mark.parametrize("method", ["displaced", "anchored-weight"])
+def test_weights_are_dequantized_a_few_at_a_time(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many as are solved together, and none is kept: here one, where memory is for one."""
+    read: list[weakref.ref[torch.Tensor]] = []
+    most: list[int] = []
+
+    def alive() -> int:
+        return sum(reference() is not None for reference in read)
+
+    def reading(module: nn.Module, name: str) -> torch.Tensor:
+        weight = read_weight(module, name)
+        read.append(weakref.ref(weight))
+        most.append(alive())
+        return weight
+
+    monkeypatch.setattr(solving, "read_weight", reading)
+    monkeypatch.setattr(solving, "_CHUNK_BYTES", 1)
+    base = quantized("int8")
+    start(base, METHODS[method])
+    assert len(most) == 14
+    # The one before is forgotten when the next is there.
+    assert max(most) <= 2
+    assert not alive()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -57,6 +57,29 @@ def test_killed_and_resumed_is_uninterrupted(kind: str, tmp_path: Path) -> None:
     torch.testing.assert_close(tiny.logits(stock), tiny.logits(whole), rtol=1e-5, atol=2e-6)
 
 
+def test_a_process_that_dies_between_two_checkpoints(tmp_path: Path) -> None:
+    """By a signal that nobody can catch, a step after the checkpoint: that step is done again."""
+    life.seeded()
+    whole = life.started("anchored")
+    uninterrupted = life.run(whole, tmp_path / "whole")
+    root = str(tmp_path)
+    with pytest.raises(AssertionError):
+        tiny.run_fresh(
+            """
+            from tests.life import trainer as life
+            life.seeded()
+            life.run(life.started("anchored"), f"{root}/again", kill=life.CUT + 1)
+            result = "alive"
+            """,
+            root=root,
+        )
+    assert [p.name for p in (tmp_path / "again").iterdir()] == [f"checkpoint-{life.CUT}"]
+    life.seeded()
+    model = life.started("anchored")
+    assert life.run(model, tmp_path / "again", resume=True) == uninterrupted[life.CUT :]
+    assert torch.equal(tiny.logits(model), tiny.logits(whole))
+
+
 def test_stock_peft_would_train_the_anchor_too(tmp_path: Path) -> None:
     """The negative control of the above: what load_adapter is for."""
     life.seeded()

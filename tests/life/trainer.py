@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,17 @@ class _Stop(TrainerCallback):
         return control
 
 
+class _Kill(TrainerCallback):
+    """The process ends at once: nothing is flushed, saved or closed."""
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= self.at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
 class _Losses(TrainerCallback):
     def __init__(self) -> None:
         self.values: list[float] = []
@@ -72,6 +85,7 @@ def run(
     folder: Path,
     *,
     stop: int | None = None,
+    kill: int | None = None,
     resume: bool | str = False,
     evaluate: bool = False,
     **changes: Any,
@@ -83,7 +97,7 @@ def run(
         args=arguments(folder, **changes),
         train_dataset=Rows(),
         eval_dataset=Rows(seed=8) if evaluate else None,
-        callbacks=[losses] + ([_Stop(stop)] if stop else []),
+        callbacks=[losses] + ([_Stop(stop)] if stop else []) + ([_Kill(kill)] if kill else []),
     )
     trainer.train(resume_from_checkpoint=resume)
     return losses.values
