@@ -167,7 +167,7 @@ class Hungry(lorainit.LoraDA):
     solved: list[int]
 
     def solve(self, weight: torch.Tensor, *arguments: Any) -> Any:
-        count = weight.shape[0] if weight.dim() == 3 else 1
+        count = weight.shape[:-2].numel()
         if count > (self.layers if weight.device.type == "cpu" else self.on_device):
             raise torch.OutOfMemoryError("Tried to allocate 20.00 GiB.")
         type(self).solved.append(count)
