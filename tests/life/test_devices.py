@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -167,7 +168,7 @@ class Hungry(lorainit.LoraDA):
     solved: list[int]
 
     def solve(self, weight: torch.Tensor, *arguments: Any) -> Any:
-        count = weight.shape[:-2].numel()
+        count = math.prod(weight.shape[:-2])
         if count > (self.layers if weight.device.type == "cpu" else self.on_device):
             raise torch.OutOfMemoryError("Tried to allocate 20.00 GiB.")
         type(self).solved.append(count)
