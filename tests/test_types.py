@@ -124,6 +124,8 @@ def test_every_error_is_a_lorainit_error_and_a_builtin_one() -> None:
     assert len(kinds) >= 9
     for kind in kinds:
         assert issubclass(kind, LorainitError)
-        # Bad input is a ValueError; another process's failure is nobody's input here.
-        base = RuntimeError if kind is errors.ProcessError else ValueError
+        # Bad input is a ValueError; another process's failure and a package that is not there are
+        # nobody's input here.
+        others = {errors.ProcessError: RuntimeError, errors.MissingExtraError: ImportError}
+        base = others.get(kind, ValueError)
         assert kind is LorainitError or issubclass(kind, base)

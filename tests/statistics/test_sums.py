@@ -172,7 +172,9 @@ def test_choices_lie_flat(mask: list[list[bool]]) -> None:
     """Multiple choice: masks are (batch, choices, length), inputs (batch * choices, length)."""
     attends = torch.tensor([mask, mask])
     x = torch.arange(attends.numel(), dtype=torch.float64).reshape(*attends.shape, 1)
-    positions = batch_positions(nn.Identity(), {"attention_mask": attends}, "attention", CPU)
+    # Tokens of three dimensions say that the mask's middle one is choices, not queries.
+    inputs = {"attention_mask": attends, "input_ids": attends.long()}
+    positions = batch_positions(nn.Identity(), inputs, "attention", CPU)
     shape = torch.Size((2 * attends.shape[1], attends.shape[2]))
     found = chosen(x.reshape(*shape, 1), positions.indices_for(shape, reads_encoder=False))
     assert torch.equal(found, x[attends])
