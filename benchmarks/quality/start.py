@@ -25,7 +25,15 @@ from benchmarks.quality.experiment import LEARNING_RATES, Experiment
 from benchmarks.quality.initialise import Initialised
 from benchmarks.quality.prefixes import Prefixes, recorded
 from benchmarks.quality.records import Record, append, read_records
-from benchmarks.quality.run import Bench, Clock, OutOfTime, add_common, choose_device, load_model
+from benchmarks.quality.run import (
+    Bench,
+    Clock,
+    OutOfTime,
+    add_common,
+    choose_device,
+    load_model,
+    stack_for,
+)
 from benchmarks.quality.stages import BASELINE, best_rates, parse_method
 from benchmarks.quality.trainer import Job, Outcome
 
@@ -55,11 +63,12 @@ class StartBench:
         """Runs of one number of steps, in stacks; zero steps evaluate the starts."""
         outcomes: list[Outcome | None] = [None] * len(experiments)
         groups: dict[Any, list[int]] = defaultdict(list)
+        size = stack_for(self.pools["train"], self.bench.stack)
         for i, found in enumerate(starts):
             groups[found.start.rank, found.start.anchored].append(i)
         for (rank, anchored), members in groups.items():
-            for first in range(0, len(members), self.bench.stack):
-                chunk = members[first : first + self.bench.stack]
+            for first in range(0, len(members), size):
+                chunk = members[first : first + size]
                 lead = experiments[chunk[0]]
                 room = 128 if lead.steps <= 128 else 1 << (lead.steps - 1).bit_length()
                 key = ("start", lead.task, rank, anchored, lead.scaling, room)
