@@ -265,7 +265,7 @@ def compared(
         return {}
     if not path.exists():
         return {"error": "no reference: launch with one process first"}
-    return distances(found, torch.load(path))
+    return distances(found, torch.load(path, weights_only=True))
 
 
 # --- cases --------------------------------------------------------------------------------------
