@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import hashlib
+import importlib
 import json
 import os
 import subprocess
@@ -161,6 +162,10 @@ def stretches(machine: Machine) -> Iterator[None]:
     """Inside, what a start consists of is timed apart; all processes wait for one another there."""
     from lorainit import pipeline, start
     from lorainit.adapters import install as installing
+    from lorainit.statistics import finishing, reduction
+
+    # The package's `collect` is the function.
+    collecting = importlib.import_module("lorainit.statistics.collect")
 
     def timed(name: str, work: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -170,18 +175,18 @@ def stretches(machine: Machine) -> Iterator[None]:
         return run
 
     with ExitStack() as stack:
-        for owner, function in (
-            (sys.modules["lorainit.statistics.collect"], "reduce_layers"),
-            (sys.modules["lorainit.statistics.reduction"], "to_owners"),
-            (sys.modules["lorainit.statistics.collect"], "_check_layers"),
-            (start.Measured, "_fingerprints"),
-            (sys.modules["lorainit.statistics.collect"], "_run"),
-            (sys.modules["lorainit.statistics.collect"], "_finish"),
-            (start, "solve_layers"),
-            (installing, "install"),
-            (pipeline, "_wrap"),
+        for name, owner, function in (
+            ("reduce_layers", finishing, "reduce_layers"),
+            ("to_owners", reduction, "to_owners"),
+            ("check_layers", finishing, "_check_layers"),
+            ("fingerprints", start.Measured, "_fingerprints"),
+            ("run", collecting, "run_batches"),
+            ("finish", collecting, "finish"),
+            ("solve_layers", start, "solve_layers"),
+            ("install", installing, "install"),
+            ("wrap", pipeline, "_wrap"),
         ):
-            work = timed(function.strip("_"), getattr(owner, function))
+            work = timed(name, getattr(owner, function))
             static = staticmethod(work) if isinstance(owner, type) else work
             stack.enter_context(mock.patch.object(owner, function, static))
         yield

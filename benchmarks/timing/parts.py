@@ -161,8 +161,8 @@ def parts_of_a_start(clock: Clock) -> Iterator[dict[str, list[Any]]]:
     with clock.watching(
         ("plan", start, "prepare"),
         ("plan", collect, "prepare"),
-        ("pass", collect, "_run"),
-        ("finish", collect, "_finish"),
+        ("pass", collect, "run_batches"),
+        ("finish", collect, "finish"),
         ("solve", start, "solve_layers"),
         ("install", pipeline.installing, "install"),
     ) as results:

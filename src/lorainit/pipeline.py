@@ -27,7 +27,7 @@ from lorainit.checks import (
 from lorainit.methods.vanilla import Vanilla
 from lorainit.start import Measured, Start, adapters_off, find_start
 from lorainit.statistics import CollectSettings, LossFunction, Statistics, distributed
-from lorainit.statistics.collect import input_device
+from lorainit.statistics.anatomy import input_device
 from lorainit.statistics.guard import unchanged_rng, unchanged_rng_on_error
 from lorainit.types import LossReduction, Method, TokenMask, settings_of
 

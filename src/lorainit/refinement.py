@@ -25,8 +25,8 @@ from lorainit.division import device_of, less_at_once, solvers
 from lorainit.methods.metric import LowRankSum
 from lorainit.methods.natural import Natural
 from lorainit.statistics import LossFunction, Statistics, distributed
+from lorainit.statistics.anatomy import input_device
 from lorainit.statistics.batches import to_device
-from lorainit.statistics.collect import input_device
 from lorainit.statistics.displace import LowRank, displaced
 from lorainit.statistics.guard import measuring, unchanged_rng
 from lorainit.statistics.losses import batch_loss

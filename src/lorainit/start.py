@@ -37,8 +37,8 @@ from lorainit.statistics import (
     distributed,
     prepare,
 )
+from lorainit.statistics.anatomy import input_device
 from lorainit.statistics.batches import split_batches
-from lorainit.statistics.collect import input_device
 from lorainit.statistics.displace import LowRank, displaced
 from lorainit.statistics.footprint import held_bytes
 from lorainit.statistics.plan import parse_bytes

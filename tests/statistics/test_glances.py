@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 from dataclasses import replace
 
@@ -11,6 +10,7 @@ import torch
 
 import lorainit
 from lorainit.errors import NonFiniteError
+from lorainit.statistics import planning, running
 from lorainit.statistics.nonfinite import Glances, numbered
 from lorainit.statistics.plan import BatchSize
 from tests.statistics import models
@@ -46,8 +46,7 @@ def found(**options):
 
 
 def look_late(monkeypatch) -> None:
-    module = importlib.import_module("lorainit.statistics.collect")
-    monkeypatch.setattr(module, "looks_at_once", lambda device: False)
+    monkeypatch.setattr(running, "looks_at_once", lambda device: False)
 
 
 def test_what_is_left_out_is_the_same(monkeypatch, caplog) -> None:
@@ -69,10 +68,9 @@ def test_the_batch_is_named(monkeypatch) -> None:
 
 def test_the_batch_is_named_as_it_came_though_it_was_cut(monkeypatch) -> None:
     look_late(monkeypatch)
-    module = importlib.import_module("lorainit.statistics.collect")
-    made = module.make_plan
+    made = planning.make_plan
     monkeypatch.setattr(
-        module, "make_plan", lambda *_, **how: replace(made(*_, **how), batch=BatchSize(1, 1, 0))
+        planning, "make_plan", lambda *_, **how: replace(made(*_, **how), batch=BatchSize(1, 1, 0))
     )
     with pytest.raises(NonFiniteError, match=r"batch 1 is not finite \(sequences \[1\]"):
         found(max_memory="8GiB")

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lorainit.errors import DataError
-from lorainit.statistics.losses import batch_loss, innermost, label_kind, packed_segments
+from lorainit.statistics.anatomy import innermost
+from lorainit.statistics.losses import batch_loss, label_kind
+from lorainit.statistics.packing import packed_segments
 from tests.statistics import models
 from tests.statistics.models import VOCABULARY, batches, pad, sequences
 

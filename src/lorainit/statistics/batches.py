@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lorainit.errors import DataError
-from lorainit.statistics.losses import packed_segments
+from lorainit.statistics.packing import packed_segments
 
 Batch = Mapping[str, Any]
 
@@ -99,6 +99,11 @@ def take(data: Iterable[Any], max_sequences: int | None) -> Iterator[dict[str, A
         yield batch
         if max_sequences is not None and seen >= max_sequences:
             return
+
+
+def one_row(batch: Batch) -> Batch:
+    """The batch's first row, where its rows can run apart; else all of it."""
+    return first_rows(batch, 1, batch_rows(batch)) if is_splittable(batch) else batch
 
 
 def is_splittable(batch: Batch) -> bool:

@@ -16,10 +16,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorainit.errors import DataError
+from lorainit.statistics.anatomy import innermost
+from lorainit.statistics.packing import packed_segments
 from lorainit.types import LossReduction
 
 IGNORED = -100
 """The label that counts for nothing, as everywhere in transformers."""
+
+ALL_MASKED = (
+    "every label is masked: not one that the loss counts differs from -100, so there is no "
+    "gradient. "
+    "Look at the collator's prompt masking, and at truncation that cuts the answers off."
+)
+"""What is wrong where `has_label` is true of no batch."""
 
 LossFunction = Callable[[nn.Module, Mapping[str, Any]], Tensor]
 """``loss_fn(model, batch) -> (sequences,)`` losses, one for each sequence of the batch."""
@@ -110,20 +119,6 @@ def label_kind(model: nn.Module, labels: Tensor) -> LabelKind:
     if labels.is_floating_point():
         return "sample"
     return "causal"
-
-
-def innermost(model: nn.Module) -> nn.Module:
-    """The model inside wrappers (PEFT, data parallel, compile), which know little of themselves."""
-    while True:
-        if callable(get := getattr(model, "get_base_model", None)):
-            inner = get()
-        else:
-            inner = getattr(model, "_orig_mod", None)
-            if inner is None and not hasattr(model, "config"):
-                inner = getattr(model, "module", None)
-        if not isinstance(inner, nn.Module) or inner is model:
-            return model
-        model = inner
 
 
 def has_label(model: nn.Module, batch: Mapping[str, Any]) -> bool:
@@ -324,35 +319,3 @@ def _token_loss(
     if reduction == "sequence":
         sums = sums / tokens.clamp_min(1)
     return BatchLoss(sums, (tokens > 0).sum(), tokens.sum().long())
-
-
-def packed_segments(batch: Mapping[str, Any], labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Which sequence each position belongs to, and where sequences after a row's first start.
-
-    One row is one sequence, unless the batch says that rows are packed: by ``position_ids`` that
-    return to zero, by ``seq_idx``, or by ``cu_seq_lens_q`` (one row).
-
-    Returns:
-        ``(rows, length)`` integers counting from zero through the batch, and a boolean
-        ``(rows, length)``, both on the CPU unless the batch says otherwise.
-    """
-    rows, length = labels.shape
-    starts = torch.zeros(rows, length, dtype=torch.bool)
-    position_ids = batch.get("position_ids")
-    if isinstance(batch.get("seq_idx"), Tensor) and batch["seq_idx"].shape == labels.shape:
-        index = batch["seq_idx"].cpu()
-        starts[:, 1:] = index[:, 1:] != index[:, :-1]
-    elif isinstance(batch.get("cu_seq_lens_q"), Tensor) and rows == 1:
-        bounds = batch["cu_seq_lens_q"].cpu().long()
-        starts[0, bounds[(bounds > 0) & (bounds < length)]] = True
-    elif isinstance(position_ids, Tensor) and position_ids.shape == labels.shape:
-        starts = position_ids.cpu() == 0
-        mask = batch.get("attention_mask")
-        if isinstance(mask, Tensor) and mask.shape == labels.shape:
-            starts &= mask.cpu().bool()
-        # The first start of a row is the row's own.
-        starts &= starts.cumsum(dim=1) > 1
-    within = starts.long().cumsum(dim=1)
-    per_row = within[:, -1] + 1 if length else torch.ones(rows, dtype=torch.long)
-    offsets = per_row.cumsum(0) - per_row
-    return within + offsets.unsqueeze(1), starts

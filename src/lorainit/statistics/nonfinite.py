@@ -19,7 +19,7 @@ from lorainit.statistics.batches import (
     rows_where,
     split_rows,
 )
-from lorainit.statistics.losses import packed_segments
+from lorainit.statistics.packing import packed_segments
 
 logger = logging.getLogger("lorainit")
 

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from lorainit.errors import DataError
-from lorainit.statistics.losses import IGNORED, innermost, label_kind, packed_segments
+from lorainit.statistics.anatomy import innermost
+from lorainit.statistics.losses import IGNORED, label_kind
+from lorainit.statistics.packing import packed_segments
 from lorainit.types import TokenMask
 
 
