@@ -15,7 +15,7 @@ from lorainit.adapters.targets import match_targets
 from lorainit.errors import MemoryPlanError
 from lorainit.statistics import CollectSettings, collect
 from lorainit.statistics.accumulators import FOLD_FROM, add_gram, panels, unfold
-from lorainit.statistics.batches import is_splittable, split_rows
+from lorainit.statistics.batches import is_splittable, one_row, split_rows
 from lorainit.statistics.collect import prepare
 from lorainit.statistics.footprint import LiveBytes, held_bytes
 from lorainit.statistics.plan import (
@@ -216,6 +216,9 @@ def test_splitting_keeps_every_row_and_leaves_what_cannot_be_split() -> None:
     patches = {**batch, "pixel_values": torch.zeros(7, 3)}
     assert not is_splittable(patches)
     assert split_rows([patches], 2) == [patches]
+    assert torch.equal(one_row(batch)["input_ids"], batch["input_ids"][:1])
+    # One row of ids with the patches of all rows would be no batch of any model.
+    assert one_row(patches) is patches
 
 
 @pytest.mark.parametrize("width", [3, FOLD_FROM - 1, FOLD_FROM, FOLD_FROM + 77, 1100])

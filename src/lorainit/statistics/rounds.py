@@ -19,7 +19,7 @@ from lorainit.errors import DataError
 from lorainit.statistics import distributed
 from lorainit.statistics.batches import (
     batch_rows,
-    first_rows,
+    one_row,
     population_of,
     row_sequences,
     take,
@@ -119,14 +119,10 @@ def even_rounds(
     if not sharded or distributed.world()[1] == 1:
         return rounds
     lengths = distributed.gather_objects(len(batches))
-    filler = _one_row(batches[-1]) if batches else {}
+    filler = one_row(batches[-1]) if batches else {}
     if min(lengths) == 0 and max(lengths) > 0:
         source = next(rank for rank, length in enumerate(lengths) if length)
         box: list[Any] = [to_device(dict(filler), torch.device("cpu"))]
         dist.broadcast_object_list(box, src=source)
         filler = filler if batches else box[0]
     return rounds + [(filler, False)] * (max(lengths) - len(batches))
-
-
-def _one_row(batch: Mapping[str, Any]) -> Mapping[str, Any]:
-    return first_rows(batch, 1, batch_rows(batch))
