@@ -13,7 +13,8 @@ import lorainit
 from lorainit.adapters.targets import match_targets
 from lorainit.calibration import SearchResult
 from lorainit.methods.metric import KroneckerMetric, LowRankSum
-from lorainit.refinement import NaturalSteps, Probe, natural_start
+from lorainit.probing import Probe
+from lorainit.refinement import NaturalSteps, natural_start
 from lorainit.statistics import CollectSettings, Statistics, collect
 from lorainit.statistics.displace import LowRank
 from lorainit.types import LayerStatistics

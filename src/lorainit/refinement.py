@@ -1,4 +1,4 @@
-"""Starts whose length is measured: a search along a line, and natural steps taken again.
+"""Natural steps, taken again: each from statistics at the point that the one before led to.
 
 The one loop of the package that goes back: collect, solve, measure, and collect again at the
 displaced point. Nothing is installed while it runs; the displacement lives in hooks.
@@ -9,126 +9,26 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import statistics as stats
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from lorainit.adapters.targets import Target
-from lorainit.adapters.weights import read_weight
 from lorainit.calibration import SearchResult, search_length
 from lorainit.division import device_of, less_at_once, solvers
 from lorainit.methods.metric import LowRankSum
 from lorainit.methods.natural import Natural
-from lorainit.statistics import LossFunction, Statistics, distributed
-from lorainit.statistics.anatomy import input_device
-from lorainit.statistics.batches import to_device
-from lorainit.statistics.displace import LowRank, displaced
-from lorainit.statistics.guard import measuring, unchanged_rng
-from lorainit.statistics.losses import batch_loss
-from lorainit.statistics.rounds import even_rounds, is_sharded
+from lorainit.probing import FIRST_SIZE, Probe, first_length
+from lorainit.statistics import Statistics, distributed
+from lorainit.statistics.displace import LowRank
 from lorainit.statistics.travel import Slot, from_owners
-from lorainit.types import Factors, LayerStatistics, LossReduction
+from lorainit.types import Factors, LayerStatistics
 
 logger = logging.getLogger("lorainit")
-
-_FIRST_SIZE = 3e-3
-"""Where the first search begins: this ``|Delta| / |W|``, median over the layers."""
-
-UNMEASURED_SIZE = 1e-3
-"""The ``|s B A| / |W|``, median over the layers, of a length that cannot be measured without data."""
-
-
-@dataclass(frozen=True, eq=False)
-class Probe:
-    """The mean loss of a few held-back batches at a displaced model, by forward passes alone.
-
-    Attributes:
-        model: the base model, or a PeftModel whose adapters are switched off.
-        modules: base layers by target name.
-        batches: of the calibration sequences.
-        loss_reduction: unit of the loss, as in the statistics.
-        loss_fn: the user's loss, or None.
-    """
-
-    model: nn.Module
-    modules: Mapping[str, nn.Module]
-    batches: Sequence[Mapping[str, Any]]
-    loss_reduction: LossReduction
-    loss_fn: LossFunction | None = None
-
-    @contextlib.contextmanager
-    def opened(self) -> Iterator[Callable[[Mapping[str, LowRank]], float]]:
-        """Inside, a function: the mean loss, over all processes, with these terms on the layers."""
-        device = input_device(self.model)
-        rounds = even_rounds(self.batches, sharded=is_sharded(self.model))
-        moved = [(to_device(batch, device), counted) for batch, counted in rounds]
-        present: dict[str, LowRank] = {}
-
-        def loss(terms: Mapping[str, LowRank]) -> float:
-            present.clear()
-            present.update(terms)
-            # Every trial draws the same numbers, if the model or the loss draws any.
-            with unchanged_rng(device), torch.no_grad():
-                # One read of the device at the end. Who runs more rounds than it has batches, because
-                # the others do, does not count them.
-                sums = [self._sums(batch) * counted for batch, counted in moved]
-            total, count = torch.stack(sums).cpu().double().sum(0).tolist() if sums else (0.0, 0.0)
-            total, count = distributed.sum_counts([total, count])
-            return total / count if count else math.nan
-
-        with measuring(self.model), displaced(self.modules, present):
-            yield loss
-
-    def _sums(self, batch: Mapping[str, Any]) -> Tensor:
-        """``(2,)``: the batch's summed loss, and what it is divided by."""
-        result = batch_loss(self.model, batch, self.loss_reduction, self.loss_fn)
-        unit = result.sequences if self.loss_reduction == "sequence" else result.label_tokens
-        total = result.per_sequence.sum()
-        return torch.stack([total, unit.to(total)])
-
-
-def scale_factors(factors: Mapping[str, Factors], length: float) -> dict[str, Factors]:
-    """Factors with ``B`` times `length`."""
-    return {n: Factors(f.A, f.B * length, f.anchored) for n, f in factors.items()}
-
-
-def calibrate_factors(
-    factors: Mapping[str, Factors], targets: Mapping[str, Target], probe: Probe
-) -> tuple[dict[str, Factors], SearchResult]:
-    """Any method's displaced start at the length, along its own direction, with the least loss."""
-    terms = {
-        name: LowRank(pair.B * targets[name].spec.scaling, pair.A) for name, pair in factors.items()
-    }
-    first = first_length(terms, targets, _FIRST_SIZE)
-    with probe.opened() as loss:
-        result = search_length(
-            lambda length: loss({n: t.scaled(length) for n, t in terms.items()}),
-            first,
-            precision=0.3,
-            max_trials=16,
-        )
-    return scale_factors(factors, result.length), result
-
-
-def first_length(terms: Mapping[str, LowRank], targets: Mapping[str, Target], size: float) -> float:
-    """The length at which the median layer moves by `size` of its weight's norm."""
-    sizes = []
-    for name, term in terms.items():
-        square = ((term.left.mT @ term.left) * (term.right @ term.right.mT)).sum().clamp_min(0)
-        weight = read_weight(targets[name].module, name)
-        sizes.append(float(square.sqrt()) / max(float(weight.float().norm()), 1e-30))
-    median = stats.median(sizes) if sizes else 0.0
-    # A search that began elsewhere on another process might end after another number of trials.
-    return distributed.of_first(size / median if median > 0 else 1.0)
-
-
-# --- repeated natural steps -------------------------------------------------------------------
-
 
 _Pairs = dict[str, tuple[Tensor, Tensor]]
 """``left`` ``(out, rank)`` and ``right`` ``(rank, in)`` by layer."""
@@ -354,7 +254,7 @@ class NaturalSteps:
         unit = self._terms(
             lambda s: (s.step[0][..., :directions], s.step[1][..., :directions, :]), directions
         )
-        return first_length(unit, self.targets, _FIRST_SIZE)
+        return first_length(unit, self.targets, FIRST_SIZE)
 
 
 @contextlib.contextmanager

@@ -19,14 +19,14 @@ from lorainit.calibration import SearchResult
 from lorainit.checks import UNUSED, unused_targets
 from lorainit.errors import AdapterError
 from lorainit.methods.natural import Natural
-from lorainit.refinement import (
+from lorainit.probing import (
     UNMEASURED_SIZE,
     Probe,
     calibrate_factors,
     first_length,
-    natural_start,
     scale_factors,
 )
+from lorainit.refinement import natural_start
 from lorainit.solving import relative_size, solve_layers, solving_bytes, value_directions
 from lorainit.statistics import (
     CollectSettings,
