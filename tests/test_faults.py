@@ -676,7 +676,7 @@ def test_a_failure_in_the_middle_of_installing_is_undone(
     from lorainit.adapters import install as installing
 
     base = peft.get_peft_model(models.llama(), all_linear()) if wrapped else model()
-    owner, name = (LoraLayer, "update_layer") if where == "in PEFT" else (installing, "_put")
+    owner, name = (LoraLayer, "update_layer") if where == "in PEFT" else (installing, "put_pair")
     true, calls = getattr(owner, name), []
 
     def fails_at_the_fifth(*args: Any, **kwargs: Any) -> Any:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 from lorainit._version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from lorainit.adapters.export import ExportReport, export, serving_objections
+    from lorainit.adapters.export import ExportReport, export
     from lorainit.adapters.load import load_adapter
+    from lorainit.adapters.serving import serving_objections
     from lorainit.methods import *  # noqa: F403
     from lorainit.methods import __all__ as _methods
     from lorainit.pipeline import collect_statistics, get_peft_model
@@ -42,7 +43,7 @@ _HOMES = {
     "export": "adapters.export",
     "get_peft_model": "pipeline",
     "load_adapter": "adapters.load",
-    "serving_objections": "adapters.export",
+    "serving_objections": "adapters.serving",
 }
 _MODULES = ("adapters", "calibration", "data", "errors", "linalg", "methods", "report", "types")
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from peft import LoraConfig, PeftModel
 from torch import nn
 
-from lorainit.adapters import install as installing
+from lorainit.adapters.layers import true_config
 from lorainit.adapters.patterns import with_ranks
 from lorainit.adapters.targets import Target, Targets, converted, match_targets
 from lorainit.adapters.weights import fingerprint, same_weight
@@ -85,7 +85,7 @@ def configuration(
     """A copy of the configuration, with PEFT's own initialization schemes switched off."""
     if existing:
         assert isinstance(model, PeftModel)
-        config = installing.true_config(model, adapter_name)
+        config = true_config(model, adapter_name)
         if peft_config is not None and (peft_config.r, peft_config.lora_alpha) != (
             config.r,
             config.lora_alpha,

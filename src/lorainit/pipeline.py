@@ -15,6 +15,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from lorainit.adapters import install as installing
+from lorainit.adapters.layers import check_not_merged, left_at_default
 from lorainit.adapters.patterns import with_ranks
 from lorainit.adapters.targets import Targets, match_targets
 from lorainit.adapters.wrappers import adapter_tensors, unwrapped
@@ -86,7 +87,7 @@ def collect_statistics(
         TargetError, DataError, NonFiniteError, MemoryPlanError: see each; the model is as it was.
     """
     model = unwrapped(model)
-    installing.check_not_merged(model)
+    check_not_merged(model)
     targets = match_targets(model, peft_config)
     settings = CollectSettings(
         needs=frozenset(needs),
@@ -157,7 +158,7 @@ def get_peft_model(
     """
     model = unwrapped(model)
     check_arguments(model, peft_config, method, data, statistics, adapter_name)
-    installing.check_not_merged(model)
+    check_not_merged(model)
     existing = isinstance(model, PeftModel) and adapter_name in model.peft_config
     config = configuration(model, peft_config, adapter_name, existing)
     targets = match_targets(model, config)
@@ -208,7 +209,7 @@ def get_peft_model(
         # PEFT's own random start of the layers left at it, too.
         distributed.broadcast(adapter_tensors(wrapped, adapter_name), 0)
     if not plain:
-        left_out |= installing.left_at_default(wrapped, adapter_name, start.factors, left_out)
+        left_out |= left_at_default(wrapped, adapter_name, start.factors, left_out)
     _say(_summary(method, start, left_out), progress)
     return wrapped
 

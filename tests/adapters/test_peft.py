@@ -375,7 +375,7 @@ def test_a_failure_while_installing_leaves_nothing_behind(monkeypatch: pytest.Mo
     def fail(*args: Any) -> None:
         raise torch.OutOfMemoryError("no memory left")
 
-    monkeypatch.setattr(install, "_prepare", fail)
+    monkeypatch.setattr(install, "prepare_pair", fail)
     with pytest.raises(torch.OutOfMemoryError):
         start(model, METHODS["anchored"])
     assert [n for n, _ in model.named_modules()] == names
@@ -386,7 +386,7 @@ def test_a_failure_while_installing_leaves_nothing_behind(monkeypatch: pytest.Mo
     wrapped = start(model, METHODS["displaced"])
     train(wrapped)
     live = logits(wrapped)
-    monkeypatch.setattr(install, "_prepare", fail)
+    monkeypatch.setattr(install, "prepare_pair", fail)
     with pytest.raises(torch.OutOfMemoryError):
         start(wrapped, METHODS["anchored"], adapter_name="default")
     with pytest.raises(torch.OutOfMemoryError):

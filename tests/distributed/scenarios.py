@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import lorainit
 from lorainit.adapters.anchor import placed_like
-from lorainit.adapters.install import true_config
+from lorainit.adapters.layers import true_config
 from lorainit.errors import LorainitError
 from lorainit.statistics import distributed, travel
 from lorainit.statistics.accumulators import panels, unfold

@@ -294,7 +294,7 @@ def test_statistics_without_an_expert_serve_from_a_file(tmp_path: Path) -> None:
 
 def expert_deltas(model: PeftModel) -> dict[str, Tensor]:
     """What the adapter adds to every expert's matrix, ``(out, in)``, by PEFT's own account."""
-    from lorainit.adapters.install import _name_in_patterns, adapter_layers
+    from lorainit.adapters.layers import adapter_layers, name_in_patterns
 
     found = {}
     for name, layer in adapter_layers(model, "default").items():
@@ -304,7 +304,7 @@ def expert_deltas(model: PeftModel) -> dict[str, Tensor]:
         if layer.get_base_layer().is_transposed:
             delta = delta.mT
         for index, matrix in enumerate(delta):
-            found[f"{_name_in_patterns(name, layer)}.{index}"] = matrix
+            found[f"{name_in_patterns(name, layer)}.{index}"] = matrix
     return found
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import lorainit
-from lorainit.adapters.install import adapter_layers
+from lorainit.adapters.layers import adapter_layers
 from lorainit.adapters.origin import origin_of
 from lorainit.errors import DataError
 from lorainit.report import Curve, StartLoss, read_curves, report

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import logging
 import math
 import os
@@ -21,14 +20,11 @@ from peft.tuners.lora.layer import ParamWrapper
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lorainit.adapters.install import adapter_layers, is_linear
+from lorainit.adapters.layers import adapter_layers, is_linear
+from lorainit.adapters.serving import CONFIG_FILE, PREFIX, WEIGHTS_FILE, serving_objections
 from lorainit.errors import AdapterError, RankError
 
 logger = logging.getLogger("lorainit")
-
-WEIGHTS_FILE = "adapter_model.safetensors"
-CONFIG_FILE = "adapter_config.json"
-_PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)
@@ -117,72 +113,6 @@ def export(
     return report
 
 
-def serving_objections(folder: str | os.PathLike[str], *, max_rank: int | None = None) -> list[str]:
-    """Why servers might refuse an adapter folder; the checks that vLLM's loader makes, and more.
-
-    Args:
-        folder: a saved adapter.
-        max_rank: the server's limit on the rank, if known.
-
-    Returns:
-        One sentence for each objection; empty for a plain LoRA adapter.
-    """
-    path = Path(folder)
-    config = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
-    found = [
-        f"{key}={config[key]!r} is not served by vLLM."
-        for key, neutral in _NEUTRAL.items()
-        if key in config and config[key] not in (neutral, None, [], {}, False)
-    ]
-    if isinstance(config.get("init_lora_weights"), str):
-        found.append(
-            f"init_lora_weights={config['init_lora_weights']!r} makes loaders change the base "
-            "weights."
-        )
-    for key in ("rank_pattern", "alpha_pattern"):
-        if config.get(key):
-            found.append(
-                f"{key} is not empty: many servers ignore it and scale these layers wrongly."
-            )
-    ranks = [config["r"], *(config.get("rank_pattern") or {}).values()]
-    if max_rank is not None and max(ranks) > max_rank:
-        found.append(
-            f"rank {max(ranks)} is above the limit of {max_rank}; export with rank={max_rank}."
-        )
-    found += _odd_names(path)
-    return found
-
-
-_NEUTRAL: dict[str, object] = {
-    "bias": "none",
-    "modules_to_save": None,
-    "use_dora": False,
-    "lora_bias": False,
-    "alora_invocation_tokens": None,
-    "layer_replication": None,
-    "use_bdlora": None,
-    "use_qalora": False,
-    "target_parameters": None,
-    "trainable_token_indices": None,
-}
-
-
-def _odd_names(path: Path) -> list[str]:
-    from safetensors import safe_open
-
-    if not (path / WEIGHTS_FILE).is_file():
-        return [f"there is no {WEIGHTS_FILE}."]
-    with safe_open(str(path / WEIGHTS_FILE), framework="pt") as file:
-        odd = [
-            key
-            for key in file.keys()  # noqa: SIM118
-            if not (key.startswith(_PREFIX) and key.endswith((".lora_A.weight", ".lora_B.weight")))
-        ]
-    if not odd:
-        return []
-    return [f"{len(odd)} tensors are no lora_A or lora_B of a linear layer, such as '{odd[0]}'."]
-
-
 def _lora_config(model: PeftModel, adapter_name: str) -> LoraConfig:
     if not isinstance(model, PeftModel):
         raise AdapterError(f"export wants a PeftModel, not a {type(model).__name__}.")
@@ -246,7 +176,7 @@ def _rewrite(
     scaling: float,
 ) -> float:
     """Bring one layer to the common rank and scaling, in place; the relative error made."""
-    stem = _PREFIX + name
+    stem = PREFIX + name
     if adapter_name in layer.lora_embedding_A:
         key_a, key_b = f"{stem}.lora_embedding_A", f"{stem}.lora_embedding_B"
     else:
@@ -351,4 +281,4 @@ def _summary(report: ExportReport) -> str:
     return line
 
 
-__all__ = ["ExportReport", "export", "serving_objections"]
+__all__ = ["ExportReport", "export"]

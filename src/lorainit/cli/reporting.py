@@ -7,7 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from lorainit.adapters.install import true_config
+from lorainit.adapters.layers import true_config
 from lorainit.adapters.load import load_adapter
 from lorainit.cli.shared import (
     check_parent,

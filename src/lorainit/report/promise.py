@@ -15,7 +15,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from lorainit.adapters.install import adapter_layers, is_linear
+from lorainit.adapters.layers import adapter_layers, is_linear
 from lorainit.types import LayerStatistics
 
 

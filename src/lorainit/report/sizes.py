@@ -7,7 +7,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from lorainit.adapters.anchor import AnchoredA, AnchoredB
-from lorainit.adapters.install import adapter_layers, is_linear
+from lorainit.adapters.layers import adapter_layers, is_linear
 from lorainit.adapters.weights import read_weight
 from lorainit.solving import relative_size
 from lorainit.types import Factors
