@@ -17,7 +17,7 @@ from lorainit.adapters.origin import origin_of
 from lorainit.errors import DataError
 from lorainit.report import Curve, StartLoss, read_curves, report
 from lorainit.report.drawing import _scale
-from lorainit.report.measure import measure_layer, place_of, spread
+from lorainit.report.measure import _directions, _spectrum, measure_layer, place_of, spread
 from lorainit.report.promise import Displacement, displacements_of, promise_of, total
 from lorainit.report.sizes import sizes_of
 from tests.adapters import tiny
@@ -233,6 +233,23 @@ def test_numbers_against_their_definitions(statistics: lorainit.Statistics) -> N
     assert found.kept == pytest.approx(float(singular[:4].sum() / singular.sum()), rel=1e-4)
     assert found.overlap["natural", "again"] == pytest.approx(1.0, abs=1e-6)
     assert 0 <= found.overlap["natural", "eva"] < 0.99
+
+
+def test_leading_eigenvalues_of_a_large_matrix() -> None:
+    """Above the dense size they are iterated, over the trace of all."""
+    n = 1100
+    basis = torch.linalg.qr(
+        torch.randn(n, n, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    )[0]
+    values = torch.arange(1, n + 1, dtype=torch.float64) ** -1.5
+    matrix = (basis * values) @ basis.mT
+    assert _spectrum(matrix, 20) == pytest.approx((values[:20] / values.sum()).tolist(), rel=1e-6)
+    assert _directions(matrix) == pytest.approx(float(values.sum() ** 2 / values.square().sum()))
+
+
+def test_a_rank_that_no_layer_can_have(statistics: lorainit.Statistics, tmp_path: Path) -> None:
+    with pytest.raises(lorainit.errors.RankError, match="Lower r"):
+        report(tiny.llama(), tiny.config(r=999), statistics, tmp_path / "a.html", progress=False)
 
 
 def test_sizes_are_of_the_product() -> None:

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from lorainit.adapters.origin import origin_of
 from lorainit.adapters.targets import match_targets
-from lorainit.checks import check_statistics
+from lorainit.checks import check_statistics, with_possible_ranks
 from lorainit.methods import METHODS
 from lorainit.methods.vanilla import Vanilla
 from lorainit.report.advice import advice
@@ -62,10 +62,12 @@ def report(
         Weight (``"warn"``, ``"note"``, ``"good"``) and words.
 
     Raises:
-        TargetError, StatisticsFileError: the three do not fit together.
+        TargetError, StatisticsFileError, RankError: the three do not fit together.
     """
     targets = match_targets(model, peft_config)
     check_statistics(statistics, targets, Vanilla())
+    if not isinstance(model, PeftModel):
+        with_possible_ranks(model, peft_config, targets, Vanilla(), cap_rank=False)
     served = methods_served(statistics, {name: METHODS[name]() for name in methods})
     sizes: Mapping[str, float] = {}
     displacements: Mapping[str, Displacement] = {}
@@ -80,7 +82,7 @@ def report(
             loss = measured_loss(origin.measured)
     measured = [t for name, t in targets.layers.items() if name in statistics]
     compared = spread(measured, _DEPTHS_COMPARED)
-    spectra: dict[int, list[float]] = {}
+    spectra: dict[int, tuple[list[float], float]] = {}
     bar = tqdm(
         measured,
         desc="report",

@@ -21,6 +21,9 @@ from lorainit.types import LayerStatistics, Method
 
 _KEPT_VALUES = 64
 
+_DENSE_LIMIT = 1024
+"""Up to this size all eigenvalues are as quick as the leading ones."""
+
 
 @dataclass(eq=False)
 class LayerReport:
@@ -33,9 +36,9 @@ class LayerReport:
         shape: ``(out, in)``.
         rank: of its adapter.
         energy: ``|G|_F^2`` of the mean gradient.
-        input_spectrum: eigenvalues of ``Sx`` over their sum, largest first.
+        input_spectrum: leading eigenvalues of ``Sx`` over the sum of all, largest first.
         output_spectrum: of ``Sy``, or its sorted diagonal.
-        signal: squared singular values of the whitened gradient over their sum, largest first.
+        signal: leading squared singular values of the whitened gradient over the sum of all.
         kept: share of the signal that the rank keeps.
         directions: effective number of input directions, ``(sum)^2 / sum of squares``.
         positions: counted positions.
@@ -68,7 +71,7 @@ def measure_layer(
     *,
     size: float | None = None,
     displacement: Displacement | None = None,
-    spectra: dict[int, list[float]] | None = None,
+    spectra: dict[int, tuple[list[float], float]] | None = None,
 ) -> LayerReport:
     """All that is said of one layer.
 
@@ -78,7 +81,8 @@ def measure_layer(
         methods: by name, those whose subspaces are compared.
         size: of an adapter, see `LayerReport`.
         displacement: what that adapter adds.
-        spectra: of inputs that layers share, by the id of their sum; read and added to.
+        spectra: of inputs that layers share, with the directions, by the id of their sum; read and
+            added to.
     """
     spec = target.spec
     depth, projection = place_of(spec.name)
@@ -92,6 +96,7 @@ def measure_layer(
         size=size,
     )
     have = statistics.available
+    count = max(_KEPT_VALUES, 2 * spec.rank)
     with torch.no_grad():
         if "gradient" in have:
             found.energy = float(statistics.gradient.double().square().sum())
@@ -99,24 +104,22 @@ def measure_layer(
             known = {} if spectra is None else spectra
             key = id(statistics.input_second_moment_sum)
             if key not in known:
-                known[key] = _spectrum(statistics.input_second_moment)
-            found.input_spectrum = known[key]
-            values = torch.tensor(found.input_spectrum, dtype=torch.float64)
-            found.directions = float(values.sum().square() / values.square().sum().clamp_min(1e-30))
+                moment = _double(statistics.input_second_moment)
+                known[key] = _spectrum(moment, count), _directions(moment)
+            found.input_spectrum, found.directions = known[key]
         if "output_second_moment" in have:
-            found.output_spectrum = _spectrum(statistics.output_second_moment)
+            found.output_spectrum = _spectrum(_double(statistics.output_second_moment), count)
         elif "output_second_moment_diagonal" in have:
-            found.output_spectrum = _shares(statistics.output_second_moment_diagonal)
+            diagonal = (
+                statistics.output_second_moment_diagonal.double().sort(descending=True).values
+            )
+            found.output_spectrum = _shares(diagonal[:count], float(diagonal.sum()))
         if Natural.needs <= have:
-            count = min(spec.out_features, spec.in_features)
-            values = Natural().singular_values(statistics, count).double().square()
-            found.signal = _shares(values)
+            found.signal = _signal(statistics, count)
             found.kept = sum(found.signal[: spec.rank]) if found.signal else None
         if displacement is not None:
             found.promise = promise_of(displacement, statistics)
         found.overlap = _overlaps(target, statistics, methods)
-    for name in ("input_spectrum", "output_spectrum", "signal"):
-        setattr(found, name, getattr(found, name)[: max(_KEPT_VALUES, 2 * spec.rank)])
     return found
 
 
@@ -145,15 +148,35 @@ def methods_served(statistics: Statistics, methods: Mapping[str, Any]) -> dict[s
     return {name: m for name, m in methods.items() if m.needs <= statistics.available}
 
 
-def _spectrum(matrix: Tensor) -> list[float]:
-    values = torch.linalg.eigvalsh(linalg.double_precision(matrix).cpu())
-    return _shares(values)
+def _double(matrix: Tensor) -> Tensor:
+    return linalg.double_precision(matrix).cpu()
 
 
-def _shares(values: Tensor) -> list[float]:
-    values = values.double().clamp_min(0).sort(descending=True).values
-    total = float(values.sum())
-    return (values / total).tolist() if total > 0 else []
+def _spectrum(matrix: Tensor, count: int) -> list[float]:
+    """Leading eigenvalues of a positive semidefinite matrix over its trace."""
+    if len(matrix) > _DENSE_LIMIT:
+        values = linalg.largest_eigenvectors(matrix, count, tolerance=1e-6)[0]
+    else:
+        values = torch.linalg.eigvalsh(matrix).flip(0)[:count]
+    return _shares(values, float(matrix.diagonal().sum()))
+
+
+def _directions(matrix: Tensor) -> float:
+    """``(sum)^2 / sum of squares`` of the eigenvalues, by trace and Frobenius norm."""
+    return float(matrix.diagonal().sum() ** 2 / matrix.square().sum().clamp_min(1e-30))
+
+
+def _signal(statistics: LayerStatistics, count: int) -> list[float]:
+    """Shares of the whitened gradient's squared singular values, by its smaller Gram matrix."""
+    metric = Natural().metric(statistics)
+    whitened = metric.whiten_gradient(linalg.double_precision(statistics.gradient)).cpu()
+    wide = whitened.shape[0] <= whitened.shape[1]
+    return _spectrum(whitened @ whitened.mT if wide else whitened.mT @ whitened, count)
+
+
+def _shares(values: Tensor, total: float) -> list[float]:
+    """Of a total; none of nothing."""
+    return (values.clamp_min(0) / total).tolist() if total > 0 else []
 
 
 def _overlaps(
