@@ -113,8 +113,9 @@ def _record(line: str, path: Path, number: int) -> dict[str, Any]:
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
+        where = f"{error.msg.removesuffix(' at')}, column {error.colno}"
         raise DataError(
-            f"'{path}', line {number}, is no JSON ({error.msg}). Write one JSON object a line."
+            f"'{path}', line {number}, is no JSON ({where}). Write one JSON object a line."
         ) from None
     if not isinstance(record, dict):
         raise DataError(

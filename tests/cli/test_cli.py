@@ -3,6 +3,7 @@ from __future__ import annotations
 import inspect
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from transformers import ViTConfig
 
 import lorainit
 from lorainit.cli import main
@@ -263,15 +265,48 @@ WRONG = {
     "collect --model @model --data @pairs.jsonl --method pissa --output @x": "nothing to do",
     "compare --model @model --data @pairs.jsonl --held-out 32": "too few",
     "train --model @model --data @pairs.jsonl --output @x": "--adapter",
+    "init --model @mute --data @pairs.jsonl --output @x": "save_pretrained(FOLDER)",
+    "init --model @cut --method pissa --output @x": "cut off",
+    "init --model @sees --method pissa --output @x": "no causal language model",
+    "init --model @sees --method pissa --output @x --dry-run": "no causal language model",
+    "init --model @model --data @broken.jsonl --output @x": "line 2, is no JSON",
+    "init --model @model --data @empty.jsonl --output @x": "no records",
+    "init --model @model --data @pairs.jsonl --max-length 1 --output @x": "every label is masked",
+    "init --model @model --method pissa --output @pairs.jsonl": "is a file",
+    "init --model @model --method pissa --output @others": "notes.txt",
+    "init --model @model --method pissa --output /proc/x": "Give another place",
+    "init --model @model --method pissa --output @x --config @nothing": "Give a YAML file",
+    "train --model @model --data @pairs.jsonl --method eva --output @others": "notes.txt",
+    "collect --model @model --data @pairs.jsonl --output @others": "it is a folder",
+    "export --model @model --adapter @nothing --output @others": "notes.txt",
     "export --model @model --adapter @nothing --output @x": "adapter_config.json",
 }
 
 
+@pytest.fixture(scope="session")
+def bad(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The good place, and beside it a model without tokenizer, a cut-off file, another kind of model."""
+    folder = tmp_path_factory.mktemp("bad") / "place"
+    shutil.copytree(place, folder)
+    shutil.copytree(place / "model", folder / "mute", ignore=shutil.ignore_patterns("token*"))
+    shutil.copytree(place / "model", folder / "cut")
+    weights = folder / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    ViTConfig().save_pretrained(folder / "sees")
+    (folder / "broken.jsonl").write_text('{"text": "a"}\n{"text": "b\n')
+    (folder / "empty.jsonl").write_text("\n")
+    (folder / "others").mkdir()
+    (folder / "others" / "notes.txt").write_text("mine")
+    return folder
+
+
 @pytest.mark.parametrize("line", WRONG)
 def test_bad_input_is_one_line_with_the_remedy(
-    line: str, place: Path, capsys: pytest.CaptureFixture[str]
+    line: str, bad: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(place, line) == 1
+    before = {file: file.stat().st_mtime_ns for file in bad.rglob("*")}
+    assert run(bad, line) == 1
+    assert {file: file.stat().st_mtime_ns for file in bad.rglob("*") if file != bad} == before
     shown = capsys.readouterr()
     assert shown.out == ""
     said = [text for text in shown.err.splitlines() if "error:" in text]
@@ -279,17 +314,55 @@ def test_bad_input_is_one_line_with_the_remedy(
     assert WRONG[line] in said[0]
 
 
-def test_wrong_usage_is_two() -> None:
-    for line in (
+@pytest.mark.parametrize(
+    "line",
+    [
         "init",
         "nothing",
         "init --model m --output o --rank 0",
         "compare --model m --data d --learning-rates a",
         "init --model m --output o --set gamma",
-    ):
-        with pytest.raises(SystemExit) as done:
-            main(shlex.split(line))
-        assert done.value.code == 2
+    ],
+)
+def test_wrong_usage_is_two(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        main(shlex.split(line))
+    assert done.value.code == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "error:" in said
+    assert said.endswith("--help'.")
+
+
+def test_an_adapter_is_written_over_its_like_alone(place: Path, tmp_path: Path) -> None:
+    line = f"init --model @model --method pissa --rank 4 --quiet --output {tmp_path / 'o'}"
+    assert run(place, line) == 0
+    assert run(place, line) == 0
+
+
+@pytest.mark.slow
+def test_interrupted_collection_leaves_nothing(place: Path, tmp_path: Path) -> None:
+    """A signal in the middle of the pass: one line, exit code 130, no file."""
+    code = (
+        "import os, signal, sys\n"
+        "from lorainit.cli import main\n"
+        "import lorainit.data as data\n"
+        "whole, seen = data.collate, []\n"
+        "def collate(examples, pad):\n"
+        "    seen.append(1)\n"
+        "    if len(seen) == 2:\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "    return whole(examples, pad)\n"
+        "data.collate = collate\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    out = tmp_path / "s.safetensors"
+    words = ["collect", "--model", place / "model", "--data", place / "pairs.jsonl"]
+    words += ["--output", out, "--batch-size", "2", "--quiet"]
+    command = [sys.executable, "-c", code, *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 130, done.stderr
+    assert done.stderr == "lorainit: interrupted; nothing half-written is left\n"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_bugs_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from lorainit.cli.plan import plan
 from lorainit.cli.shared import (
-    check_parent,
+    check_file,
     class_of,
     known_methods,
     load_model,
@@ -53,7 +53,7 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
             runs = len(names) * len(rates)
             return plan(options, needs, trained=runs * options.steps * options.batch_size)
         if options.output:
-            check_parent(options.output)
+            check_file(options.output)
         records = load_records(options)
         if len(records) < options.held_out + options.batch_size:
             raise DataError(

@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         arguments = with_file(arguments)
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         return _failed(parser.prog, error, BAD_INPUT)
     options = parser.parse_args(arguments)
     if options.command is None:

@@ -11,7 +11,7 @@ import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from lorainit._version import __version__
 from lorainit.cli.commands import COMMANDS
@@ -35,7 +35,7 @@ SHELL_ONLY = ("json", "debug", "config")
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="lorainit", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=_Formatter
     )
     parser.add_argument("--version", action="version", version=f"lorainit {__version__}")
@@ -58,6 +58,14 @@ def arguments_of(options: argparse.Namespace) -> dict[str, Any]:
     """What the command's function is called with."""
     names = inspect.signature(COMMANDS[options.command]).parameters
     return {name: getattr(options, name) for name in names}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Wrong usage is one line too; the many options are for ``--help``."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say it and exit with 2."""
+        self.exit(2, f"{self.prog}: error: {message}. See '{self.prog} --help'.\n")
 
 
 def _documentation(function: Callable[..., Any]) -> tuple[str, str, str]:
@@ -182,8 +190,8 @@ def with_file(arguments: Sequence[str]) -> list[str]:
     """The arguments with those of ``--config FILE`` (YAML, same names) put before them.
 
     Raises:
-        ValueError: the file holds no table of options, or one that the command has not.
-        OSError: it cannot be read.
+        ValueError: the file cannot be read, holds no table of options, or one that the command has
+            not.
     """
     arguments = list(arguments)
     place = next((i for i, a in enumerate(arguments) if a.split("=")[0] == "--config"), None)
@@ -202,6 +210,11 @@ def _from_yaml(path: Path, command: str) -> list[str]:
 
     try:
         table = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"--config {path} cannot be read ({getattr(error, 'strerror', error)}). Give a YAML file "
+            "of options."
+        ) from None
     except yaml.YAMLError as error:
         raise ValueError(f"'{path}' is no YAML: {error}") from None
     if not isinstance(table, dict):

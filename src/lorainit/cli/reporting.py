@@ -10,7 +10,7 @@ from typing import Any
 from lorainit.adapters.layers import true_config
 from lorainit.adapters.load import load_adapter
 from lorainit.cli.shared import (
-    check_parent,
+    check_file,
     known_methods,
     load_data,
     load_model,
@@ -31,7 +31,7 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     with speaking(options):
         names = known_methods(options.methods)
         curves = [curve for text in options.curves for curve in _curves(text)]
-        check_parent(options.output)
+        check_file(options.output)
         statistics = Statistics.load(options.statistics)
         model, config, loss = load_model(options), lora_config(options), None
         if options.adapter:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
+from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 
 from lorainit.data import IGNORED, Records, batches_of, read_records
@@ -69,10 +70,16 @@ def load_model(options: argparse.Namespace) -> Any:
     """The causal language model, on its device, in eval mode."""
     from transformers import AutoModelForCausalLM
 
-    _check_folder(options.model)
+    _check_kind(options.model)
     device = device_of(options)
     dtype = "auto" if options.dtype == "auto" else getattr(torch, options.dtype)
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)
+    except SafetensorError as error:
+        raise DataError(
+            f"the weights in '{options.model}' cannot be read ({error}). The file is damaged or "
+            "cut off: copy or download the model again."
+        ) from None
     if getattr(model, "hf_device_map", None) is None and not getattr(model, "is_quantized", False):
         model = model.to(device)
     return model.eval()
@@ -80,10 +87,9 @@ def load_model(options: argparse.Namespace) -> Any:
 
 def load_skeleton(options: argparse.Namespace) -> Any:
     """The same model without its weights: enough to plan with."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    _check_folder(options.model)
-    config = AutoConfig.from_pretrained(options.model)
+    config = _check_kind(options.model)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
 
@@ -93,7 +99,32 @@ def load_tokenizer(options: argparse.Namespace) -> Any:
     from transformers import AutoTokenizer
 
     _check_folder(options.model)
-    return AutoTokenizer.from_pretrained(options.model)
+    try:
+        return AutoTokenizer.from_pretrained(options.model)
+    except Exception as error:  # whatever readers of the many kinds of tokenizers raise
+        if not os.path.isdir(options.model):
+            raise
+        first = (str(error).strip() or type(error).__name__).split(". ")[0].splitlines()[0]
+        raise DataError(
+            f"'{options.model}' holds no tokenizer that can be loaded ({first[:120]}). Save the model's "
+            "own into that folder: AutoTokenizer.from_pretrained(NAME).save_pretrained(FOLDER)."
+        ) from None
+
+
+def _check_kind(name: str) -> Any:
+    """The model's configuration; a causal language model's, or an error."""
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    _check_folder(name)
+    config = AutoConfig.from_pretrained(name)
+    known = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if not known and "AutoModelForCausalLM" not in (getattr(config, "auto_map", None) or {}):
+        raise DataError(
+            f"'{name}' is of type '{config.model_type}', no causal language model, which is what the "
+            "commands load. Start it from Python with lorainit.get_peft_model."
+        )
+    return config
 
 
 def _check_folder(name: str) -> None:
@@ -215,17 +246,39 @@ def mean_loss(model: Any, batches: Any) -> float:
     return loss if math.isfinite(loss) else math.inf
 
 
-def check_parent(output: str) -> None:
-    """A place that cannot be written is found out before the work, not after."""
+def check_file(output: str) -> None:
+    """A file that cannot be written is found out before the work, not after."""
     path = Path(output)
-    parent = path.parent
+    if path.is_dir():
+        raise OSError(f"--output {output} cannot be written: it is a folder. Give a file's name.")
+    _check_writable(path.parent, output)
+
+
+def check_folder(output: str) -> None:
+    """The same of an adapter's folder, and that nothing but an adapter would be written over."""
+    path = Path(output)
+    if path.exists() and not path.is_dir():
+        raise OSError(f"--output {output} cannot be written: it is a file. Give a folder.")
+    there = sorted(entry.name for entry in path.iterdir()) if path.exists() else []
+    if there and "adapter_config.json" not in there:
+        more = f" and {len(there) - 3} more" if len(there) > 3 else ""
+        raise OSError(
+            f"--output {output} holds other things than an adapter ({', '.join(there[:3])}{more}). "
+            "Give a new or an empty folder."
+        )
+    _check_writable(path if path.exists() else path.parent, output)
+
+
+def _check_writable(folder: Path, output: str) -> None:
     try:
-        parent.mkdir(parents=True, exist_ok=True)
-        probe = parent / f".{path.name}.lorainit-probe"
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".{Path(output).name}.lorainit-probe"
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise OSError(f"--output {output} cannot be written ({error.strerror}).") from None
+        raise OSError(
+            f"--output {output} cannot be written ({error.strerror}). Give another place."
+        ) from None
 
 
 def size_in_words(count: float) -> str:

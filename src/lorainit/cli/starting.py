@@ -11,7 +11,8 @@ from peft import PeftModel
 from lorainit.adapters.origin import origin_of
 from lorainit.cli.plan import plan
 from lorainit.cli.shared import (
-    check_parent,
+    check_file,
+    check_folder,
     class_of,
     known_methods,
     load_data,
@@ -43,7 +44,7 @@ def _collect(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         )
     if options.dry_run:
         return plan(options, needs)
-    check_parent(options.output)
+    check_file(options.output)
     data = load_data(options)
     assert data is not None
     found = collect_statistics(
@@ -69,7 +70,7 @@ def _init(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     calibrated = bool(getattr(method, "calibrated", False))
     if options.dry_run:
         return plan(options, method.needs, steps=getattr(method, "steps", 1), searched=calibrated)
-    check_parent(options.output)
+    check_folder(options.output)
     if method.needs and not (options.data or options.statistics):
         raise MissingStatisticError(
             f"{options.method} reads {', '.join(sorted(method.needs))}: give --data, or "

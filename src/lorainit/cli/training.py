@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 from lorainit.adapters.load import load_adapter
 from lorainit.cli.plan import plan
 from lorainit.cli.shared import (
-    check_parent,
+    check_folder,
     device_of,
     load_model,
     load_records,
@@ -39,7 +39,7 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         examples: Dataset[Example] = load_records(options, tokenizer)
         if options.dry_run:
             return _plan(options, len(examples))  # type: ignore[arg-type]
-        check_parent(options.output)
+        check_folder(options.output)
         rows = _rows(examples)
         if options.adapter:
             model = load_adapter(load_model(options), options.adapter, is_trainable=True)
