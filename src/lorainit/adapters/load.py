@@ -11,7 +11,6 @@ from torch import nn
 
 from lorainit.adapters.install import anchor_loaded
 from lorainit.adapters.origin import SIDE_FILE, Origin, read_origin, remember
-from lorainit.adapters.serving import CONFIG_FILE
 from lorainit.errors import AdapterError
 
 
@@ -48,9 +47,9 @@ def load_adapter(
         AdapterError: no LoRA adapter there, the name is taken, or the side file belongs to another.
     """
     path = Path(folder)
-    if not (path / CONFIG_FILE).is_file():
+    if not (path / "adapter_config.json").is_file():
         raise AdapterError(
-            f"{path} holds no {CONFIG_FILE}. Give the folder that save_pretrained wrote, or "
+            f"{path} holds no adapter_config.json. Give the folder that save_pretrained wrote, or "
             "a "
             "checkpoint-* folder of a Trainer; an adapter on a model hub must be downloaded first."
         )
