@@ -24,11 +24,10 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -40,7 +39,7 @@ import lorainit
 from benchmarks import scaling_table
 from benchmarks.timing import cases as timed_cases
 from benchmarks.timing.cases import SHAPES
-from benchmarks.timing.clock import cleared, limited
+from benchmarks.timing.clock import Clock, cleared, limited
 from benchmarks.timing.clock import provenance as common_provenance
 from benchmarks.timing.model import batches_of, build, config
 from lorainit.adapters.wrappers import adapter_tensors
@@ -93,32 +92,22 @@ def plan_of(world: int, kinds: Sequence[str], *, tiny: bool) -> list[Case]:
 # --- parts --------------------------------------------------------------------------------------
 
 
-class Machine:
+class Machine(Clock):
     """This process's device, its place among the others, and a clock that all of them stop."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
+        super().__init__(device)
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        self.seconds: dict[str, float] = {}
 
-    def meet(self) -> None:
+    def wait(self) -> None:
         """Wait until the device has nothing left to do, on every process."""
         self.drain()
         dist.barrier()
         self.drain()
 
     def drain(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-    @contextmanager
-    def stretch(self, name: str) -> Iterator[None]:
-        """Seconds from where all begin to where all have ended."""
-        self.meet()
-        begin = time.perf_counter()
-        yield
-        self.meet()
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
+        """The same on this process alone."""
+        super().wait()
 
     @contextmanager
     def peak(self, name: str, peaks: dict[str, list[float]]) -> Iterator[None]:
@@ -167,28 +156,17 @@ def stretches(machine: Machine) -> Iterator[None]:
     # The package's `collect` is the function.
     collecting = importlib.import_module("lorainit.statistics.collect")
 
-    def timed(name: str, work: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            with machine.stretch(name):
-                return work(*args, **kwargs)
-
-        return run
-
-    with ExitStack() as stack:
-        for name, owner, function in (
-            ("reduce_layers", finishing, "reduce_layers"),
-            ("to_owners", reduction, "to_owners"),
-            ("check_layers", finishing, "_check_layers"),
-            ("fingerprints", start.Measured, "_fingerprints"),
-            ("run", collecting, "run_batches"),
-            ("finish", collecting, "finish"),
-            ("solve_layers", start, "solve_layers"),
-            ("install", installing, "install"),
-            ("wrap", pipeline, "_wrap"),
-        ):
-            work = timed(name, getattr(owner, function))
-            static = staticmethod(work) if isinstance(owner, type) else work
-            stack.enter_context(mock.patch.object(owner, function, static))
+    with machine.watching(
+        ("reduce_layers", finishing, "reduce_layers"),
+        ("to_owners", reduction, "to_owners"),
+        ("check_layers", finishing, "_check_layers"),
+        ("fingerprints", start.Measured, "_fingerprints"),
+        ("run", collecting, "run_batches"),
+        ("finish", collecting, "finish"),
+        ("solve_layers", start, "solve_layers"),
+        ("install", installing, "install"),
+        ("wrap", pipeline, "_wrap"),
+    ):
         yield
 
 
@@ -333,7 +311,7 @@ def run_links(machine: Machine) -> dict[str, Any]:
         }
         for name, work in works.items():
             work()
-            machine.meet()
+            machine.wait()
             begin = time.perf_counter()
             for _ in range(5):
                 work()
@@ -345,7 +323,7 @@ def run_links(machine: Machine) -> dict[str, Any]:
         ("small all_reduce, ms", lambda: (dist.all_reduce(small), machine.drain())),
         ("gather of objects, ms", lambda: machine.gathered(1)),
     ):
-        machine.meet()
+        machine.wait()
         begin = time.perf_counter()
         for _ in range(20):
             work()

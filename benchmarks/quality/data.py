@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -215,12 +215,17 @@ def prepare(task: str, folder: Path, style: Style = "plain") -> Path:
         arrays[f"{name}_tokens"] = tokens
         arrays[f"{name}_lengths"] = np.array([len(e) for e in examples], dtype=np.uint16)
         arrays[f"{name}_prompts"] = np.array([e.prompt_length for e in examples], dtype=np.uint16)
-    folder.mkdir(parents=True, exist_ok=True)
-    handle, scratch = tempfile.mkstemp(dir=folder, suffix=".part")
+    store(path, arrays)
+    return path
+
+
+def store(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write a compressed file of arrays aside, and rename it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, scratch = tempfile.mkstemp(dir=path.parent, suffix=".part")
     with os.fdopen(handle, "wb") as file:
         np.savez_compressed(file, **arrays)
     os.replace(scratch, path)
-    return path
 
 
 def training_rows(pool_size: int, samples: int, seed: int) -> Tensor:

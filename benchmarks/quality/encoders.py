@@ -11,11 +11,10 @@ import copy
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.quality.labelled import pixels
-from benchmarks.quality.stacked import Adapters, Group, _StackedLinear, adamw
+from benchmarks.quality.stacked import Adapters, Group, StackedLinear, adamw, scored
 
 HEAD = "classifier"
 
@@ -31,7 +30,7 @@ class _Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         stack = self.group.A.shape[0]
         rows = x.reshape(stack, -1, x.shape[-1])
-        y: Tensor = _StackedLinear.apply(rows, self.weight, self.group)
+        y: Tensor = StackedLinear.apply(rows, self.weight, self.group)
         if self.bias is not None:
             y = y + self.bias
         return y.view(*x.shape[:-1], -1)
@@ -129,7 +128,4 @@ class StackedEncoder:
             # captured.
             mask = (rows != 0)[:, None, None, :].expand(-1, 1, rows.shape[1], -1)
             logits = self.model(input_ids=rows, attention_mask=mask).logits
-        flat = targets.reshape(-1)
-        losses = F.cross_entropy(logits, flat, reduction="none")
-        right = logits.detach().argmax(-1) == flat
-        return losses.view(targets.shape), right.view(targets.shape)
+        return scored(logits, targets)

@@ -7,8 +7,6 @@ scikit-learn's smaller digits are what it is adapted to.
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.quality import sources
-from benchmarks.quality.data import Pool
+from benchmarks.quality.data import Pool, store
 
 SENTIMENT = {
     "movies": "movieReviewSnippets",
@@ -105,11 +103,7 @@ def prepare_labelled(task: str, folder: Path) -> Path:
     arrays = {"kind": np.array("text" if task in SENTIMENT else "image")}
     for name, (tokens, labels) in splits.items():
         arrays |= {f"{name}_tokens": tokens, f"{name}_labels": labels.astype(np.uint8)}
-    folder.mkdir(parents=True, exist_ok=True)
-    handle, scratch = tempfile.mkstemp(dir=folder, suffix=".part")
-    with os.fdopen(handle, "wb") as file:
-        np.savez_compressed(file, **arrays)
-    os.replace(scratch, path)
+    store(path, arrays)
     return path
 
 

@@ -64,7 +64,7 @@ class Group:
         self.grad_B: list[Tensor] = []
 
 
-class _StackedLinear(torch.autograd.Function):
+class StackedLinear(torch.autograd.Function):
     """``x W^T + s (x A^T) B^T``; the adapters' gradients are written where the optimizer reads."""
 
     @staticmethod
@@ -203,14 +203,14 @@ class StackedLlama:
                 h.requires_grad_(torch.is_grad_enabled())
             else:
                 x, h = self.add_norm(x, y, layer["norm1"], self.eps)
-            qkv = _StackedLinear.apply(h, layer["qkv"], next(groups))
+            qkv = StackedLinear.apply(h, layer["qkv"], next(groups))
             q, k, v = self.rotate(qkv, *rotation, rows, self.heads, self.kv_heads)
             attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
             attended = attended.transpose(1, 2).reshape(stack, batch * length, -1)
-            y = _StackedLinear.apply(attended, layer["out"], next(groups))
+            y = StackedLinear.apply(attended, layer["out"], next(groups))
             x, h = self.add_norm(x, y, layer["norm2"], self.eps)
-            merged = _StackedLinear.apply(h, layer["gate_up"], next(groups))
-            y = _StackedLinear.apply(self.gated(merged), layer["down"], next(groups))
+            merged = StackedLinear.apply(h, layer["gate_up"], next(groups))
+            y = StackedLinear.apply(self.gated(merged), layer["down"], next(groups))
         return x, y
 
     def token_losses(
@@ -231,10 +231,15 @@ class StackedLlama:
         index = (positions + start).reshape(stack, -1, 1).expand(-1, -1, x.shape[-1])
         _, picked = self.add_norm(x.gather(1, index), y.gather(1, index), self.final_norm, self.eps)
         logits = (picked.reshape(-1, picked.shape[-1]) @ self.head.mT).float()
-        flat = targets.reshape(-1)
-        losses = F.cross_entropy(logits, flat, reduction="none")
-        right = logits.detach().argmax(-1) == flat
-        return losses.view(targets.shape), right.view(targets.shape)
+        return scored(logits, targets)
+
+
+def scored(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy and correctness of every target, from ``(targets, classes)`` logits in order."""
+    flat = targets.reshape(-1)
+    losses = F.cross_entropy(logits, flat, reduction="none")
+    right = logits.detach().argmax(-1) == flat
+    return losses.view(targets.shape), right.view(targets.shape)
 
 
 class Base(Protocol):

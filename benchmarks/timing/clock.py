@@ -61,7 +61,7 @@ class Clock:
 
     @contextmanager
     def watching(self, *places: tuple[str, Any, str]) -> Iterator[dict[str, list[Any]]]:
-        """Stretches of functions that others call: name, where, attribute.
+        """Stretches of functions and static methods that others call: name, where, attribute.
 
         Gives what they returned.
         """
@@ -80,7 +80,8 @@ class Clock:
         with contextlib.ExitStack() as stack:
             for name, where, attribute in places:
                 work = watched(name, getattr(where, attribute))
-                stack.enter_context(mock.patch.object(where, attribute, work))
+                kept = staticmethod(work) if isinstance(where, type) else work
+                stack.enter_context(mock.patch.object(where, attribute, kept))
             yield results
 
 

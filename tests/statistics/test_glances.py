@@ -33,13 +33,13 @@ def rows():
     return parts
 
 
-def found(**options):
+def found(loss_fn=spoiled, **options):
     return lorainit.collect_statistics(
         models.llama(),
         all_linear(),
         data=rows(),
         needs=lorainit.LoraDA().needs,
-        loss_fn=spoiled,
+        loss_fn=loss_fn,
         progress=False,
         **options,
     )
@@ -77,19 +77,10 @@ def test_the_batch_is_named_as_it_came_though_it_was_cut(monkeypatch) -> None:
 
 
 def test_late_and_at_once_agree_where_all_is_finite(monkeypatch, caplog) -> None:
-    def run():
-        return lorainit.collect_statistics(
-            models.llama(),
-            all_linear(),
-            data=rows(),
-            needs=lorainit.LoraDA().needs,
-            progress=False,
-        )
-
-    at_once = run()
+    at_once = found(loss_fn=None)
     look_late(monkeypatch)
     with caplog.at_level(logging.INFO, logger="lorainit"):
-        assert_equal(run(), at_once)
+        assert_equal(found(loss_fn=None), at_once)
     assert "beginning again" not in caplog.text
 
 
