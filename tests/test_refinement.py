@@ -159,7 +159,7 @@ def run(steps: int) -> tuple[Any, list[tuple[dict[str, LowRank], SearchResult]],
     settings = CollectSettings(lorainit.Natural().needs, progress=False)
     at: list[dict[str, LowRank]] = []
 
-    def collect_at(terms: Any) -> Statistics:
+    def collect_at(step: int, terms: Any) -> Statistics:
         at.append(dict(terms))
         displaced_model = moved(model, dict(terms))
         return collect(
@@ -173,7 +173,7 @@ def run(steps: int) -> tuple[Any, list[tuple[dict[str, LowRank], SearchResult]],
     natural_start(
         lorainit.Natural(steps=steps),
         targets,
-        Probe(model, modules, held, "sequence"),
+        lambda step: Probe(model, modules, held, "sequence"),
         collect_at,
         progress=False,
         on_step=lambda number, terms, result: seen.append((terms, result)),
@@ -203,6 +203,104 @@ def test_first_steps_of_more_steps_are_the_same() -> None:
         assert torch.equal(term.left @ term.right, three[0][0][name].left @ three[0][0][name].right)
 
 
+def test_every_step_is_measured_on_other_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the public door: what a step is measured on was not in its statistics; all is used."""
+    from lorainit import start as module
+
+    held: list[set[int]] = []
+    fitted: list[set[int]] = []
+    probe, collected = module.Measured.probe, module.collect
+    data = sequences()
+    for i, batch in enumerate(data):
+        batch["input_ids"][:, 0] = 6 * i + torch.arange(6) + 1  # told apart by their first token
+
+    def rows(batches: Any) -> set[int]:
+        return {int(row[0]) - 1 for batch in batches for row in batch["input_ids"]}
+
+    def seen_probe(self: Any, batches: Any) -> Probe:
+        held.append(rows(batches))
+        return probe(self, batches)
+
+    def seen_collect(model: Any, modules: Any, data: Any, *rest: Any, **named: Any) -> Statistics:
+        data = list(data)
+        fitted.append(rows(data))
+        return collected(model, modules, data, *rest, **named)
+
+    monkeypatch.setattr(module.Measured, "probe", seen_probe)
+    monkeypatch.setattr(module, "collect", seen_collect)
+    lorainit.get_peft_model(
+        llama(), config(r=4), method=lorainit.Natural(steps=3), data=data, progress=False
+    )
+    steps = len(fitted)
+    assert steps == 3
+    for fit, back in zip(fitted, held, strict=False):
+        assert fit.isdisjoint(back)
+        assert fit | back == set(range(ROWS))
+    assert len(set.union(*held[:steps])) == sum(map(len, held[:steps]))
+
+
+def test_a_displacement_that_other_sequences_refuse_is_given_up() -> None:
+    """Each step goes down where it is measured, but the last sequences are better off at the base."""
+    model, data = llama(), sequences()
+    targets = match_targets(model, config(r=4)).layers
+    modules = {n: t.module for n, t in targets.items()}
+    settings = CollectSettings(lorainit.Natural().needs, progress=False)
+
+    def probe(step: int) -> Probe:
+        sign = 1.0 if step == 1 else -1.0
+        return Probe(model, modules, data, "sequence", lambda m, b: sign * _own(m, b))
+
+    def collect_at(step: int, at: Any) -> Statistics:
+        # No slope at the second step: it stays where the first one led.
+        return collect(model, modules, data, settings, lambda m, b: (2.0 - step) * _own(m, b))
+
+    seen: list[SearchResult] = []
+    factors, found = natural_start(
+        lorainit.Natural(steps=2),
+        targets,
+        probe,
+        collect_at,
+        progress=False,
+        on_step=lambda number, terms, result: seen.append(result),
+    )
+    assert seen[0].length > 0
+    assert found.length == 0
+    assert found.loss == found.start_loss
+    assert all(float(pair.B.abs().max()) == 0 for pair in factors.values())
+    assert all(float(pair.A.norm()) > 0 for pair in factors.values())
+
+
+def test_rows_of_a_start_answer_the_data_alike() -> None:
+    """Activations of ``A``, on the data themselves, are the stated share of a default LoRA's."""
+    model, data = llama(), sequences()
+    method = lorainit.Natural(activation=0.5, damping=1e-6)
+    statistics = lorainit.collect_statistics(
+        model, config(r=4), data=data, needs=method.needs, progress=False
+    )
+    wrapped = lorainit.get_peft_model(
+        model, config(r=4), method=method, statistics=statistics, data=data, progress=False
+    )
+    seen: dict[str, list[Tensor]] = {}
+    layers = {n: m for n, m in wrapped.named_modules() if hasattr(m, "lora_A")}
+    for name, layer in layers.items():
+        layer.register_forward_pre_hook(
+            lambda m, args, name=name: seen.setdefault(name, []).append(args[0].detach())
+        )
+    with torch.no_grad(), wrapped.disable_adapter():
+        for batch in data:
+            wrapped(**batch)
+    norms = []
+    for name, inputs in seen.items():
+        x = torch.cat([i.flatten(0, -2) for i in inputs])
+        a = layers[name].lora_A["default"].weight.detach()
+        ours = (x @ a.T).square().mean(0).sqrt()
+        default = (x.square().sum(-1).mean() / (3 * x.shape[-1])).sqrt()
+        assert torch.allclose(ours, 0.5 * default.expand(len(a)), rtol=0.02), name
+        norms += a.norm(dim=1).tolist()
+    # The rows themselves are of different lengths.
+    assert max(norms) > 1.5 * min(norms)
+
+
 def test_more_steps_by_the_public_door() -> None:
     """The statistics at the displaced point come through hooks here; losses by the installed adapter."""
     data = sequences()
@@ -223,11 +321,11 @@ def test_no_way_down_starts_where_the_model_is() -> None:
     modules = {n: t.module for n, t in targets.items()}
     probe = Probe(model, modules, data, "sequence", lambda m, b: -_own(m, b))
     settings = CollectSettings(lorainit.Natural().needs, progress=False)
-    steps = NaturalSteps(lorainit.Natural(), targets, probe)
+    steps = NaturalSteps(lorainit.Natural(), targets)
     found = collect(model, modules, data, settings)
     # The loss that is measured is minus the loss that the step lowers, so only lengths so small
     # that rounding decides could pass for better.
-    result = steps.take(found)
+    result = steps.take(found, probe)
     assert result.loss <= result.start_loss
     factors = steps.factors()
     assert result.length == 0 or result.loss > result.start_loss - 1e-5

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from benchmarks.quality.stacked import Start
+from lorainit.probing import Probe
 from lorainit.refinement import NaturalSteps
 from lorainit.statistics import Statistics
 from lorainit.types import Factors
@@ -43,9 +44,9 @@ def recorded() -> Iterator[Prefixes]:
     found, take = Prefixes(), NaturalSteps.take
     began, aside = _now(), 0.0
 
-    def and_keep(self: NaturalSteps, statistics: Statistics) -> object:
+    def and_keep(self: NaturalSteps, statistics: Statistics, probe: Probe) -> object:
         nonlocal aside
-        result = take(self, statistics)
+        result = take(self, statistics, probe)
         found.seconds.append(_now() - began - aside)
         found.starts.append(_start(self.factors()))
         aside = _now() - began - found.seconds[-1]

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -98,6 +98,16 @@ class _Stack:
         weights = torch.cat([torch.ones_like(weights), weights])
         return self.whole.cut(weights, self.targets[0].spec.rank)
 
+    def factors(
+        self, method: Natural, statistics: Statistics, length: float, directions: int
+    ) -> tuple[Tensor, Tensor]:
+        """The same as the adapter's ``B``, at scaling 1, and ``A``."""
+        pairs = []
+        for target, left, right in zip(self.targets, *self.moved(length, directions), strict=True):
+            second = statistics[target.name].input_second_moment.to(left.device)
+            pairs.append(method.factors(left, right, 1.0, second))
+        return torch.stack([b for _, b in pairs]), torch.stack([a for a, _ in pairs])
+
 
 @dataclass(eq=False)
 class NaturalSteps:
@@ -109,14 +119,12 @@ class NaturalSteps:
     Attributes:
         method: its settings.
         targets: by name.
-        probe: the loss on calibration sequences.
         searches: one a step.
         directions: how many the newest step used.
     """
 
     method: Natural
     targets: Mapping[str, Target]
-    probe: Probe
     searches: list[SearchResult] = field(default_factory=list)
     directions: int | None = None
     _at: _Pairs = field(default_factory=dict)
@@ -127,8 +135,8 @@ class NaturalSteps:
         """The displacement so far."""
         return {n: LowRank(left.float(), right.float()) for n, (left, right) in self._at.items()}
 
-    def take(self, statistics: Statistics) -> SearchResult:
-        """One step from statistics taken at the present displacement; its length is measured."""
+    def take(self, statistics: Statistics, probe: Probe) -> SearchResult:
+        """One step from statistics taken at the present displacement; `probe` measures its length."""
         self._owners = solvers(self.targets, statistics)
         with distributed.together():
             self._stacks = [
@@ -136,24 +144,33 @@ class NaturalSteps:
                 for members in self._groups()
                 for stack in _Stack.all_measured(self.method, members, statistics, self._at)
             ]
-        with self.probe.opened() as loss:
+        with probe.opened() as loss:
             result, directions = self._search(loss)
-        if result.length > 0:
-            self._at = self._pairs(lambda s: s.moved(result.length, directions), torch.float64)
-        elif not self.searches:
-            # Not one length helps: keep the directions, and start where the model is.
-            self._at = self._pairs(lambda s: s.moved(0.0, 0), torch.float64)
+        if result.length > 0 or not self.searches:
+            # Where not one length helps the directions are kept, and the model starts where it is.
+            directions = directions if result.length > 0 else 0
+            self._at = self._pairs(
+                lambda s: s.factors(self.method, statistics, result.length, directions),
+                torch.float64,
+            )
         self.searches.append(result)
         self._stacks = []
         return result
 
     def factors(self) -> dict[str, Factors]:
         """The displacement as the adapter's factors."""
-        out = {}
-        for name, target in self.targets.items():
-            a, b = self.method.factors(*self._at[name], target.spec.scaling)
-            out[name] = Factors(a.float(), b.float(), anchored=False)
-        return out
+        return {
+            name: Factors(
+                self._at[name][1].float(),
+                (self._at[name][0] / target.spec.scaling).float(),
+                anchored=False,
+            )
+            for name, target in self.targets.items()
+        }
+
+    def stay(self) -> None:
+        """No displacement after all; the directions are kept."""
+        self._at = {n: (torch.zeros_like(left), right) for n, (left, right) in self._at.items()}
 
     def _groups(self) -> list[list[Target]]:
         """This process's layers, those of one shape, rank and device together."""
@@ -266,34 +283,36 @@ def _bar(total: int, progress: bool) -> Iterator[Any]:
 def natural_start(
     method: Natural,
     targets: Mapping[str, Target],
-    probe: Probe,
-    collect_at: Callable[[Mapping[str, LowRank]], Statistics],
+    probe: Callable[[int], Probe],
+    collect_at: Callable[[int, Mapping[str, LowRank]], Statistics],
     *,
     first: Statistics | None = None,
     progress: bool = True,
     on_step: Callable[[int, dict[str, LowRank], SearchResult], None] | None = None,
-) -> tuple[dict[str, Factors], list[SearchResult]]:
+) -> tuple[dict[str, Factors], SearchResult]:
     """`method.steps` natural steps, each measured; the start they lead to.
 
     Args:
         method: its settings.
         targets: layers by name.
-        probe: the loss on calibration sequences.
-        collect_at: statistics at a displacement.
+        probe: the loss on calibration sequences, by number of the step, from one.
+        collect_at: statistics from the step's other sequences, at a displacement.
         first: statistics at the base model, where they are there already.
         progress: show a progress bar.
         on_step: called after each step, with its number, the displacement and the search.
 
     Returns:
-        Factors by layer, and every step's search.
+        Factors by layer; and the last search, its first loss that of the base model on the same
+        sequences. If the base's is lower, the factors displace nothing.
     """
-    steps = NaturalSteps(method, targets, probe)
+    steps = NaturalSteps(method, targets)
+    number = 0
     with _bar(method.steps, progress) as bar:
         for number in range(1, method.steps + 1):
             at_base = number == 1 and first is not None
-            statistics = first if at_base else collect_at(steps.present())
+            statistics = first if at_base else collect_at(number, steps.present())
             assert statistics is not None
-            result = steps.take(statistics)
+            result = steps.take(statistics, probe(number))
             bar.set_postfix(loss=f"{result.loss:.4g}")
             bar.update()
             if on_step is not None:
@@ -301,4 +320,12 @@ def natural_start(
             if result.length == 0:
                 logger.info("step %d of %d found no way down; stopping", number, method.steps)
                 break
-    return steps.factors(), steps.searches
+    found = steps.searches[-1]
+    if number > 1:
+        with probe(number).opened() as loss:
+            base = loss({})
+        if not found.loss < base:
+            steps.stay()
+            found = replace(found, loss=base, length=0.0)
+        found = replace(found, start_loss=base)
+    return steps.factors(), found

@@ -179,30 +179,36 @@ def find_start(
         return _solved(method, measured, statistics, precision, unmeasured=calibrated)
     population = shared_population(data)
     batches = measured.batches(data)
-    fit, held = batches, batches
     steps = method.steps if isinstance(method, Natural) else 1
-    if statistics is None or steps > 1:
-        fit, held = split_batches(
-            batches, measured.calibration_share, rows_before(batches), distributed.anywhere
-        )
+    apart = statistics is None or steps > 1
     measured = measured.capped()
+
+    def parts(step: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """Sequences of a step's statistics, and those that it is measured on: others every time."""
+        if not apart:
+            return batches, batches
+        before = rows_before(batches)
+        share = measured.calibration_share
+        return split_batches(batches, share, before, distributed.anywhere, fold=step - 1)
+
     if statistics is None:
-        statistics = measured.statistics(fit, population)
+        statistics = measured.statistics(parts(1)[0], population)
+    else:
+        parts(1)  # too few sequences are an error before long work
     measured = measured.reallocated(method, statistics)
-    probe = measured.probe(held)
     if isinstance(method, Natural):
         unused = unused_targets(statistics, measured.targets)
         served = _served(measured.targets, unused)
-        factors, searches = natural_start(
+        factors, search = natural_start(
             method,
             served,
-            probe,
-            lambda at: measured.statistics(fit, population, at),
+            lambda step: measured.probe(parts(step)[1]),
+            lambda step, at: measured.statistics(parts(step)[0], population, at),
             first=statistics,
             progress=measured.progress,
         )
-        search = replace(searches[-1], start_loss=searches[0].start_loss)
         return Start(factors, _sizes(factors, served), unused, search)
+    probe = measured.probe(parts(1)[1])
     start = _solved(method, measured, statistics, precision, unmeasured=False)
     factors, search = calibrate_factors(start.factors, measured.targets.layers, probe)
     return Start(factors, _sizes(factors, measured.targets.layers), start.unused, search)

@@ -218,10 +218,13 @@ def natural_euclidean_cut_is_worse() -> float:
 
 
 def natural_rows() -> float:
-    a, b, _ = factors(Natural(row_norm=0.25))
-    eye = torch.eye(RANK, dtype=a.dtype)
-    gram = b.mT @ b
-    return relative(a @ a.mT, eye / 16) + relative(gram, torch.diag(gram.diagonal()))
+    """Orthogonal rows of one activation, a quarter of a default LoRA's; orthogonal columns."""
+    a, b, _ = factors(Natural(activation=0.25, damping=1e-12))
+    size = SX.diagonal().mean() / 3 / 16
+    parts = [relative((a @ SX @ a.mT).diagonal(), size.expand(len(a)))]
+    for gram in (a @ a.mT, b.mT @ b):
+        parts.append(relative(gram, torch.diag(gram.diagonal())))
+    return sum(parts)
 
 
 def natural_length() -> float:

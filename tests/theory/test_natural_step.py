@@ -97,7 +97,7 @@ def natural_step(method: Natural, statistics: LayerStatistics, rank: int) -> Ten
 
 METHODS = [
     Natural(damping=0.01),
-    Natural(damping=1e-6, damping_mode="absolute", length=1.0, row_norm=2.0),
+    Natural(damping=1e-6, damping_mode="absolute", length=1.0, activation=2.0),
     Natural(damping=0.3),
 ]
 

@@ -28,8 +28,8 @@ class Natural:
         Delta =  Y^(-1/2) U S V^T X^(-1/2)
 
     Roots are Cholesky factors: another root turns ``M`` by orthogonal matrices on both sides and
-    leaves ``Delta`` as it is. Then ``s B A = length * Delta``, with the rows of ``A`` the right
-    singular vectors of ``Delta`` times `row_norm`. Not anchored: the model starts displaced.
+    leaves ``Delta`` as it is. Then ``s B A = length * Delta``, with the rows of ``A`` along the right
+    singular vectors of ``Delta``. Not anchored: the model starts displaced.
 
     The length is one number for the model. `get_peft_model` measures it by forward passes on
     sequences held back from the statistics, together with how many of the directions the step uses:
@@ -41,9 +41,12 @@ class Natural:
         damping: added to the diagonals of both factors, see `damping_mode`.
         damping_mode: ``"relative"``: times the mean of each factor's own diagonal; ``"absolute"``: as
             it is, for both.
-        row_norm: norm of every row of ``A``. An optimizer like Adam moves both factors by like
-            amounts, so it sets how fast the subspace turns beside how fast its content changes; the
-            default is the norm of a default LoRA row.
+        activation: root mean square of each component of ``A x`` under the data, in units of a default
+            LoRA's, ``sqrt(tr(Sx) / (3 in))``. An optimizer like Adam moves every entry of a factor by
+            about the learning rate, whatever its size, so the first steps move the predictions by ``B``
+            as much as ``A x`` is long, and by ``A`` as much as ``B`` is. Rows of the default's norm along
+            strong directions of the data answer a common learning rate with a jump; much shorter ones
+            make ``B`` long. Measured in docs/natural.md.
         length: ``s B A`` in units of ``Delta``. None (default): measured by `get_peft_model`; `solve`
             alone then gives one ``Delta``, which only a search may use as it is: the unit follows the
             loss reduction (a loss ``c`` times larger makes ``Delta`` ``1 / c`` times as long), and
@@ -56,7 +59,7 @@ class Natural:
 
     damping: float = 0.1
     damping_mode: DampingMode = "relative"
-    row_norm: float = ROW_NORM
+    activation: float = 0.25
     length: float | None = None
     steps: int = 1
     rho: float = 1.0
@@ -67,7 +70,7 @@ class Natural:
 
     def __post_init__(self) -> None:
         require_damping(self.damping, self.damping_mode)
-        require_number("row_norm", self.row_norm, inclusive=False)
+        require_number("activation", self.activation, inclusive=False)
         if self.length is not None:
             require_number("length", self.length, inclusive=False)
         require_number("rho", self.rho, above=1.0)
@@ -93,15 +96,15 @@ class Natural:
             scaling: the layer's ``s``, divided out of the product; above zero.
 
         Returns:
-            ``A`` ``(..., rank, in)`` with orthogonal rows of norm `row_norm`, ``B``
-            ``(..., out, rank)`` with orthogonal columns, longest first; not anchored.
+            ``A`` ``(..., rank, in)`` with orthogonal rows, ``B`` ``(..., out, rank)`` with orthogonal
+            columns, those of the product's largest singular values first; not anchored.
         """
         linalg.check_rank(rank, *weight.shape[-2:])
         require_number("scaling", scaling, inclusive=False)
         dtype = linalg.compute_dtype(weight, statistics.gradient)
         left, right = self.step(statistics, rank)[1]
         left = left if self.length is None else left * self.length
-        a, b = self.factors(left, right, scaling)
+        a, b = self.factors(left, right, scaling, statistics.input_second_moment)
         return Factors(a.to(weight.device, dtype), b.to(weight.device, dtype), anchored=False)
 
     @property
@@ -127,13 +130,27 @@ class Natural:
         left, right = (u * s.unsqueeze(-2)).to(whitened), v.mT.to(whitened)
         return metric, metric.out_of(left, right)
 
-    def factors(self, left: Tensor, right: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-        """``A``, ``B`` with ``scaling * B A = left right`` and orthogonal rows of norm `row_norm`.
+    def factors(
+        self, left: Tensor, right: Tensor, scaling: float, second_moment: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """``A``, ``B`` with ``scaling * B A = left right`` and orthogonal rows of the right `activation`.
 
         A zero column of ``left`` keeps its row of ``right`` in the span of ``A``.
+
+        Args:
+            left: ``(..., out, rank)``.
+            right: ``(..., rank, in)``.
+            scaling: above zero.
+            second_moment: ``Sx``, ``(..., in, in)``, not damped.
         """
         rows, content = linalg.orthonormal_rows(left, right.mT)
-        return rows * self.row_norm, content / (self.row_norm * scaling)
+        diagonal = second_moment.diagonal(dim1=-2, dim2=-1)
+        # Damping bounds rows along which the data never go.
+        damping = linalg.damping_value(diagonal, self.damping, self.damping_mode)
+        seen = ((rows.to(second_moment) @ second_moment) * rows.to(second_moment)).sum(-1)
+        wanted = (self.activation * ROW_NORM) ** 2 * diagonal.mean(-1, keepdim=True)
+        sizes = (wanted / (seen + damping.unsqueeze(-1))).sqrt().to(rows)
+        return rows * sizes.unsqueeze(-1), content / (sizes.unsqueeze(-2) * scaling)
 
     def metric(self, statistics: LayerStatistics) -> KroneckerMetric:
         """Roots of both damped second moments, in float64 where the device has it."""

@@ -178,6 +178,7 @@ def split_batches(
     share: float,
     before: int = 0,
     anywhere: Callable[[bool], bool] = bool,
+    fold: int = 0,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Rows kept, and about `share` of all rows held back: every so many-th, whatever the batching.
 
@@ -186,6 +187,7 @@ def split_batches(
         share: to hold back.
         before: rows that other processes have before these.
         anywhere: whether something holds on some process.
+        fold: another one holds back other rows; after as many as it takes, all have been.
 
     Returns:
         Kept and held back; each may be empty on a process, not on all.
@@ -203,7 +205,7 @@ def split_batches(
         rows = batch_rows(batch)
         index = torch.arange(seen, seen + rows)
         seen += rows
-        back = index % every == every - 1
+        back = (index + fold) % every == every - 1
         for part, mask in ((kept, ~back), (held, back)):
             if bool(mask.any()):
                 part.append(rows_where(batch, mask, rows))
