@@ -180,7 +180,7 @@ def hungry(layers: int, on_device: int = 0) -> Any:
     return kind()
 
 
-@pytest.mark.parametrize(("layers", "sizes"), [(1, {1}), (2, {1, 2}), (8, {2, 4})])
+@pytest.mark.parametrize(("layers", "sizes"), [(1, {1}), (2, {2}), (8, {2, 4})])
 def test_a_solve_without_memory_is_cut_and_said(
     layers: int, sizes: set[int], caplog: pytest.LogCaptureFixture, everything: lorainit.Statistics
 ) -> None:
@@ -189,7 +189,9 @@ def test_a_solve_without_memory_is_cut_and_said(
         found = start(llama(), method, config(), statistics=everything)
     expected = start(llama(), lorainit.LoraDA(), config(), statistics=everything)
     torch.testing.assert_close(logits(found), logits(expected), rtol=1e-5, atol=1e-6)
-    assert set(method.solved) <= sizes
+    # Halves of what was tried, not layer by layer.
+    assert set(method.solved) == sizes
+    assert sum(method.solved) == 14
     said = [record.message for record in caplog.records if "out of memory" in record.message]
     assert bool(said) == (layers < 8)
     for line in said:
