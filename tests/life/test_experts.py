@@ -210,7 +210,7 @@ def test_several_passes_give_what_one_gives() -> None:
     from lorainit.statistics import CollectSettings, collect
     from lorainit.statistics.collect import prepare
 
-    model = mixtral()
+    model = with_idle_experts([3])
     modules = {n: t.module for n, t in match_targets(model, lora()).layers.items()}
     settings = CollectSettings(NEEDS, on_unused="default", progress=False)
     whole = collect(model, modules, [batch()], settings)
@@ -220,6 +220,8 @@ def test_several_passes_give_what_one_gives() -> None:
     parts = collect(model, modules, [batch()], tight)
     for name in whole:
         torch.testing.assert_close(parts[name].gradient, whole[name].gradient)
+    assert whole.metadata["unused"]
+    assert parts.metadata == whole.metadata
 
 
 def test_an_accident_leaves_the_experts_as_they_were() -> None:
