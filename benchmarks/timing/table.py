@@ -254,6 +254,7 @@ def picture(records: Sequence[Record], path: Path = PICTURE) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
     known = by_name(records)
     figure, (left, middle, right) = pyplot.subplots(
@@ -272,6 +273,8 @@ def picture(records: Sequence[Record], path: Path = PICTURE) -> None:
             else known[n]["seconds"].get(part, 0.0)
             for n in bars
         ]
+        if max(heights, default=0.0) < 0.1:
+            continue  # too thin to be seen
         left.barh(bars, heights, left=below, label=part)
         below = [a + b for a, b in zip(below, heights, strict=True)]
     left.invert_yaxis()
@@ -294,21 +297,27 @@ def picture(records: Sequence[Record], path: Path = PICTURE) -> None:
         middle.set_xticks(widths, [str(width) for width in widths])
         middle.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
         middle.set_ylabel("seconds")
+        middle.set_title("growth with width")
         middle.legend(frameon=False)
+        middle.yaxis.set_major_formatter(FormatStrFormatter("%g"))
     if "ranks" in known:
-        for name in ("lora_da", "filet", "natural"):
+        for name, title in (("lora_da", "LoRA-DA"), ("filet", "FILet"), ("natural", "Natural")):
             points = [
                 (rank, known["ranks"]["seconds"][f"{name} {rank}"])
                 for rank in known["ranks"]["options"]["ranks"]
                 if f"{name} {rank}" in known["ranks"]["seconds"]
             ]
-            right.loglog(*zip(*points, strict=True), "o-", label=name)
+            right.loglog(*zip(*points, strict=True), "o-", label=title)
         ranks = sorted({rank for line in right.lines for rank in line.get_xdata()})
         right.set_xticks(ranks, [f"{rank:g}" for rank in ranks])
         right.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
         right.set_xlabel("rank")
-        right.set_ylabel("seconds for one decoder layer")
+        right.set_ylabel("seconds")
+        right.set_title("solves, one decoder layer")
         right.legend(frameon=False)
+        right.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        right.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+        right.yaxis.set_minor_formatter(NullFormatter())
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
