@@ -79,11 +79,15 @@ class Case:
         return f"{self.shape} {self.sequences} x {self.tokens} by {self.batch}"
 
 
-def plan_of(world: int, kinds: Sequence[str], *, tiny: bool) -> list[Case]:
+def plan_of(
+    world: int, kinds: Sequence[str], *, tiny: bool, batch: int | None = None
+) -> list[Case]:
     """What is measured on so many processes; the most wanted first."""
     kinds = ["plain"] if world == 1 else kinds
     cases = [Case(kind, 64, start=True) for kind in kinds]
     cases += [Case(kind, 256) for kind in kinds]
+    if batch is not None:
+        cases = [Case(kind, 256, batch=batch) for kind in kinds]
     if tiny:
         cases = [replace(c, tokens=16, batch=4, shape="tiny") for c in cases]
     return cases
@@ -357,6 +361,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--table", action="store_true", help="print the tables of docs/scaling.md")
     parser.add_argument("--tiny", action="store_true", help="a few seconds, to see that it runs")
     parser.add_argument("--kinds", nargs="+", default=["plain", "fsdp"], choices=["plain", "fsdp"])
+    parser.add_argument("--batch", type=int, help="sequences a batch, of the largest case alone")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(arguments)
     if options.collect:
@@ -395,7 +400,7 @@ def main(arguments: list[str] | None = None) -> int:
             case.limit,
             lambda c=case: run_case(c, machine, folder),
         )
-        for case in plan_of(machine.world, options.kinds, tiny=options.tiny)
+        for case in plan_of(machine.world, options.kinds, tiny=options.tiny, batch=options.batch)
     ]
     works.insert(0, ({"name": "links"}, 60, lambda: run_links(machine)))
     for record, limit, work in works:

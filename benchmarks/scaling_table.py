@@ -62,11 +62,15 @@ def powers(shape: Shape, power: int) -> float:
     return float(shape.layers * sum(inner**power for _, inner in layers_of(shape)))
 
 
-def find(records: Records, processes: int, kind: str, sequences: int = 0) -> dict[str, Any]:
+def find(
+    records: Records, processes: int, kind: str, sequences: int = 0, batch: int = 8
+) -> dict[str, Any]:
     """The one record of this case; of no number of sequences in particular: that with a start."""
     for record in records:
-        if (record.get("processes"), record.get("kind")) == (processes, kind) and (
-            record["sequences"] == sequences if sequences else record["start"]
+        if (
+            (record.get("processes"), record.get("kind")) == (processes, kind)
+            and (record["sequences"] == sequences if sequences else record["start"])
+            and record["batch"] == batch
         ):
             return record
     raise KeyError(f"no record of {kind} on {processes} processes, {sequences} sequences")
@@ -79,19 +83,19 @@ def seconds_of_pass(record: dict[str, Any]) -> float:
 def measured(records: Records) -> str:
     """One line a case, several processes beside one."""
     rows = [
-        "| model on two cards | sequences of 512 | pass, one card | two cards | | "
+        "| model on two cards | sequences of 512 | a batch | pass, one card | two cards | | "
         "solves, one | two | peak GiB of each card, one | two |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for record in records:
         if record.get("processes", 1) < 2 or "kind" not in record:
             continue
-        one = find(records, 1, "plain", record["sequences"])
+        one = find(records, 1, "plain", record["sequences"], record["batch"])
         alone, here = seconds_of_pass(one), seconds_of_pass(record)
         solves = [r["seconds"].get("solve_layers") for r in (one, record)]
         rows.append(
             f"| {'sharded' if record['kind'] == 'fsdp' else 'replicated'} | {record['sequences']} | "
-            f"{alone:.2f} s | {here:.2f} s | **{alone / here:.2f} ×** | "
+            f"{record['batch']} | {alone:.2f} s | {here:.2f} s | **{alone / here:.2f} ×** | "
             + " | ".join("" if s is None else f"{s:.2f} s" for s in solves)
             + f" | {max(one['peak_gib']['pass']):.1f} | {max(record['peak_gib']['pass']):.1f} |"
         )
@@ -100,7 +104,11 @@ def measured(records: Records) -> str:
 
 def constants(records: Records) -> dict[str, float]:
     """What the larger table is made of, each from the records."""
-    one = [r for r in records if r.get("processes") == 1 and r.get("kind") == "plain"]
+    one = [
+        r
+        for r in records
+        if r.get("processes") == 1 and r.get("kind") == "plain" and r["batch"] == 8
+    ]
     few, many = sorted(one, key=lambda r: r["sequences"])[:: len(one) - 1]
     tokens = (many["sequences"] - few["sequences"]) * few["tokens"]
     shape = SHAPES[few["shape"]]
