@@ -33,11 +33,6 @@ def stacked_b(whole: Tensor, experts: int) -> Tensor:
     return whole.reshape(whole.shape[0], -1, experts).permute(2, 0, 1)
 
 
-def flat_b(stacked: Tensor) -> Tensor:
-    """``(., r * experts)`` of ``(experts, ., r)``: the inverse of `stacked_b`."""
-    return stacked.permute(1, 2, 0).flatten(1)
-
-
 def in_peft(layer: ParamWrapper, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """A pair of the expert's ``(out, in)`` matrix as PEFT wants it, or its pair as ours."""
     transposed = bool(getattr(layer.get_base_layer(), "is_transposed", False))
