@@ -16,7 +16,7 @@ from lorainit.adapters.layers import adapter_layers
 from lorainit.adapters.origin import origin_of
 from lorainit.errors import DataError
 from lorainit.report import Curve, StartLoss, read_curves, report
-from lorainit.report.drawing import _scale
+from lorainit.report.drawing import DRAWN_LAYERS, _scale, spectra
 from lorainit.report.measure import _directions, _spectrum, measure_layer, place_of, spread
 from lorainit.report.promise import Displacement, displacements_of, promise_of, total
 from lorainit.report.sizes import sizes_of
@@ -302,6 +302,20 @@ def test_layers_compared_are_spread_over_the_depth() -> None:
     assert {int(name.split(".")[2]) for name in names} == {0, 10, 19, 29}
     assert len(names) == 8
     assert spread(layers, 4) == {target.name for target in layers}
+
+
+def test_spectra_of_many_layers_are_drawn_from_all_depths() -> None:
+    """A deep stack is thinned out evenly, and the median is of all of it."""
+    lines = [[0.5 + i / 1000, 0.01] for i in range(210)]
+    drawn = re.findall(r'class="(faint|strong)" points="(\S+)', spectra(lines, 1, "shares"))
+    heights = [float(place.split(",")[1]) for kind, place in drawn if kind == "faint"]
+    assert len(heights) == DRAWN_LAYERS
+    whole = [spectra([line], 1, "shares") for line in (lines[0], lines[-1], lines[105])]
+    ends = [float(re.search(r'"faint" points="\S+?,([\d.]+)', one)[1]) for one in whole]
+    assert heights[0] == ends[0]
+    assert heights[-1] == pytest.approx(ends[1], abs=0.3)
+    (middle,) = [float(place.split(",")[1]) for kind, place in drawn if kind == "strong"]
+    assert middle == pytest.approx(ends[2], abs=0.11)
 
 
 @pytest.mark.parametrize(

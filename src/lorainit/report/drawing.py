@@ -56,13 +56,14 @@ def heat_map(
 
 
 def spectra(lines: Sequence[Sequence[float]], rank: int, label: str) -> str:
-    """Shares by number, largest first, logarithmic: every layer faint, their median strong."""
+    """Shares by number, largest first, logarithmic: layers faint, the median of all strong."""
     lines = [line for line in lines if line]
     if not lines:
         return '<p class="none">not collected</p>'
     width, height, left, right, top, bottom = 300, 170, 52, 8, 16, 24
     length = max(len(line) for line in lines)
-    floor = -6.0
+    smallest = min((v for line in lines for v in line if v > 0), default=1.0)
+    floor = max(-6.0, min(-2.0, 2.0 * math.floor(math.log10(smallest) / 2)))
 
     def spot(index: int, value: float) -> str:
         x = left + (width - left - right) * index / max(1, length - 1)
@@ -77,7 +78,8 @@ def spectra(lines: Sequence[Sequence[float]], rank: int, label: str) -> str:
         parts.append(
             f'<text class="axis" x="{left - 4}" y="{y + 4}" text-anchor="end">{name}</text>'
         )
-    for line in lines[:80]:
+    apart = max(1.0, len(lines) / DRAWN_LAYERS)
+    for line in (lines[int(i * apart)] for i in range(min(len(lines), DRAWN_LAYERS))):
         points = " ".join(spot(i, v) for i, v in enumerate(line))
         parts.append(f'<polyline class="faint" points="{points}"/>')
     middle = []
@@ -148,6 +150,9 @@ def chart(lines: Sequence[Sequence[tuple[float, float]]], label: str) -> str:
                 parts.append(dot)
     return _svg(width, height, label, parts)
 
+
+DRAWN_LAYERS = 70
+"""Layers whose spectra are drawn one by one."""
 
 COLOURS = 8
 """Lines that can be told apart by colour."""

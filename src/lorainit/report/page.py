@@ -10,7 +10,7 @@ from typing import Any
 
 from lorainit._version import __version__
 from lorainit.report.curves import Curve
-from lorainit.report.drawing import COLOURS, chart, heat_map, matrix, spectra
+from lorainit.report.drawing import COLOURS, DRAWN_LAYERS, chart, heat_map, matrix, spectra
 from lorainit.report.measure import LayerReport
 from lorainit.report.promise import StartLoss, total
 
@@ -36,8 +36,8 @@ ul.advice .warn{border-left-color:var(--warn)}ul.advice .good{border-left-color:
 .scroll{overflow-x:auto}svg{width:100%;height:auto;display:block}.fit svg{width:auto}
 svg text{font:11px system-ui,sans-serif;fill:var(--ink)}svg .axis{fill:var(--soft)}
 svg .on{fill:var(--on)}.cell{fill:var(--heat)}
-polyline{fill:none}.faint{stroke:var(--heat);stroke-opacity:.18;stroke-width:1}
-.strong{stroke:var(--heat);stroke-width:2}line.grid{stroke:var(--line)}
+polyline{fill:none}.faint{stroke:var(--heat);stroke-opacity:.22;stroke-width:.7}
+.strong{stroke:var(--ink);stroke-width:1.6}line.grid{stroke:var(--line)}
 .rank{stroke:var(--warn);stroke-width:1.5;stroke-dasharray:4 3}svg .mark{fill:var(--warn)}
 .grid2{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,400px),1fr));gap:12px}
 .legend{display:flex;flex-wrap:wrap;gap:4px 18px;margin:0 0 8px;font-size:.85rem}
@@ -116,8 +116,8 @@ def render(
         ),
         _section(
             "Spectra",
-            "Share of each direction, largest first; every layer faint, their median strong, the rank "
-            "dashed. A steep fall before the rank: a lower one would do.",
+            f"Share of each direction, largest first; {_drawn(layers)} faint, the median of all strong, "
+            "the rank dashed. A steep fall before the rank: a lower one would do.",
             _spectra(layers, rank),
         ),
         _sample(layers),
@@ -304,6 +304,11 @@ def _energy(layers: Sequence[LayerReport]) -> str:
     return f'<div class="card fit">{drawn}</div>'
 
 
+def _short(value: float) -> str:
+    """Two digits: ``0.031``, ``1.2e-5``."""
+    return f"{value:.2g}" if value >= 1e-3 or value == 0 else f"{value:.1e}".replace("e-0", "e-")
+
+
 def _percent(share: float) -> str:
     return f"{share:.0%}" if share >= 0.1 else f"{share:.1%}" if share >= 0.001 else "<0.1%"
 
@@ -322,12 +327,19 @@ def _share(
     for layer in layers:
         if layer.name in known:
             value = known[layer.name]
-            text = f"{value:.0%}" if percent else f"{value:.2g}"
+            text = f"{value:.0%}" if percent else _short(value)
             values[layer.depth, layer.projection] = (
                 min(1.0, value / top), text, f"{layer.name}: {text}"
             )  # fmt: skip
     drawn = heat_map(values, _columns(layers), "share by depth and projection")
     return f'<div class="card fit">{drawn}</div>'
+
+
+def _drawn(layers: Sequence[LayerReport]) -> str:
+    """Which layers have a line of their own."""
+    if len(layers) <= DRAWN_LAYERS:
+        return "every layer"
+    return f"{DRAWN_LAYERS} of {len(layers)} layers, spread evenly,"
 
 
 def _spectra(layers: Sequence[LayerReport], rank: int) -> str:
@@ -363,7 +375,7 @@ def _table(layers: Sequence[LayerReport]) -> str:
         f"<tr><td>{escape(layer.name)}</td><td>{layer.shape[0]} × {layer.shape[1]}</td>"
         f"<td>{layer.rank}</td><td>{cell(layer.energy, '.3g')}</td><td>{cell(layer.kept, '.0%')}</td>"
         f"<td>{cell(layer.directions, '.1f')}</td><td>{layer.positions:,.0f}</td>"
-        f"<td>{cell(layer.size, '.2g')}</td></tr>"
+        f"<td>{'–' if layer.size is None else _short(layer.size)}</td></tr>"
         for layer in layers
     )
     return (
