@@ -63,7 +63,7 @@ def spectra(lines: Sequence[Sequence[float]], rank: int, label: str) -> str:
     width, height, left, right, top, bottom = 300, 170, 52, 8, 16, 24
     length = max(len(line) for line in lines)
     smallest = min((v for line in lines for v in line if v > 0), default=1.0)
-    floor = max(-6.0, min(-2.0, 2.0 * math.floor(math.log10(smallest) / 2)))
+    floor = float(max(-6, min(-2, math.floor(math.log10(smallest)))))
 
     def spot(index: int, value: float) -> str:
         x = left + (width - left - right) * index / max(1, length - 1)
