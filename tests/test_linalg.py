@@ -102,7 +102,23 @@ def test_rough_products_are_measured_exactly(name: str) -> None:
         if tolerance == 1e-5:
             assert 0 < products["exact"] <= products["rough"] / 2
         else:
-            assert products["exact"] > 5
+            assert products["exact"] > 2
+
+
+@DTYPES
+@pytest.mark.parametrize("name", ["flat", "one far out", "falling"])
+def test_bound_of_operator(name: str, dtype: torch.dtype) -> None:
+    """Above every eigenvalue, or hardly below, and not far above; a stack of two sizes."""
+    values = {
+        "flat": torch.linspace(0.5, 1, N).double(),
+        "one far out": torch.cat([torch.linspace(0, 1, N - 1), torch.tensor([50.0])]).double(),
+        "falling": torch.arange(1, N + 1).double() ** -0.5,
+    }[name]
+    q = orthogonal(N)
+    matrix = torch.stack([(q * values) @ q.mT, (q * values * 1e-8) @ q.mT]).to(dtype)
+    found = linalg.bound_of_operator(matrix.matmul, matrix) / torch.tensor([1.0, 1e-8])
+    assert bool((found >= 0.98 * values.max()).all())
+    assert bool((found <= 1.5 * values.max()).all())
 
 
 def test_an_upper_bound_that_is_none_gives_nothing_wrong() -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lorainit import subspace
 from lorainit.errors import FactorizationError, NonFiniteError, RankError
+from lorainit.halves import Halves
 from lorainit.types import DampingMode
 
 DENSE_LIMIT = 768
@@ -32,6 +33,12 @@ _SYMMETRIC_LIMIT = 256
 """The same of leading eigenvectors, whose iteration needs one product a step, not two."""
 
 _LOOP_FROM = 256
+
+_BOUND_PRODUCTS = 4
+_BOUND_MARGIN = 1.05
+
+_HASTE = 0.7
+"""Of what is allowed: where a rough stage ends, so that the last one has only to measure."""
 
 
 # --- dtypes and checks ----------------------------------------------------------------------
@@ -91,6 +98,22 @@ def dense_limit(like: Tensor) -> int:
     return DENSE_LIMIT_CUDA if like.is_cuda else DENSE_LIMIT
 
 
+def has_matrix_units(like: Tensor) -> bool:
+    """Whether this tensor's device multiplies half precision far more quickly than float32."""
+    return like.is_cuda
+
+
+def on_matrix_units(matrix: Tensor) -> bool:
+    """Whether large products with this matrix are quickest in `Halves`."""
+    return matrix.dtype == torch.float32 and has_matrix_units(matrix)
+
+
+def block_width(like: Tensor, k: int) -> int:
+    """Columns of an iteration's block: on CUDA as many as come at no cost, in whole eights."""
+    width = k + subspace.OVERSAMPLING
+    return max(subspace.BATCHED_ON_CUDA, -(-width // 8) * 8) if like.is_cuda else width
+
+
 def iterates(like: Tensor) -> bool:
     """Whether ``(..., n, m)`` is large enough for operators that are never formed."""
     return like.shape[-2] > dense_limit(like)
@@ -135,13 +158,19 @@ def _one_by_one(matrix: Tensor) -> bool:
     return matrix.is_cuda and matrix.dim() > 2 and matrix.shape[-1] >= _LOOP_FROM
 
 
-def _cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    if not _one_by_one(matrix):
-        factor, info = torch.linalg.cholesky_ex(matrix)
+def _cholesky(matrix: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
+    """Of ``matrix + damping * I`` in the damping's dtype; a large stack one by one, and copied once."""
+    out = torch.empty(matrix.shape, dtype=damping.dtype, device=matrix.device).copy_(matrix)
+    out.diagonal(dim1=-2, dim2=-1).add_(damping.unsqueeze(-1))
+    if not _one_by_one(out):
+        factor, info = torch.linalg.cholesky_ex(out)
         return factor, info
-    pairs = [torch.linalg.cholesky_ex(m) for m in matrix.flatten(0, -3)]
-    factors = torch.stack([p[0] for p in pairs]).reshape(matrix.shape)
-    return factors, torch.stack([p[1] for p in pairs])
+    infos = []
+    for one in out.flatten(0, -3):
+        factor, info = torch.linalg.cholesky_ex(one)
+        one.copy_(factor)
+        infos.append(info)
+    return out, torch.stack(infos)
 
 
 def solve_triangular(triangle: Tensor, right: Tensor, *, upper: bool, left: bool = True) -> Tensor:
@@ -152,27 +181,6 @@ def solve_triangular(triangle: Tensor, right: Tensor, *, upper: bool, left: bool
     pairs = zip(triangle.flatten(0, -3), right.flatten(0, -3), strict=True)
     solved = [torch.linalg.solve_triangular(t, r, upper=upper, left=left) for t, r in pairs]
     return torch.stack(solved).reshape(right.shape)
-
-
-def triangular_inverse(lower: Tensor, *, block: int = 512) -> Tensor:
-    """Inverse of a lower triangular ``(..., n, n)``, by halves, so that it is mostly products."""
-    out = torch.zeros_like(lower)
-    _invert_into(lower, out, block)
-    return out
-
-
-def _invert_into(lower: Tensor, out: Tensor, block: int) -> None:
-    n = lower.shape[-1]
-    if n <= block:
-        eye = torch.eye(n, dtype=lower.dtype, device=lower.device).expand_as(lower)
-        out.copy_(solve_triangular(lower, eye, upper=False))
-        return
-    half = -(-n // (2 * block)) * block
-    first, second = slice(None, half), slice(half, None)
-    _invert_into(lower[..., first, first], out[..., first, first], block)
-    _invert_into(lower[..., second, second], out[..., second, second], block)
-    corner = lower[..., second, first] @ out[..., first, first]
-    out[..., second, first] = out[..., second, second] @ corner.neg_()
 
 
 # --- damping and roots ----------------------------------------------------------------------
@@ -208,11 +216,12 @@ def damped_cholesky(matrix: Tensor, damping: Tensor, what: str) -> Tensor:
 
     Args:
         matrix: ``(..., n, n)``, symmetric positive semidefinite up to rounding.
-        damping: ``(...)``.
+        damping: ``(...)``, its dtype and device are the factor's: a matrix in float32 is factored in
+            float64 without a copy before.
         what: how to name the matrix in an error.
 
     Returns:
-        ``(..., n, n)``, lower triangular, in the matrix's dtype, or in float64 (and on the CPU,
+        ``(..., n, n)``, lower triangular, in the damping's dtype, or in float64 (and on the CPU,
         where the device has no float64) if only that worked.
 
     Raises:
@@ -220,10 +229,10 @@ def damped_cholesky(matrix: Tensor, damping: Tensor, what: str) -> Tensor:
         FactorizationError: not positive definite in float64 either.
     """
     check_finite(matrix, what)
-    for attempt in (matrix, double_precision(matrix)):
-        damped = add_to_diagonal(attempt, damping.to(attempt))
-        factor, info = _cholesky(damped)
-        if not bool(info.any()) and bool(all_finite(factor)):
+    for attempt in (damping, double_precision(damping)):
+        factor, info = _cholesky(matrix.to(attempt.device), attempt)
+        # What is not finite anywhere in a row is not finite on the diagonal either.
+        if not bool(info.any()) and bool(all_finite(factor.diagonal(dim1=-2, dim2=-1))):
             return factor
     raise FactorizationError(
         f"{what} is not positive definite with damping {float(damping.min()):.3g} added, in "
@@ -314,7 +323,7 @@ def smallest_of_operator(
     each: float = 0.0,
     rough: subspace.Apply | None = None,
     start: Tensor | None = None,
-) -> tuple[Tensor, Tensor] | None:
+) -> tuple[Tensor, Tensor, Tensor] | None:
     """Orthonormal eigenvectors of the ``k`` smallest eigenvalues of a matrix that is never formed.
 
     By filtered subspace iteration (`lorainit.subspace`), until every residual ``|M v - mu v|`` is
@@ -327,37 +336,63 @@ def smallest_of_operator(
         upper: ``(...)``, a number that no eigenvalue is above, and that none is far below.
         tolerance: default ``1e-10`` in float64; in float32 ``2e-6``, or what rounding allows.
         each: the same for each eigenvalue by itself.
-        rough: the matrix in float32, for all products but those that measure the residuals.
+        rough: the same, quicker, on blocks in float32. It measures itself; what it comes to is measured
+            by `apply` at the end, and mended by it where it falls short.
         start: ``(..., n, width)`` near the vectors sought, where such are known.
 
     Returns:
-        Eigenvalues ``(..., k)`` ascending and eigenvectors ``(..., n, k)``; None where a dense
-        solver is as quick, or where the iteration does not meet its tolerance: form the matrix.
+        Eigenvalues ``(..., k)`` ascending, eigenvectors ``(..., n, k)``, and all that was iterated on,
+        ``(..., n, width)``; None where a dense solver is as quick, or where the iteration does not meet
+        its tolerance: form the matrix.
     """
     n = like.shape[-2]
-    width = k + subspace.OVERSAMPLING if start is None else start.shape[-1]
+    width = block_width(like, k) if start is None else start.shape[-1]
     if n <= dense_limit(like) or 2 * width >= n:
         return None
     goal = _tolerance(like, tolerance)
 
-    def allowed(values: Tensor) -> Tensor:
-        sizes = values.abs()
-        largest = sizes.amax(-1, keepdim=True).clamp_min(torch.finfo(like.dtype).tiny)
-        # No residual can be asked to be below the rounding of the matrix itself.
-        rounding = 8 * torch.finfo(like.dtype).eps * upper.abs().unsqueeze(-1).to(values)
-        return torch.maximum(torch.maximum(goal * largest, each * sizes), rounding)
+    def stage(times: subspace.Apply, dtype: torch.dtype, share: float) -> subspace.Stage:
+        def negative(block: Tensor) -> Tensor:
+            return -times(block)
 
-    ritz = subspace.symmetric_ritz(lambda block: -apply(block), k, allowed, like.dtype)
+        def allowed(values: Tensor) -> Tensor:
+            sizes = values.abs()
+            largest = sizes.amax(-1, keepdim=True).clamp_min(torch.finfo(like.dtype).tiny)
+            wanted = share * torch.maximum(goal * largest, each * sizes)
+            # No residual can be asked to be below the rounding of the matrix itself.
+            rounding = 8 * torch.finfo(dtype).eps * upper.abs().unsqueeze(-1).to(values)
+            return torch.maximum(wanted, rounding)
+
+        ritz = subspace.symmetric_ritz(negative, k, allowed)
+        return subspace.Stage(negative, ritz, dtype, hasty=share < 1)
+
+    stages = [stage(apply, like.dtype, 1.0)]
+    if rough is not None:
+        stages.insert(0, stage(rough, torch.float32, _HASTE))
     block = _start_block(like, n, width) if start is None else start
-    for one in (rough, apply):
-        if one is None:
-            continue
-        turned = block.float() if one is rough else block.to(like)
-        found = subspace.filtered(lambda b, m=one: -m(b), ritz, turned, k, lower=-upper)  # type: ignore[misc]
-        if found.converged:
-            return -found.values[..., :k], fix_signs(found.vectors[..., :k].to(like))
-        block = found.vectors
-    return None
+    found = subspace.in_stages(stages, block, k, lower=-upper, settled=start is not None)
+    if found is None or not found.converged:
+        return None
+    return -found.values[..., :k], fix_signs(found.vectors[..., :k]), found.vectors
+
+
+def bound_of_operator(apply: subspace.Apply, like: Tensor) -> Tensor:
+    """``(...)``: a number that hardly any eigenvalue of a positive definite matrix is above.
+
+    After a few products with a random block the largest Ritz value and its residual; the true largest
+    eigenvalue is within a few percent. An iteration is only slower where it is not, see
+    `smallest_of_operator`.
+
+    Args:
+        apply: what the matrix does to a block.
+        like: any ``(..., n, m)`` tensor of the matrix's batch, size, dtype and device.
+    """
+    n = like.shape[-2]
+    block = subspace.orthonormal(_start_block(like, n, min(n, subspace.OVERSAMPLING)))
+    for _ in range(_BOUND_PRODUCTS):
+        block = subspace.orthonormal(apply(block))
+    found = subspace.symmetric_ritz(apply, 1, lambda values: values)(block)
+    return found.values[..., 0] * (1 + found.error[..., 0]) * _BOUND_MARGIN
 
 
 def largest_eigenvectors(
@@ -377,17 +412,17 @@ def largest_eigenvectors(
         values, vectors = (t.unsqueeze(1).expand(-1, matrix.shape[1], *t.shape[1:]) for t in found)
         return values, vectors
     n = matrix.shape[-1]
-    width = k + subspace.OVERSAMPLING
+    width = block_width(matrix, k)
     if n > min(dense_limit(matrix), _SYMMETRIC_LIMIT) and 4 * width < n:
-        goal = _tolerance(matrix, tolerance)
         tiny = torch.finfo(matrix.dtype).tiny
+
+        goal = _tolerance(matrix, tolerance)
+        times = Halves.of(matrix).times if on_matrix_units(matrix) else matrix.matmul
         ritz = subspace.symmetric_ritz(
             matrix.matmul, k, lambda v: (goal * v[..., :1]).clamp_min(tiny)
         )
         zero = torch.zeros(matrix.shape[:-2], dtype=torch.float64, device=matrix.device)
-        pairs = subspace.filtered(
-            matrix.matmul, ritz, _start_block(matrix, n, width), k, lower=zero
-        )
+        pairs = subspace.filtered(times, ritz, _start_block(matrix, n, width), k, lower=zero)
         if pairs.converged:
             return pairs.values[..., :k].to(matrix), fix_signs(pairs.vectors[..., :k])
     values, vectors = eigh(matrix)
@@ -426,7 +461,7 @@ def top_singular(
         ``(..., m, k)``, ``(..., k)`` descending, ``(..., n, k)``.
     """
     small = min(matrix.shape[-2:])
-    if small > dense_limit(matrix) and 2 * (k + subspace.OVERSAMPLING) < small:
+    if small > dense_limit(matrix) and 2 * block_width(matrix, k) < small:
         found = _filtered_svd(matrix, k, _tolerance(matrix, tolerance))
         if found is not None:
             return _fix_pair_signs(*found)
@@ -523,13 +558,17 @@ def _start_block(matrix: Tensor, rows: int, width: int) -> Tensor:
 
 def _filtered_svd(matrix: Tensor, k: int, tolerance: float) -> tuple[Tensor, Tensor, Tensor] | None:
     """Leading triplets by filtered subspace iteration on ``M^T M``; None without convergence."""
-    start = _start_block(matrix, matrix.shape[-1], k + subspace.OVERSAMPLING)
+    halves = Halves.of(matrix) if on_matrix_units(matrix) else None
 
     def apply(block: Tensor) -> Tensor:
-        return matrix.mT @ (matrix @ block)
+        if halves is None:
+            return matrix.mT @ (matrix @ block)
+        return halves.transposed_times(halves.times(block))
 
+    ritz = subspace.gram_ritz(matrix, k, tolerance)
+    start = _start_block(matrix, matrix.shape[-1], block_width(matrix, k))
     zero = torch.zeros(matrix.shape[:-2], dtype=torch.float64)
-    found = subspace.filtered(apply, subspace.gram_ritz(matrix, k, tolerance), start, k, lower=zero)
+    found = subspace.filtered(apply, ritz, start, k, lower=zero)
     if not found.converged or found.left is None:
         return None
     return found.left[..., :k], found.values[..., :k].sqrt().to(matrix), found.vectors[..., :k]

@@ -32,7 +32,7 @@ logger = logging.getLogger("lorainit")
 
 _CHUNK_BYTES = 1 << 30
 
-_CUDA_SHARE = 24
+_CUDA_SHARE = 16
 """Of the memory that is free, one part in this many goes into a stack's statistics in float32: a
 solve holds them in float64, and intermediates beside them."""
 
@@ -70,7 +70,7 @@ def solve_layers(
         disable=None if progress else True,
     )
     with bar, torch.no_grad():
-        for chunks in _rounds(targets, owners, size, statistics, max_memory):
+        for chunks in _rounds(targets, owners, size, statistics, method.needs, max_memory):
             try:
                 weights = _weights(chunks, rank)
                 if chunks[rank] and failure is None:
@@ -127,7 +127,7 @@ def value_directions(
     budget = _chunk_bytes(targets)
     with torch.no_grad(), distributed.together():
         for limit, members in by_limit.items():
-            for chunk in _chunks(members, budget):
+            for chunk in _chunks(members, budget, method.needs):
                 layers = [
                     _for_solving(statistics[t.name], method.needs, device_of(t), None)
                     for t in chunk
@@ -323,6 +323,7 @@ def _rounds(
     owners: Mapping[str, int],
     size: int,
     statistics: Statistics | None,
+    needs: frozenset[str],
     max_memory: int | None = None,
 ) -> Iterator[list[list[Target]]]:
     """Rounds of one chunk for each process, so that all solve at once between two gathers."""
@@ -330,14 +331,19 @@ def _rounds(
     mine: list[dict[str, Target]] = [{} for _ in range(size)]
     for name, target in targets.items():
         mine[owners[name]][name] = target
-    chunks = [_chunks(members, budget, statistics) for members in mine]
+    chunks = [_chunks(members, budget, needs, statistics) for members in mine]
     yield from (list(turn) for turn in zip_longest(*chunks, fillvalue=[]))
 
 
 def _chunks(
-    targets: Mapping[str, Target], budget: int, statistics: Statistics | None = None
+    targets: Mapping[str, Target],
+    budget: int,
+    needs: frozenset[str],
+    statistics: Statistics | None = None,
 ) -> Iterator[list[Target]]:
     """Targets of one shape, rank, scaling and device, as many as `budget` bytes allow.
+
+    A layer counts with the statistics that its method needs, and with its weight in float32.
 
     Where `statistics` say so, those that share an input stand together, apart from those that do not
     or with more or fewer others.
@@ -351,7 +357,8 @@ def _chunks(
         source = 0 if held is None else _input_key(held)
         groups.setdefault(key, {}).setdefault(source, []).append(target)
     for (rows, columns, *_), sources in groups.items():
-        step = max(1, budget // (4 * (rows * rows + rows * columns + columns * columns)))
+        sizes = statistic_bytes((rows, columns), needs - {"gradient"})
+        step = max(1, budget // (4 * rows * columns + sum(sizes.values())))
         by_number: dict[int, list[Target]] = {}
         for members in sources.values():
             number = len(members) if statistics is not None and len(members) <= step else 1

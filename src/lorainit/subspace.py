@@ -10,7 +10,7 @@ filter works on what is orthogonal to them, so that far larger neighbours do not
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,9 @@ Apply = Callable[[Tensor], Tensor]
 
 OVERSAMPLING = 16
 """Columns of a block beyond the pairs sought: the wider, the lower the polynomial."""
+
+BATCHED_ON_CUDA = 32
+"""Up to this width a CUDA device decomposes a stack of small matrices at once."""
 
 _MAX_PRODUCTS = 400
 _MAX_DEGREE = 48
@@ -52,8 +55,58 @@ class Ritz:
         return bool((self.error <= 1).all())
 
 
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """One way to multiply by the matrix: as long as it brings a block nearer.
+
+    Attributes:
+        apply: the matrix.
+        ritz: measures a block; rough stages measure themselves, the last one the matrix itself.
+        dtype: of the block.
+        hasty: whether it ends at the first round that brings nothing: a better one follows.
+    """
+
+    apply: Apply
+    ritz: Callable[[Tensor], Ritz]
+    dtype: torch.dtype
+    hasty: bool = False
+
+
+def in_stages(
+    stages: Sequence[Stage], start: Tensor, k: int, *, lower: Tensor, settled: bool = False
+) -> Ritz | None:
+    """`filtered`, each stage from where the one before it came to; what the last one finds.
+
+    None where numbers grew beyond what it holds. A rough stage that they outgrow is left out.
+    """
+    block, found = start, None
+    for stage in stages:
+        try:
+            found = filtered(
+                stage.apply,
+                stage.ritz,
+                block.to(stage.dtype),
+                k,
+                lower=lower,
+                settled=settled,
+                patience=1 if stage.hasty else _PATIENCE,
+            )
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+            found = None
+            continue
+        block, settled = found.vectors, True
+    return found
+
+
 def filtered(
-    apply: Apply, ritz: Callable[[Tensor], Ritz], start: Tensor, k: int, *, lower: Tensor
+    apply: Apply,
+    ritz: Callable[[Tensor], Ritz],
+    start: Tensor,
+    k: int,
+    *,
+    lower: Tensor,
+    settled: bool = False,
+    patience: int = _PATIENCE,
 ) -> Ritz:
     """Iterate until the ``k`` leading pairs meet their tolerance (`Ritz.converged`), or none gets nearer.
 
@@ -63,12 +116,17 @@ def filtered(
         start: ``(..., n, width)``, any block of full rank, ``width > k``.
         k: how many pairs are wanted, those with the largest eigenvalues.
         lower: ``(...)``, a number that no eigenvalue is below.
+        settled: `start` has been iterated on already: it is measured as it is.
+        patience: how many rounds without progress end the iteration.
     """
-    found = ritz(orthonormal(apply(orthonormal(start))))
-    budget, patience, best = _MAX_PRODUCTS, _PATIENCE, float("inf")
-    while not found.converged and patience:
+    begin = orthonormal(start)
+    found = ritz(begin if settled else orthonormal(apply(begin)))
+    budget, left, best = _MAX_PRODUCTS, patience, float("inf")
+    while left:
         worst = float(found.error.max())
-        patience = patience - 1 if worst > _PROGRESS * best else _PATIENCE
+        if worst <= 1:
+            break
+        left = left - 1 if not worst <= _PROGRESS * best else patience
         best = min(best, worst)
         filter_ = _Filter(found, k, lower.to(found.values))
         budget -= filter_.highest + 2
@@ -113,28 +171,34 @@ class _Filter:
         digits = -0.75 * math.log(torch.finfo(dtype).eps)
         possible = (digits / (largest - smallest).clamp_min(1e-6)).floor()
         self.degrees = torch.minimum(needed, possible).clamp(2, _MAX_DEGREE)
-        self.highest = int(self.degrees.max())
+        ends = torch.stack([self.degrees.max(), self.degrees.min(), locked.max().to(values)])
+        self.highest, self.least, self.some = ends.int().tolist()
         width = values.shape[-1]
         self.locked = torch.nn.functional.pad(locked, (0, width - k)).bool().unsqueeze(-2)
 
     def __call__(self, apply: Apply, vectors: Tensor) -> Tensor:
         """The block, locked vectors as they are, the others filtered; orthonormal."""
         centre, scale = (t[..., None, None].to(vectors) for t in (self.centre, 1 / self.half))
-        kept = vectors * self.locked
-        before = vectors - kept
+        kept = vectors * self.locked if self.some else vectors
+        before = vectors - kept if self.some else vectors
 
         def outside(block: Tensor) -> Tensor:
-            return block - kept @ (kept.mT @ block)
+            return block - kept @ (kept.mT @ block) if self.some else block
 
-        now = outside((apply(before) - centre * before) * scale)
+        now = outside(torch.addcmul(apply(before) * scale, before, centre * scale, value=-1))
         for degree in range(2, self.highest + 1):
-            after = outside((apply(now) - centre * now) * (2 * scale)) - before
+            image = torch.addcmul(apply(now) * (2 * scale), now, centre * scale, value=-2)
+            after = outside(image) - before
+            if degree <= self.least:
+                before, now = now, after
+                continue
             # Matrices of one stack need different degrees: who is done waits.
             goes_on = (degree <= self.degrees)[..., None, None]
             before, now = torch.where(goes_on, now, before), torch.where(goes_on, after, now)
         tiny = torch.finfo(now.dtype).tiny
         length = torch.linalg.vector_norm(now, dim=-2, keepdim=True).clamp_min(tiny)
-        return orthonormal(torch.where(self.locked, vectors, now / length))
+        now = now / length
+        return orthonormal(torch.where(self.locked, vectors, now) if self.some else now)
 
 
 def orthonormal(block: Tensor) -> Tensor:
@@ -163,23 +227,19 @@ def orthonormal(block: Tensor) -> Tensor:
 
 
 def symmetric_ritz(
-    apply: Apply, k: int, allowed: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None
+    apply: Apply, k: int, allowed: Callable[[Tensor], Tensor]
 ) -> Callable[[Tensor], Ritz]:
-    """Pairs of a symmetric matrix; `allowed` gives residual norms from the values ``(..., k)``.
-
-    The block is measured in the matrix's dtype, however narrow it is.
-    """
+    """Pairs of a symmetric matrix; `allowed` gives residual norms from the values ``(..., k)``."""
 
     def ritz(block: Tensor) -> Ritz:
-        exact = block.to(dtype) if dtype is not None else block
-        image = apply(exact)
-        product = _wide(exact).mT @ _wide(image)
-        values, turn = torch.linalg.eigh((product + product.mT) / 2)
-        values, turn = values.flip(-1), turn.flip(-1).to(exact)
-        vectors = exact @ turn
-        rest = image @ turn[..., :k] - vectors[..., :k] * values[..., None, :k].to(exact)
+        image = apply(block)
+        product = _wide(block).mT @ _wide(image)
+        values, turn = _eigh((product + product.mT) / 2)
+        values, turn = values.flip(-1), turn.flip(-1).to(block)
+        vectors = block @ turn
+        rest = image @ turn[..., :k] - vectors[..., :k] * values[..., None, :k].to(block)
         norms = torch.linalg.vector_norm(rest, dim=-2)
-        return Ritz(values, vectors.to(block), norms / allowed(values[..., :k]).to(norms))
+        return Ritz(values, vectors, norms / allowed(values[..., :k]).to(norms))
 
     return ritz
 
@@ -189,9 +249,9 @@ def gram_ritz(matrix: Tensor, k: int, tolerance: float) -> Callable[[Tensor], Ri
 
     def ritz(block: Tensor) -> Ritz:
         image = _wide(matrix @ block)
-        values, turn = torch.linalg.eigh(image.mT @ image)
+        values, turn = _eigh(image.mT @ image)
         values, turn = values.flip(-1).clamp_min(0), turn.flip(-1)
-        sizes = values.sqrt().clamp_min(torch.finfo(matrix.dtype).tiny)
+        sizes = values.sqrt().clamp_min(torch.finfo(block.dtype).tiny)
         left = (image @ turn / sizes.unsqueeze(-2)).to(block)
         vectors = (_wide(block) @ turn).to(block)
         rest = matrix.mT @ left[..., :k] - vectors[..., :k] * sizes[..., None, :k].to(block)
@@ -199,6 +259,15 @@ def gram_ritz(matrix: Tensor, k: int, tolerance: float) -> Callable[[Tensor], Ri
         return Ritz(values, vectors, norms / (tolerance * sizes[..., :1]).to(norms), left)
 
     return ritz
+
+
+def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Of matrices as small as a block; a CUDA device does larger ones one by one, and slower than its host."""
+    if matrix.is_cuda and matrix.shape[-1] > BATCHED_ON_CUDA:
+        values, vectors = torch.linalg.eigh(matrix.cpu())
+        return values.to(matrix.device), vectors.to(matrix.device)
+    pair: tuple[Tensor, Tensor] = torch.linalg.eigh(matrix)
+    return pair
 
 
 def _wide(block: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lorainit import linalg
+from lorainit.halves import Halves
 from lorainit.methods import METHODS, LoraDA
 from tests.methods.common import OUT, RANK, angle, layer, product, relative, solve
 
@@ -55,6 +56,60 @@ def test_other_methods_by_iteration_are_the_dense_ones(
     assert not torch.equal(iterated.A, dense.A)
     assert relative(iterated.A, dense.A) < 1e-6
     assert relative(product(iterated), product(dense)) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["lora-da", "natural", "lora-ga", "pissa", "corda", "eva"])
+def test_products_in_halves_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an accelerator does, on a CPU: the same factors as without, to the fast precision."""
+    weight, statistics = layer(out=400, inner=450, dtype=torch.float32)
+    monkeypatch.setattr(linalg, "DENSE_LIMIT", 100)
+    plain = solve(name, weight, statistics)
+    split: list[object] = []
+    of = Halves.of
+
+    def spy(matrix: Tensor) -> Halves:
+        split.append(matrix.shape)
+        return of(matrix)
+
+    monkeypatch.setattr(linalg, "has_matrix_units", lambda like: True)
+    monkeypatch.setattr(Halves, "of", staticmethod(spy))
+    found = solve(name, weight, statistics)
+    assert split
+    tolerance = 1e-3 if name == "lora-da" else 1e-4
+    assert angle(found.A.mT, plain.A.mT) < tolerance
+    if name != "eva":
+        assert relative(product(found), product(plain)) < tolerance
+
+
+@pytest.mark.parametrize("method", [LoraDA(), LoraDA.paper()], ids=str)
+def test_few_digits_cost_no_accuracy(method: LoraDA, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products with ten digits (TF32's): float64 mends what they leave, and says what it is off by."""
+    weight, statistics = layer(out=40, inner=800, dtype=torch.float32)
+    linalg_rough = linalg.smallest_of_operator
+    calls = {"rough": 0, "exact": 0}
+
+    def rounded(block: Tensor) -> Tensor:
+        return ((block * 4097) - ((block * 4097) - block)).float()
+
+    def coarse(*args: object, **kwargs: object) -> object:
+        apply, rough = args[0], kwargs["rough"]
+
+        def ten_digits(block: Tensor) -> Tensor:
+            calls["rough"] += 1
+            return rounded(rough(rounded(block)))  # type: ignore[operator]
+
+        def exact(block: Tensor) -> Tensor:
+            calls["exact"] += 1
+            return apply(block)  # type: ignore[operator, no-any-return]
+
+        return linalg_rough(exact, *args[1:], **{**kwargs, "rough": ten_digits})  # type: ignore[arg-type]
+
+    wanted = solve(method, weight, statistics)
+    monkeypatch.setattr(linalg, "smallest_of_operator", coarse)
+    found = solve(method, weight, statistics)
+    assert calls["rough"] > 0
+    assert calls["exact"] > 0
+    assert angle(found.A.mT, wanted.A.mT) < 1e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

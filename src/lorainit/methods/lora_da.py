@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lorainit import linalg
+from lorainit.halves import Halves, apart, beside
 from lorainit.methods._settings import ROW_NORM, require_choice, require_damping, require_number
+from lorainit.triangle import Triangle, gram_of_lower, lower_inverse
 from lorainit.types import DampingMode, Factors, LayerStatistics
 
 _Operator = Callable[[Tensor], Tensor]
@@ -36,6 +38,51 @@ class _Fisher:
     scaled: Tensor
     variance: Tensor
     inverse_bound: Tensor
+
+
+class _Products(NamedTuple):
+    """What an iteration multiplies by, in some arithmetic.
+
+    Attributes:
+        inverse: ``Z^-1``, in units of its bound.
+        times: ``H``, in units of its norm.
+        transposed_times: ``H^T``.
+        ratio: ``(..., 1, 1)``, the variance term's weight in these units.
+    """
+
+    inverse: _Operator
+    times: _Operator
+    transposed_times: _Operator
+    ratio: Tensor
+
+    def missed(self, block: Tensor) -> Tensor:
+        """``-D D^T``."""
+        return -self.inverse(self.transposed_times(self.times(self.inverse(block))))
+
+    def omega(self, block: Tensor) -> Tensor:
+        """``ratio Z^-1 - D D^T``."""
+        middle = self.inverse(block)
+        return self.ratio * middle - self.inverse(self.transposed_times(self.times(middle)))
+
+
+def _with_fewer_digits(triangle: Triangle, unit: Tensor, h: Tensor, ratio: Tensor) -> _Products:
+    """Products in float32, or nearly so on matrix units.
+
+    ``Z^-1`` is rounded, never ``Z``: rounding of its large entries is small beside its large
+    eigenvalues, which are what is looked for, where rounding of ``Z`` would exceed the damping.
+    """
+    weight, narrow = ratio[..., None, None].float(), unit.reshape(len(triangle.lower), -1)[:, 0]
+    scale = narrow.rsqrt()[:, None, None]
+    if linalg.has_matrix_units(h):
+        z = Halves.of(gram_of_lower(triangle.inverse_quickly().mul_(scale.float())))
+        z, halves = z._replace(number=triangle.number), Halves.of(h)
+        return _Products(z.times, halves.times, halves.transposed_times, weight)
+    root, low = (lower_inverse(triangle.lower) * scale).float(), h.float()
+
+    def inverse(block: Tensor) -> Tensor:
+        return apart(root.mT @ (root @ beside(block, triangle.number)), block)
+
+    return _Products(inverse, low.matmul, low.mT.matmul, weight)
 
 
 @dataclass(frozen=True)
@@ -136,12 +183,12 @@ class LoraDA:
         gradient = linalg.check_finite(statistics.gradient, "the gradient")
         # Damping is far below a factor's scale: what float32 factors, it may factor badly.
         gradient = linalg.double_precision(gradient)
-        second = linalg.double_precision(statistics.input_second_moment)
+        second = statistics.input_second_moment
         diagonal = linalg.double_precision(statistics.output_second_moment_diagonal)
         y_damping = linalg.damping_value(diagonal, self.damping, self.damping_mode)
 
         def z_damping(moment: Tensor) -> Tensor:
-            own = moment.diagonal(dim1=-2, dim2=-1)
+            own = linalg.double_precision(moment.diagonal(dim1=-2, dim2=-1))
             return linalg.damping_value(own, self.damping, self.damping_mode)
 
         def factor(moment: Tensor) -> Tensor:
@@ -159,71 +206,58 @@ class LoraDA:
     def _iterated(self, fisher: _Fisher, rank: int, *, exact: bool) -> tuple[Tensor, Tensor] | None:
         """``A0`` and ``D^T A0``, with ``D`` never formed; None if that is no gain, or fails.
 
-        With ``P`` the inverse of the Cholesky factor, ``Z^-1 = P^T P``, all an iteration needs is
-        products with ``P`` and ``H = diag(1/y) G``. Eigenvectors of ``Omega`` do not need ``sigma``:
-        those of ``sigma^2 Omega`` are the same. The eigenvalues sought may be far below the variance
-        term's largest, so residuals are measured in float64, and asked to be below 1e-10 of the
-        largest eigenvalue sought, or (float32) below 3e-4 of a vector's own; the products between may
-        be in float32.
+        All an iteration needs is products with ``Z^-1`` and ``H = diag(1/y) G``. Eigenvectors of
+        ``Omega`` do not need ``sigma``: those of ``sigma^2 Omega`` are the same. The eigenvalues
+        sought may be far below the variance term's largest, so what comes out is measured in float64,
+        and asked for residuals below 1e-10 of the largest eigenvalue sought, or (float32) below 3e-4 of
+        a vector's own; the products before may have fewer digits.
         """
-        z_factor, h = fisher.z_factor, fisher.scaled
-        if self.beta == 0 or not linalg.iterates(z_factor):
+        if self.beta == 0 or not linalg.iterates(fisher.z_factor):
             return None
-        root = linalg.once(linalg.triangular_inverse, z_factor)
+        triangle = Triangle(fisher.z_factor)
         # Units in which nothing over- or underflows in float32.
-        size = root.diagonal(dim1=-2, dim2=-1).amax(-1)
-        root = linalg.once(
-            lambda r: r / r.diagonal(dim1=-2, dim2=-1).amax(-1)[..., None, None], root
-        )
+        unit, h = fisher.inverse_bound, fisher.scaled
         length = h.flatten(-2).norm(dim=-1).clamp_min(torch.finfo(h.dtype).tiny)
         h = h / length[..., None, None]
-        ratio = fisher.variance / (size * length).square() / self.bias_weight
+        ratio = fisher.variance / (unit * length.square()) / self.bias_weight
 
-        def operators(p: Tensor, h: Tensor, weight: Tensor) -> tuple[_Operator, _Operator]:
-            def inverse(block: Tensor) -> Tensor:
-                return linalg.product(p.mT, linalg.product(p, block))
+        def inverse(block: Tensor) -> Tensor:
+            whole = triangle.solve_transposed(triangle.solve(block))
+            return whole / unit[..., None, None]
 
-            def missed(block: Tensor) -> Tensor:
-                return -inverse(h.mT @ (h @ inverse(block)))
-
-            def omega(block: Tensor) -> Tensor:
-                middle = inverse(block)
-                return weight * middle - inverse(h.mT @ (h @ middle))
-
-            return missed, omega
-
-        missed, omega = operators(root, h, ratio[..., None, None])
-        rough = None
-        if not exact:
-            narrow = linalg.once(lambda r: r.float(), root)
-            rough = operators(narrow, h.float(), ratio[..., None, None].float())
+        exactly = _Products(inverse, h.matmul, h.mT.matmul, ratio[..., None, None])
+        rough = None if exact else _with_fewer_digits(triangle, unit, h, ratio)
+        # Few inputs come near the damping: the variance term is far smaller than it allows, and the
+        # longer the spectrum is thought to be, the higher is the polynomial.
+        quickest = (inverse, h) if rough is None else (rough.inverse, h.float())
+        largest = linalg.bound_of_operator(quickest[0], quickest[1].mT).to(ratio)
         found = linalg.smallest_of_operator(
-            omega,
-            z_factor,
+            exactly.omega,
+            h.mT,
             rank,
-            upper=ratio * fisher.inverse_bound / size.square(),
+            upper=ratio * largest,
             tolerance=1e-10 if exact else 1e-8,
             each=0.0 if exact else 3e-4,
-            rough=None if rough is None else rough[1],
+            rough=None if rough is None else rough.omega,
         )
         if found is None:
             return None
-        subspace = found[1]
         # A value's error is the square of its vector's.
         longest = linalg.smallest_of_operator(
-            missed,
-            z_factor,
+            exactly.missed,
+            h.mT,
             1,
             upper=torch.zeros_like(ratio),
-            tolerance=1e-6 if exact else 1e-4,
-            rough=None if rough is None else rough[0],
-            start=subspace,
+            tolerance=1e-6 if exact else 3e-3,
+            rough=None if rough is None else rough.missed,
+            start=found[1],
         )
         if longest is None:
             return None
         norm = (-longest[0][..., 0]).clamp_min(0).sqrt()
         norm = torch.where(norm > 0, norm, torch.ones_like(norm))
-        content = -(h @ linalg.product(root.mT, linalg.product(root, subspace)))
+        subspace = found[1][..., :rank]
+        content = -(h @ inverse(subspace))
         return subspace, content / norm[..., None, None]
 
     def _dense(self, fisher: _Fisher, rank: int) -> tuple[Tensor, Tensor]:

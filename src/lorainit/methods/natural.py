@@ -125,9 +125,8 @@ class Natural:
             The metric; ``left`` ``(..., out, rank)`` and ``right`` ``(..., rank, in)``.
         """
         metric, whitened = self._whiten(statistics)
-        dtype = linalg.compute_dtype(statistics.gradient)
-        u, s, v = linalg.top_singular(-whitened.to(dtype), rank)
-        left, right = (u * s.unsqueeze(-2)).to(whitened), v.mT.to(whitened)
+        u, s, v = linalg.top_singular(whitened, rank)
+        left, right = -(u * s.unsqueeze(-2)).to(metric.y_root), v.mT.to(metric.x_root)
         return metric, metric.out_of(left, right)
 
     def factors(
@@ -176,24 +175,21 @@ class Natural:
             ``(..., max_rank)``, descending.
         """
         linalg.check_rank(max_rank, *statistics.gradient.shape[-2:])
-        dtype = linalg.compute_dtype(statistics.gradient)
-        return linalg.top_singular(self._whiten(statistics)[1].to(dtype), max_rank)[1]
+        return linalg.top_singular(self._whiten(statistics)[1], max_rank)[1]
 
     def _whiten(self, statistics: LayerStatistics) -> tuple[KroneckerMetric, Tensor]:
-        """The metric, and the gradient in its coordinates.
-
-        The roots multiply rounding by up to ``n / damping``, so they are never left to float32.
-        """
+        """The metric, and the gradient in its coordinates."""
         metric = self.metric(statistics)
-        gradient = linalg.double_precision(linalg.check_finite(statistics.gradient, "the gradient"))
-        return metric, metric.whiten_gradient(gradient)
+        gradient = linalg.check_finite(statistics.gradient, "the gradient")
+        whitened = metric.whiten_gradient(gradient)
+        return metric, whitened.to(linalg.compute_dtype(gradient))
 
     def _root(self, second: Tensor, what: str) -> Tensor:
         """Lower Cholesky factor of a damped second moment, in float64."""
 
         def factor(moment: Tensor) -> Tensor:
-            diagonal = moment.diagonal(dim1=-2, dim2=-1)
+            diagonal = linalg.double_precision(moment.diagonal(dim1=-2, dim2=-1))
             damping = linalg.damping_value(diagonal, self.damping, self.damping_mode)
             return linalg.damped_cholesky(moment, damping, what)
 
-        return linalg.once(factor, linalg.double_precision(second))
+        return linalg.once(factor, second)
