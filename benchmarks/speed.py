@@ -131,7 +131,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--shape", choices=("auto", "tiny"), default="auto")
-    parser.add_argument("--only", nargs="+", default=[], help="names of cases, or how they begin")
+    parser.add_argument("--only", nargs="+", default=[], help="names of cases, or how names begin")
     parser.add_argument("--out", type=Path, help="JSON lines, added to as it goes")
     parser.add_argument("--seconds", type=float, default=1e9, help="for all cases together")
     parser.add_argument("--table", type=Path, nargs="?", const=RESULTS, help="of recorded results")
@@ -152,7 +152,10 @@ def main(arguments: list[str] | None = None) -> int:
     else:
         cases = processor_plan() if device.type == "cpu" else big_plan()
     if options.only:
-        cases = [c for c in cases if c.name.startswith(tuple(options.only))]
+        names = {case.name for case in cases}
+        exact = names & set(options.only)
+        begin = tuple(set(options.only) - exact)
+        cases = [c for c in cases if c.name in exact or (begin and c.name.startswith(begin))]
     records = measure(cases, device, options.out, options.seconds)
     return int(any("error" in record for record in records))
 

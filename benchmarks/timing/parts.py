@@ -380,8 +380,8 @@ def run_share(case: Case, model: nn.Module, clock: Clock) -> dict[str, Any]:
 
 def run_operations(case: Case, model: nn.Module | None, clock: Clock) -> dict[str, Any]:
     """Single operations, milliseconds."""
-    from lorainit import linalg
     from lorainit.statistics import accumulators
+    from lorainit.triangle import lower_inverse
 
     device, shape = clock.device, case.sizes()
     found: dict[str, Any] = {}
@@ -425,7 +425,7 @@ def run_operations(case: Case, model: nn.Module | None, clock: Clock) -> dict[st
                 f"thin triangular solve {n} {tag}",
                 lambda a=lower, r=thin: torch.linalg.solve_triangular(a, r, upper=False),
             )
-            timed(f"inverse {n} {tag}", lambda a=lower: linalg.triangular_inverse(a), 2)
+            timed(f"inverse {n} {tag}", lambda a=lower: lower_inverse(a.unsqueeze(0)), 2)
             if n == shape.hidden:
                 timed(f"qr {n} {tag}", lambda r=thin: torch.linalg.qr(r))
         cleared()
