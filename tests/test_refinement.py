@@ -171,7 +171,8 @@ def run(steps: int) -> tuple[Any, list[tuple[dict[str, LowRank], SearchResult]],
 
     seen: list[tuple[dict[str, LowRank], SearchResult]] = []
     natural_start(
-        lorainit.Natural(steps=steps),
+        # A small random model has far to go.
+        lorainit.Natural(steps=steps, trust_region=10.0),
         targets,
         lambda step: Probe(model, modules, held, "sequence"),
         collect_at,
@@ -268,6 +269,23 @@ def test_a_displacement_that_other_sequences_refuse_is_given_up() -> None:
     assert found.loss == found.start_loss
     assert all(float(pair.B.abs().max()) == 0 for pair in factors.values())
     assert all(float(pair.A.norm()) > 0 for pair in factors.values())
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("region", [1e-3, 0.02, 1e9])
+def test_no_layer_leaves_its_trust_region(region: float, steps: int) -> None:
+    method = lorainit.Natural(steps=steps, trust_region=region)
+    wrapped = lorainit.get_peft_model(
+        llama(), config(r=4), method=method, data=sequences(), progress=False
+    )
+    sizes = []
+    for layer in wrapped.modules():
+        if hasattr(layer, "lora_A"):
+            moved = layer.get_delta_weight("default").detach()
+            sizes.append(float(moved.norm() / layer.get_base_layer().weight.norm()))
+    assert max(sizes) <= region * (1 + 1e-4)
+    # A narrow region is filled, a wide one is not felt.
+    assert (max(sizes) > 0.99 * region) == (region < 1)
 
 
 def test_rows_of_a_start_answer_the_data_alike() -> None:

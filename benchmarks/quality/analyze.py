@@ -22,6 +22,8 @@ from benchmarks.quality.records import RESULTS, Record, read_records
 from benchmarks.quality.stages import BASELINE, best_rates
 
 RESAMPLES = 10_000
+FEWEST_SEEDS = 4
+"""With fewer, a bootstrap interval says little more than the smallest and the largest: none is given."""
 FEW = 64
 """Training samples of the few-shot comparison."""
 
@@ -29,7 +31,7 @@ FEW = 64
 def bootstrap(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
     """95% percentile interval of the mean."""
     data = np.asarray(values, dtype=float)
-    if len(data) < 2:
+    if len(data) < FEWEST_SEEDS:
         return (math.nan, math.nan)
     generator = np.random.default_rng(seed)
     means = data[generator.integers(0, len(data), (RESAMPLES, len(data)))].mean(1)
@@ -40,7 +42,7 @@ def bootstrap(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
 def stratified(groups: Sequence[Sequence[float]], seed: int = 0) -> tuple[float, float]:
     """95% percentile interval of the mean over groups (tasks), resampled within each."""
     groups = [np.asarray(g, dtype=float) for g in groups if len(g)]
-    if not groups or min(map(len, groups)) < 2:
+    if not groups or min(map(len, groups)) < FEWEST_SEEDS:
         return (math.nan, math.nan)
     generator = np.random.default_rng(seed)
     means = np.zeros(RESAMPLES)
@@ -234,9 +236,13 @@ def final_table(lines: dict[tuple[str, str], Line]) -> str:
                 _, below, above, _ = compare(line, base)
                 mark = " ▲" if below > 0 else " ▼" if above < 0 else ""
             text = f"{100 * mean(line.exact):.1f} [{100 * low:.1f}, {100 * high:.1f}]{mark}"
-            row.append(text if len(line.exact) > 1 else f"{100 * mean(line.exact):.1f}")
+            few = f"{100 * mean(line.exact):.1f} ({len(line.exact)})"
+            row.append(few if math.isnan(low) else text)
         rows.append(row)
-    note = "\n\n▲ / ▼: the 95% interval of the paired difference to plain LoRA excludes zero."
+    note = (
+        "\n\n▲ / ▼: the 95% interval of the paired difference to plain LoRA excludes zero. In round "
+        f"brackets, the number of seeds where it is below {FEWEST_SEEDS}: no interval then."
+    )
     return table(["method", *tasks], rows) + note
 
 
@@ -421,9 +427,16 @@ def _grid(pyplot, count: int):  # type: ignore[no-untyped-def]
 
 
 def _save(figure, axes, path: Path, pyplot) -> Path:  # type: ignore[no-untyped-def]
-    handles, labels = axes[0].get_legend_handles_labels()
+    """One legend for all panels, below them."""
+    known = {}
+    for axis in axes:
+        known |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+        axis.set_visible(bool(axis.lines))
+    labels = ordered(known)
+    lines = -(-len(labels) // 5)
+    handles = [known[label] for label in labels]
     figure.legend(handles, labels, loc="lower center", ncols=5, fontsize=8)
-    figure.tight_layout(rect=(0, 0.02 + 0.02 * -(-len(labels) // 5), 1, 1))
+    figure.tight_layout(rect=(0, (0.25 + 0.2 * lines) / figure.get_figheight(), 1, 1))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)

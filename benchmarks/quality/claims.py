@@ -99,7 +99,8 @@ def forgetting_table(lines: Lines, records: Iterable[Record]) -> str:
 def _judge(groups: Sequence[Sequence[float]], unit: str) -> str:
     average = mean([mean(g) for g in groups])
     low, high = stratified(groups)
-    return f"{verdict(low, high)}: {average:+.2f} [{low:+.2f}, {high:+.2f}] {unit}"
+    interval = "" if math.isnan(low) else f" [{low:+.2f}, {high:+.2f}]"
+    return f"{verdict(low, high)}: {average:+.2f}{interval} {unit}"
 
 
 def _sooner(line: Line, base: Line) -> list[float]:
@@ -152,6 +153,8 @@ def _ranks(records: Iterable[Record]) -> dict[str, str]:
 def aims_table(lines: Lines, search: Iterable[Record] = (), few_shot: Iterable[Record] = ()) -> str:
     """Every method against the best of all others, plain LoRA among them.
 
+    A method with other settings is not another method.
+
     Steps to plain LoRA's final loss (median over runs) and early loss above it (mean) as a share of the
     best other's; tasks on which the score is above and significantly below the best other's (of that
     task, by its mean); the good range of learning rates beside plain LoRA's; tasks on which few-shot
@@ -168,7 +171,7 @@ def aims_table(lines: Lines, search: Iterable[Record] = (), few_shot: Iterable[R
     few = collect_lines(few_shot)
     rows = []
     for label in labels:
-        others = [name for name in labels if name != label]
+        others = [name for name in labels if name.split("(")[0] != label.split("(")[0]]
         if not others:
             continue
         above = below = seen = 0

@@ -103,13 +103,24 @@ def calibrate_factors(
     return scale_factors(factors, result.length), result
 
 
-def first_length(terms: Mapping[str, LowRank], targets: Mapping[str, Target], size: float) -> float:
+def first_length(
+    terms: Mapping[str, LowRank],
+    targets: Mapping[str, Target],
+    size: float,
+    norms: Mapping[str, float] | None = None,
+) -> float:
     """The length at which the median layer moves by `size` of its weight's norm."""
+    norms = weight_norms(targets) if norms is None else norms
     sizes = []
     for name, term in terms.items():
         square = ((term.left.mT @ term.left) * (term.right @ term.right.mT)).sum().clamp_min(0)
-        weight = read_weight(targets[name].module, name)
-        sizes.append(float(square.sqrt()) / max(float(weight.float().norm()), 1e-30))
+        sizes.append(float(square.sqrt()) / norms[name])
     median = stats.median(sizes) if sizes else 0.0
     # A search that began elsewhere on another process might end after another number of trials.
     return distributed.of_first(size / median if median > 0 else 1.0)
+
+
+def weight_norms(targets: Mapping[str, Target]) -> dict[str, float]:
+    """``|W|_F`` of every layer, above zero; sharded weights are read on every process."""
+    norms = {n: float(read_weight(t.module, n).float().norm()) for n, t in targets.items()}
+    return {name: max(norm, 1e-30) for name, norm in norms.items()}

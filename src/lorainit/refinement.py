@@ -22,7 +22,7 @@ from lorainit.calibration import SearchResult, search_length
 from lorainit.division import device_of, less_at_once, solvers
 from lorainit.methods.metric import LowRankSum
 from lorainit.methods.natural import Natural
-from lorainit.probing import FIRST_SIZE, Probe, first_length
+from lorainit.probing import FIRST_SIZE, Probe, first_length, weight_norms
 from lorainit.statistics import Statistics, distributed
 from lorainit.statistics.displace import LowRank
 from lorainit.statistics.travel import Slot, from_owners
@@ -36,11 +36,19 @@ _Pairs = dict[str, tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True, eq=False)
 class _Stack:
-    """Layers of one shape and rank: their newest step and where it begins, stacked."""
+    """Layers of one shape and rank: their newest step and where it begins, stacked.
+
+    Attributes:
+        targets: the layers.
+        step: one ``Delta``, strongest directions first.
+        whole: the displacement so far and the step together; None at the base.
+        limits: ``(layers,)``, the largest ``|s B A|_F`` of each.
+    """
 
     targets: list[Target]
     step: tuple[Tensor, Tensor]
     whole: LowRankSum | None
+    limits: Tensor
 
     @classmethod
     def measured(
@@ -49,17 +57,19 @@ class _Stack:
         targets: list[Target],
         statistics: Statistics,
         present: _Pairs,
+        norms: Mapping[str, float],
         device: torch.device,
     ) -> _Stack:
         """The step from statistics taken at the present displacement."""
         layers = [statistics[t.name].only(method.needs).to(device=device) for t in targets]
         metric, step = method.step(LayerStatistics.stack(layers), targets[0].spec.rank)
+        limits = step[0].new_tensor([method.trust_region * norms[t.name] for t in targets])
         if not present:
-            return cls(targets, step, None)
+            return cls(targets, step, None, limits)
         left, right = (torch.stack([present[t.name][i] for t in targets]) for i in (0, 1))
         left, right = left.to(step[0]), right.to(step[1])
         both = torch.cat([left, step[0]], dim=-1), torch.cat([right, step[1]], dim=-2)
-        return cls(targets, step, LowRankSum.in_metric(metric, *both))
+        return cls(targets, step, LowRankSum.in_metric(metric, *both), limits)
 
     @classmethod
     def all_measured(
@@ -68,6 +78,7 @@ class _Stack:
         targets: list[Target],
         statistics: Statistics,
         present: _Pairs,
+        norms: Mapping[str, float],
         device: torch.device | None = None,
     ) -> list[_Stack]:
         """The same, of fewer layers at once where memory does not do for all."""
@@ -77,7 +88,7 @@ class _Stack:
                 # The weight is offloaded; the statistics are where they were collected.
                 device = statistics[targets[0].name].gradient.device
         try:
-            return [cls.measured(method, targets, statistics, present, device)]
+            return [cls.measured(method, targets, statistics, present, norms, device)]
         except torch.OutOfMemoryError:
             # Handled below: until here the traceback holds what was allocated.
             pass
@@ -85,18 +96,26 @@ class _Stack:
         return [
             stack
             for part in parts
-            for stack in cls.all_measured(method, part, statistics, present, device)
+            for stack in cls.all_measured(method, part, statistics, present, norms, device)
         ]
 
     def moved(self, length: float, directions: int) -> tuple[Tensor, Tensor]:
-        """The displacement after a step of this length along its first directions, cut to rank."""
+        """The displacement after a step of this length along its first directions, cut to rank.
+
+        A layer that would move out of its trust region is scaled back to its edge.
+        """
         left, right = self.step
         used = torch.arange(left.shape[-1], device=left.device) < directions
         weights = (used * length).to(left)
         if self.whole is None:
-            return left * weights, right
-        weights = torch.cat([torch.ones_like(weights), weights])
-        return self.whole.cut(weights, self.targets[0].spec.rank)
+            left = left * weights
+        else:
+            weights = torch.cat([torch.ones_like(weights), weights])
+            left, right = self.whole.cut(weights, self.targets[0].spec.rank)
+        square = ((left.mT @ left) * (right @ right.mT)).sum((-1, -2)).clamp_min(0)
+        tiny = torch.finfo(left.dtype).tiny
+        scale = (self.limits / square.sqrt().clamp_min(tiny)).clamp(max=1.0)
+        return left * scale[:, None, None], right
 
     def factors(
         self, method: Natural, statistics: Statistics, length: float, directions: int
@@ -130,6 +149,7 @@ class NaturalSteps:
     _at: _Pairs = field(default_factory=dict)
     _stacks: list[_Stack] = field(default_factory=list)
     _owners: Mapping[str, int] = field(default_factory=dict)
+    _norms: Mapping[str, float] = field(default_factory=dict)
 
     def present(self) -> dict[str, LowRank]:
         """The displacement so far."""
@@ -138,11 +158,14 @@ class NaturalSteps:
     def take(self, statistics: Statistics, probe: Probe) -> SearchResult:
         """One step from statistics taken at the present displacement; `probe` measures its length."""
         self._owners = solvers(self.targets, statistics)
+        self._norms = self._norms or weight_norms(self.targets)
         with distributed.together():
             self._stacks = [
                 stack
                 for members in self._groups()
-                for stack in _Stack.all_measured(self.method, members, statistics, self._at)
+                for stack in _Stack.all_measured(
+                    self.method, members, statistics, self._at, self._norms
+                )
             ]
         with probe.opened() as loss:
             result, directions = self._search(loss)
@@ -271,7 +294,7 @@ class NaturalSteps:
         unit = self._terms(
             lambda s: (s.step[0][..., :directions], s.step[1][..., :directions, :]), directions
         )
-        return first_length(unit, self.targets, FIRST_SIZE)
+        return first_length(unit, self.targets, FIRST_SIZE, self._norms)
 
 
 @contextlib.contextmanager

@@ -94,12 +94,14 @@ def test_the_rate_is_validations_and_the_target_plain_loras(tmp_path):
 
 
 def test_an_interval_within_tasks_does_not_see_the_distance_between_them():
-    apart = [[0.0, 0.1, 0.2], [10.0, 10.1, 10.2]]
+    apart = [[0.0, 0.1, 0.1, 0.2], [10.0, 10.1, 10.1, 10.2]]
     low, high = stratified(apart)
     assert 5.0 <= low < 5.1 < high <= 5.2
     low, high = bootstrap([x for group in apart for x in group])
     assert high - low > 3
-    assert math.isnan(stratified([[1.0], [1.0, 2.0]])[0])
+    # Three seeds are too few for either.
+    assert math.isnan(stratified([[1.0, 1.1, 1.2], [1.0, 1.1, 1.2, 1.3]])[0])
+    assert math.isnan(bootstrap([1.0, 1.1, 1.2])[0])
 
 
 def test_a_claim_holds_only_where_the_interval_says_so():

@@ -142,6 +142,7 @@ def test_input_that_is_not_finite_is_refused(name: str) -> None:
         ("filet", {"select": "middle"}),
         ("natural", {"activation": 0.0}),
         ("natural", {"length": 0.0}),
+        ("natural", {"trust_region": 0.0}),
         ("natural", {"damping_mode": "none"}),
     ],
 )

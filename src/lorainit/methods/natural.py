@@ -51,6 +51,9 @@ class Natural:
             alone then gives one ``Delta``, which only a search may use as it is: the unit follows the
             loss reduction (a loss ``c`` times larger makes ``Delta`` ``1 / c`` times as long), and
             the layers' steps, right one by one, add up.
+        trust_region: where the length is measured, no layer's ``|s B A|_F`` exceeds so much of its
+            ``|W|_F``. A loss that starts far above that of a guess can be lowered by wrecking the model,
+            and what is wrecked does not train.
         steps: how often statistics are taken and a step is made; more than one needs data.
         rho: a layer may get up to ``rho`` times its configured rank when `get_peft_model`
             redistributes ranks by the decrease that its directions promise; 1 (default) keeps every
@@ -61,6 +64,7 @@ class Natural:
     damping_mode: DampingMode = "relative"
     activation: float = 0.25
     length: float | None = None
+    trust_region: float = 0.25
     steps: int = 1
     rho: float = 1.0
 
@@ -73,6 +77,7 @@ class Natural:
         require_number("activation", self.activation, inclusive=False)
         if self.length is not None:
             require_number("length", self.length, inclusive=False)
+        require_number("trust_region", self.trust_region, inclusive=False)
         require_number("rho", self.rho, above=1.0)
         if not isinstance(self.steps, int) or self.steps < 1:
             raise ValueError(f"steps must be a whole number, at least 1, got {self.steps!r}")

@@ -1,0 +1,159 @@
+"""How long should the rows of ``A`` be? One start, the same product, sizes moved from ``A`` to ``B``.
+
+    python -m benchmarks.quality.row_sizes --tasks chain_sum --out OUT --data DATA --model PACKED
+
+Natural's starts after one and four steps, and plain LoRA's, are trained with rows of several sizes at
+several learning rates: half a budget, the validation split. What came out stands in docs/natural.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+import lorainit
+from benchmarks.quality.data import load_pools, style_of
+from benchmarks.quality.experiment import Experiment, curve_steps
+from benchmarks.quality.initialise import Initialised, lora_config
+from benchmarks.quality.prefixes import recorded
+from benchmarks.quality.records import append, read_records
+from benchmarks.quality.run import (
+    Bench,
+    Clock,
+    OutOfTime,
+    _order,
+    add_common,
+    choose_device,
+    load_model,
+    stack_for,
+)
+from benchmarks.quality.stacked import Start
+from benchmarks.quality.stages import SHORT_STEPS
+from benchmarks.quality.trainer import Job
+
+KINDS = ("norm", "activation", "mean activation", "decorrelated")
+SIZES = (
+    ("norm", 0.03), ("norm", 0.06), ("norm", 0.125), ("norm", 0.25), ("norm", 1.0),
+    ("activation", 0.25), ("mean activation", 0.125), ("mean activation", 0.25),
+)  # fmt: skip
+PLAIN = (("norm", 1.0), ("norm", 0.25), ("decorrelated", 1.0))
+RATES = (6.3e-4, 1.6e-3, 4e-3)
+
+
+def resized(start: Start, moments: Mapping[str, Tensor], kind: str, size: float) -> Start:
+    """The same product with other rows of ``A``.
+
+    Args:
+        start: not anchored.
+        moments: ``Sx`` ``(in, in)`` by layer.
+        kind: ``"norm"``: rows times `size`; ``"activation"``: each row so long that ``a x`` is `size`
+            times a default LoRA's; ``"mean activation"``: one factor for all of a layer's rows;
+            ``"decorrelated"``: rows mixed so that the components of ``A x`` are also uncorrelated.
+        size: see `kind`.
+    """
+    factors = {}
+    for name, (a, b) in start.factors.items():
+        rows, columns = a.double(), b.double()
+        second = moments[name].to(rows)
+        gram = rows @ second @ rows.mT
+        wanted = size * (second.diagonal().mean() / 3).sqrt()
+        eye = torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
+        if kind == "norm":
+            change, back = size * eye, eye / size
+        elif kind == "decorrelated":
+            values, vectors = torch.linalg.eigh(gram)
+            roots = values.clamp_min(1e-10 * values[-1]).sqrt() / wanted
+            change, back = ((vectors * r) @ vectors.mT for r in (1 / roots, roots))
+        else:
+            seen = gram.diagonal()
+            seen = seen.mean().expand_as(seen) if kind == "mean activation" else seen
+            factor = wanted / seen.sqrt()
+            change, back = factor.diag(), (1 / factor).diag()
+        factors[name] = ((change @ rows).to(a), (columns @ back).to(b))
+    return Start(factors, {}, start.extras)
+
+
+def study(bench: Bench, task: str, seed: int, done: set[str], style: str) -> None:
+    """One task and seed; every run is a line of ``row_sizes.jsonl``."""
+    pools = {k: p.to(bench.device) for k, p in load_pools(task, bench.data).items()}
+    common = {"steps": SHORT_STEPS, "style": style}
+    natural = Experiment(task, "natural", 1e-3, seed, {"steps": 4}, **common)
+    plain = Experiment(task, "vanilla", 1e-3, seed, **common)
+    with recorded() as run:
+        bench.initialise(natural, pools["train"], [natural])
+    starts = {f"natural, {k} steps": run.after(k)[0] for k in (1, 4)}
+    starts["plain"] = bench.initialise(plain, pools["train"], [plain]).start
+    statistics = lorainit.collect_statistics(
+        bench.model,
+        lora_config(natural),
+        data=bench.initialise.batches(natural, pools["train"]),
+        needs={"input_second_moment"},
+        max_sequences=None,
+        progress=False,
+    )
+    moments = {name: statistics[name].input_second_moment for name in statistics}
+    runs = [
+        (name, kind, size, rate)
+        for name in starts
+        for (kind, size), rate in itertools.product(PLAIN if name == "plain" else SIZES, RATES)
+        if f"{task} {seed} {name} {kind} {size} {rate}" not in done
+    ]
+    stack = stack_for(pools["train"], bench.stack)
+    for first in range(0, len(runs), stack):
+        chunk = runs[first : first + stack]
+        bench.clock.check(15.0)
+        found = Initialised(starts["plain"], 0.0, 0.0)
+        trainer = bench.trainer(("rows", task), natural, found, pools, len(chunk))
+        order = _order(natural, pools)
+        jobs = [
+            Job(resized(starts[name], moments, kind, size), rate, order)
+            for name, kind, size, rate in chunk
+        ]
+        outcomes = trainer.run(
+            jobs,
+            curve=pools["validation"].first(bench.evaluation_rows),
+            curve_at=curve_steps(SHORT_STEPS),
+            scores={"validation": pools["validation"].first(bench.validation_rows)},
+        )
+        for (name, kind, size, rate), outcome in zip(chunk, outcomes, strict=True):
+            losses, exact = outcome.scores["validation"]
+            record = {
+                "id": f"{task} {seed} {name} {kind} {size} {rate}",
+                "task": task, "seed": seed, "start": name, "kind": kind, "size": size,
+                "learning_rate": rate, "loss": float(losses.mean()), "exact": float(exact.mean()),
+                "curve": outcome.curve,
+            }  # fmt: skip
+            append(bench.out, record | bench.provenance, "row_sizes")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_common(parser)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    arguments = parser.parse_args()
+    done = set(read_records([*arguments.records, arguments.out], "row_sizes"))
+    bench = Bench(
+        load_model(arguments.model, choose_device()),
+        arguments.data,
+        arguments.out,
+        "row_sizes",
+        stack=arguments.stack,
+        commit=arguments.commit,
+        clock=Clock(arguments.time_limit),
+    )
+    try:
+        for task, seed in itertools.product(arguments.tasks, arguments.seeds):
+            study(bench, task, seed, done, style_of(task, arguments.data))
+            bench.free()
+    except OutOfTime:
+        print(f"time limit after {bench.clock.gone:.0f} s; call again", flush=True)
+
+
+if __name__ == "__main__":
+    main()
