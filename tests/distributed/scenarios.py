@@ -37,7 +37,8 @@ METHODS: dict[str, Any] = {
     # Ranks stay as configured: those of an adapter that is there already cannot move.
     "eva": lambda: lorainit.EVA(rho=1.0),
     "vanilla": lambda: lorainit.Vanilla(),
-    "natural": lambda: lorainit.Natural(steps=2),
+    # At the edge of its region a layer stands still, and rounding may choose between lengths.
+    "natural": lambda: lorainit.Natural(steps=2, trust_region=10.0),
 }
 
 SPLITS: dict[int, list[list[int]]] = {
