@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -156,7 +157,13 @@ def _at_rates(
     seed_values: Sequence[int],
     changes: Sequence[Mapping[str, Any]],
 ) -> list[Experiment]:
-    found = []
+    """Experiments at the known rates; what has none is left out with a warning.
+
+    Raises:
+        ValueError: no rate is known at all.
+    """
+    found: list[Experiment] = []
+    missing: list[str] = []
     for task in tasks:
         for change in changes:
             for text in methods:
@@ -165,14 +172,20 @@ def _at_rates(
                     task, name, 1.0, settings=settings, **(defaults(task) | dict(change))
                 )
                 if (task, first.label) not in best:
-                    raise ValueError(
-                        f"no learning rate of '{first.label}' on {task} is known: run the stage "
-                        "'search' for it first, and name the folder of its records"
-                    )
+                    missing.append(f"'{first.label}' on {task}")
+                    continue
                 rates = best[task, first.label]
                 found += [
                     first.at(learning_rate=rate, seed=seed)
                     for seed in seed_values
                     for rate in rates
                 ]
+    if missing:
+        text = (
+            f"no learning rate is known of {', '.join(dict.fromkeys(missing))}: run the stage 'search' "
+            "for it first, and name the folder of its records"
+        )
+        if not found:
+            raise ValueError(text)
+        warnings.warn(text, stacklevel=3)
     return found

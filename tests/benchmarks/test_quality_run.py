@@ -171,6 +171,23 @@ def test_starts_of_fewer_steps_come_from_the_longest_run(folder, tmp_path):
     assert 0 < seconds[0] < seconds[1] < seconds[2]
 
 
+def test_what_was_not_searched_is_left_out_and_said():
+    records = [
+        {
+            "task": "chain_sum", "label": "vanilla", "learning_rate": 1e-3, "stage": "search",
+            "rank": 8, "validation": {"loss": 1.0, "exact": 0.1}, "experiment": {"rank": 8},
+        }
+    ]  # fmt: skip
+    with pytest.warns(UserWarning, match="'eva' on gsm_symbolic, 'eva' on chain_sum"):
+        found = seeds(records, ["vanilla", "eva"], ["chain_sum", "gsm_symbolic"][::-1], [0, 1])
+    assert [(e.task, e.method, e.seed) for e in found] == [
+        ("chain_sum", "vanilla", 0),
+        ("chain_sum", "vanilla", 1),
+    ]
+    with pytest.raises(ValueError, match="run the stage 'search'"):
+        seeds(records, ["eva"], ["chain_sum"])
+
+
 def test_the_commands_from_search_to_tables(folder, tmp_path, monkeypatch, capsys):
     """What is typed on an accelerator, stage by stage, on a tiny model."""
     from benchmarks.quality import analyze, merge, run
