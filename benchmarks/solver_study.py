@@ -32,10 +32,11 @@ from benchmarks.timing import parts
 from benchmarks.timing.cases import SHAPES, Case
 from benchmarks.timing.clock import cleared, limited, provenance
 from benchmarks.timing.model import batches_of, build, config
-from lorainit import linalg, triangle
-from lorainit.halves import Halves, multiply
+from lorainit import linalg
+from lorainit.linalg import leading, limits, triangle
+from lorainit.linalg.halves import Halves, multiply
+from lorainit.linalg.triangle import Triangle, gram_of_lower, lower_inverse
 from lorainit.methods import EVA, CorDA, FILet, LoraDA, LoraGA, Natural, lora_da, metric
-from lorainit.triangle import Triangle, gram_of_lower, lower_inverse
 from lorainit.types import LayerStatistics
 
 RANK = 8
@@ -370,9 +371,9 @@ def without_dense(limit: int) -> Iterator[None]:
 
     eigh = linalg.eigh
     with (
-        mock.patch.object(linalg, "_lapack_svd", refuse),
-        mock.patch.object(linalg, "_gram_svd", refuse),
-        mock.patch.object(linalg, "eigh", lambda m: refuse() if m.shape[-1] > limit else eigh(m)),
+        mock.patch.object(leading, "lapack_svd", refuse),
+        mock.patch.object(leading, "gram_svd", refuse),
+        mock.patch.object(leading, "eigh", lambda m: refuse() if m.shape[-1] > limit else eigh(m)),
     ):
         yield
 
@@ -390,8 +391,8 @@ def main() -> int:
     shape = replace(SHAPES[options.shape], layers=2 if tiny else 4)
     if tiny:
         shape = replace(shape, hidden=256, inner=400, kv_heads=shape.heads)
-        linalg.DENSE_LIMIT = 128
-        linalg.has_matrix_units = lambda like: True
+        limits.DENSE_LIMIT = 128
+        limits.has_matrix_units = linalg.has_matrix_units = lambda like: True
         global RANK
         RANK = 2
     hidden, inner = shape.hidden, shape.inner

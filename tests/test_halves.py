@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorainit.halves import Halves
-from lorainit.triangle import Triangle, gram_of_lower, lower_inverse
+from lorainit.linalg.halves import Halves
+from lorainit.linalg.triangle import Triangle, gram_of_lower, lower_inverse
 
 FLOAT32 = 4e-7
 """What a product in float32 is off by, relative, with sums of some hundred terms."""
@@ -118,7 +118,7 @@ def test_badly_conditioned_factors_lose_what_float32_loses() -> None:
 
 @pytest.mark.parametrize("panel", [64, 128, 1024])
 def test_gram_of_lower(panel: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lorainit.triangle._PANEL", panel)
+    monkeypatch.setattr("lorainit.linalg.triangle._PANEL", panel)
     inverse = torch.linalg.inv(factor(2, 300))
     found = gram_of_lower(inverse.float())
     assert off(found, inverse.mT @ inverse) < 1e-6

@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorainit import linalg, subspace
+from lorainit import linalg
 from lorainit.errors import FactorizationError, NonFiniteError, RankError
+from lorainit.linalg import leading, limits, subspace
 
 N = 800
-assert N > linalg.DENSE_LIMIT
+assert N > limits.DENSE_LIMIT
 
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 2e-4}
 DTYPES = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=["float64", "float32"])
@@ -167,7 +168,7 @@ def test_top_singular_by_iteration(
     if wide:
         u, v = v, u
     matrix = ((u * s) @ v.mT).to(dtype)
-    found = linalg._filtered_svd(matrix, 6, linalg._tolerance(matrix, None))
+    found = leading._filtered_svd(matrix, 6, leading._tolerance(matrix, None))
     assert found is not None
     again = linalg.top_singular(matrix, 6)
     for got in (found, again):
@@ -199,7 +200,7 @@ def test_dense_finishes_what_does_not_converge(which: str, monkeypatch: pytest.M
         # The caller forms the matrix; see the methods' tests.
         assert linalg.smallest_of_operator(matrix.matmul, matrix, 6, upper=values[-1]) is None
         return
-    assert linalg._filtered_svd(matrix, 6, 1e-10) is None
+    assert leading._filtered_svd(matrix, 6, 1e-10) is None
     vectors = (
         linalg.largest_eigenvectors(matrix, 6)[1]
         if which == "largest"

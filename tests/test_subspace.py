@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorainit import subspace
+from lorainit.linalg import subspace
 
 N, K, WIDTH = 300, 6, 22
 

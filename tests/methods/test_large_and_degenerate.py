@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from lorainit import linalg
-from lorainit.halves import Halves
+from lorainit.linalg import leading, limits
+from lorainit.linalg.halves import Halves
 from lorainit.methods import METHODS, LoraDA
 from tests.methods.common import OUT, RANK, angle, layer, product, relative, solve
 
@@ -49,9 +50,9 @@ def test_other_methods_by_iteration_are_the_dense_ones(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weight, statistics = layer(out=400, inner=450)
-    monkeypatch.setattr(linalg, "_SYMMETRIC_LIMIT", 10_000)
+    monkeypatch.setattr(leading, "_SYMMETRIC_LIMIT", 10_000)
     dense = solve(name, weight, statistics)
-    monkeypatch.setattr(linalg, "DENSE_LIMIT", 100)
+    monkeypatch.setattr(limits, "DENSE_LIMIT", 100)
     iterated = solve(name, weight, statistics)
     assert not torch.equal(iterated.A, dense.A)
     assert relative(iterated.A, dense.A) < 1e-6
@@ -62,7 +63,7 @@ def test_other_methods_by_iteration_are_the_dense_ones(
 def test_products_in_halves_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What an accelerator does, on a CPU: the same factors as without, to the fast precision."""
     weight, statistics = layer(out=400, inner=450, dtype=torch.float32)
-    monkeypatch.setattr(linalg, "DENSE_LIMIT", 100)
+    monkeypatch.setattr(limits, "DENSE_LIMIT", 100)
     plain = solve(name, weight, statistics)
     split: list[object] = []
     of = Halves.of
@@ -71,7 +72,8 @@ def test_products_in_halves_change_nothing(name: str, monkeypatch: pytest.Monkey
         split.append(matrix.shape)
         return of(matrix)
 
-    monkeypatch.setattr(linalg, "has_matrix_units", lambda like: True)
+    for place in (linalg, limits):
+        monkeypatch.setattr(place, "has_matrix_units", lambda like: True)
     monkeypatch.setattr(Halves, "of", staticmethod(spy))
     found = solve(name, weight, statistics)
     assert split

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from lorainit import linalg
-from lorainit.halves import Halves, apart, beside
+from lorainit.linalg.halves import Halves, apart, beside
+from lorainit.linalg.triangle import Triangle, gram_of_lower, lower_inverse
 from lorainit.methods._settings import ROW_NORM, require_choice, require_damping, require_number
-from lorainit.triangle import Triangle, gram_of_lower, lower_inverse
 from lorainit.types import DampingMode, Factors, LayerStatistics
 
 _Operator = Callable[[Tensor], Tensor]

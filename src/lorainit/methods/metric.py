@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lorainit import linalg
-from lorainit.triangle import Triangle
+from lorainit.linalg.triangle import Triangle
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from lorainit.halves import (
+from lorainit.linalg.halves import (
     LARGEST,
     apart,
     beside,

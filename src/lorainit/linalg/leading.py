@@ -1,0 +1,224 @@
+"""Leading and trailing subspaces, by iteration where that is quicker."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lorainit.linalg import subspace
+from lorainit.linalg.dense import eigh, gram_svd, lapack_svd
+from lorainit.linalg.halves import Halves
+from lorainit.linalg.limits import block_width, dense_limit, on_matrix_units
+from lorainit.linalg.signs import fix_signs, fix_triplet_signs
+
+_SYMMETRIC_LIMIT = 256
+"""The same of leading eigenvectors, whose iteration needs one product a step, not two."""
+
+_BOUND_PRODUCTS = 4
+
+_BOUND_MARGIN = 1.05
+
+_HASTE = 0.7
+"""Of what is allowed: where a rough stage ends, so that the last one has only to measure."""
+
+
+def smallest_of_operator(
+    apply: subspace.Apply,
+    like: Tensor,
+    k: int,
+    *,
+    upper: Tensor,
+    tolerance: float | None = None,
+    each: float = 0.0,
+    rough: subspace.Apply | None = None,
+    start: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Orthonormal eigenvectors of the ``k`` smallest eigenvalues of a matrix that is never formed.
+
+    By filtered subspace iteration (`lorainit.linalg.subspace`), until every residual ``|M v - mu v|`` is
+    below ``tolerance`` times the largest absolute eigenvalue sought, or below ``each`` times its own.
+
+    Args:
+        apply: what the symmetric ``(..., n, n)`` matrix does to a block ``(..., n, width)``.
+        like: any ``(..., n, m)`` tensor of the matrix's batch, size, dtype and device.
+        k: how many.
+        upper: ``(...)``, a number that no eigenvalue is above, and that none is far below.
+        tolerance: default ``1e-10`` in float64; in float32 ``2e-6``, or what rounding allows.
+        each: the same for each eigenvalue by itself.
+        rough: the same, quicker, on blocks in float32. It measures itself; what it comes to is measured
+            by `apply` at the end, and mended by it where it falls short.
+        start: ``(..., n, width)`` near the vectors sought, where such are known.
+
+    Returns:
+        Eigenvalues ``(..., k)`` ascending, eigenvectors ``(..., n, k)``, and all that was iterated on,
+        ``(..., n, width)``; None where a dense solver is as quick, or where the iteration does not meet
+        its tolerance: form the matrix.
+    """
+    n = like.shape[-2]
+    width = block_width(like, k) if start is None else start.shape[-1]
+    if n <= dense_limit(like) or 2 * width >= n:
+        return None
+    goal = _tolerance(like, tolerance)
+
+    def stage(times: subspace.Apply, dtype: torch.dtype, share: float) -> subspace.Stage:
+        def negative(block: Tensor) -> Tensor:
+            return -times(block)
+
+        def allowed(values: Tensor) -> Tensor:
+            sizes = values.abs()
+            largest = sizes.amax(-1, keepdim=True).clamp_min(torch.finfo(like.dtype).tiny)
+            wanted = share * torch.maximum(goal * largest, each * sizes)
+            # No residual can be asked to be below the rounding of the matrix itself.
+            rounding = 8 * torch.finfo(dtype).eps * upper.abs().unsqueeze(-1).to(values)
+            return torch.maximum(wanted, rounding)
+
+        ritz = subspace.symmetric_ritz(negative, k, allowed)
+        return subspace.Stage(negative, ritz, dtype, hasty=share < 1)
+
+    stages = [stage(apply, like.dtype, 1.0)]
+    if rough is not None:
+        stages.insert(0, stage(rough, torch.float32, _HASTE))
+    block = _start_block(like, n, width) if start is None else start
+    found = subspace.in_stages(stages, block, k, lower=-upper, settled=start is not None)
+    if found is None or not found.converged:
+        return None
+    return -found.values[..., :k], fix_signs(found.vectors[..., :k]), found.vectors
+
+
+def bound_of_operator(apply: subspace.Apply, like: Tensor) -> Tensor:
+    """``(...)``: a number that hardly any eigenvalue of a positive definite matrix is above.
+
+    After a few products with a random block the largest Ritz value and its residual; the true largest
+    eigenvalue is within a few percent. An iteration is only slower where it is not, see
+    `smallest_of_operator`.
+
+    Args:
+        apply: what the matrix does to a block.
+        like: any ``(..., n, m)`` tensor of the matrix's batch, size, dtype and device.
+    """
+    n = like.shape[-2]
+    block = subspace.orthonormal(_start_block(like, n, min(n, subspace.OVERSAMPLING)))
+    for _ in range(_BOUND_PRODUCTS):
+        block = subspace.orthonormal(apply(block))
+    found = subspace.symmetric_ritz(apply, 1, lambda values: values)(block)
+    return found.values[..., 0] * (1 + found.error[..., 0]) * _BOUND_MARGIN
+
+
+def largest_eigenvectors(
+    matrix: Tensor, k: int, *, tolerance: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Orthonormal eigenvectors of the ``k`` largest eigenvalues of a positive semidefinite matrix.
+
+    Dense where it is small, above that by filtered subspace iteration until every residual
+    ``|M v - mu v|`` is below ``tolerance`` times the largest eigenvalue, or dense if it never is.
+
+    Returns:
+        Eigenvalues ``(..., k)`` descending, eigenvectors ``(..., n, k)``.
+    """
+    if matrix.dim() == 4 and matrix.stride(1) == 0 and matrix.shape[1] > 1:
+        # Layers that share an input.
+        found = largest_eigenvectors(matrix[:, 0], k, tolerance=tolerance)
+        values, vectors = (t.unsqueeze(1).expand(-1, matrix.shape[1], *t.shape[1:]) for t in found)
+        return values, vectors
+    n = matrix.shape[-1]
+    width = block_width(matrix, k)
+    if n > min(dense_limit(matrix), _SYMMETRIC_LIMIT) and 4 * width < n:
+        tiny = torch.finfo(matrix.dtype).tiny
+
+        goal = _tolerance(matrix, tolerance)
+        times = Halves.of(matrix).times if on_matrix_units(matrix) else matrix.matmul
+        ritz = subspace.symmetric_ritz(
+            matrix.matmul, k, lambda v: (goal * v[..., :1]).clamp_min(tiny)
+        )
+        zero = torch.zeros(matrix.shape[:-2], dtype=torch.float64, device=matrix.device)
+        pairs = subspace.filtered(times, ritz, _start_block(matrix, n, width), k, lower=zero)
+        if pairs.converged:
+            return pairs.values[..., :k].to(matrix), fix_signs(pairs.vectors[..., :k])
+    values, vectors = eigh(matrix)
+    return values[..., -k:].flip(-1), fix_signs(vectors[..., -k:].flip(-1))
+
+
+def largest_eigenvalue(matrix: Tensor, *, near: Tensor) -> Tensor:
+    """``(...)``, of a positive semidefinite ``(..., n, n)``, to twelve digits in float64.
+
+    Args:
+        matrix: ``(..., n, n)``.
+        near: ``(..., n, width)``, vectors among whose combinations its eigenvector may nearly be.
+    """
+    if near.shape[-1] > 1:
+        tiny = torch.finfo(matrix.dtype).tiny
+        ritz = subspace.symmetric_ritz(matrix.matmul, 1, lambda v: (1e-6 * v).clamp_min(tiny))
+        zero = torch.zeros(matrix.shape[:-2], dtype=matrix.dtype, device=matrix.device)
+        found = subspace.filtered(matrix.matmul, ritz, near, 1, lower=zero)
+        if found.converged:
+            # A value's error is the square of its vector's.
+            return found.values[..., 0].clamp_min(0)
+    values: Tensor = torch.linalg.eigvalsh(matrix)
+    return values[..., -1].clamp_min(0)
+
+
+def top_singular(
+    matrix: Tensor, k: int, *, tolerance: float | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Leading ``k`` singular triplets ``(U, S, V)`` of ``(..., m, n)``, signs fixed.
+
+    Dense up to `dense_limit` (in the smaller dimension). Above it by filtered subspace iteration
+    (`lorainit.linalg.subspace`), until every residual ``|M^T u - s v|`` is below ``tolerance * S[0]``; a
+    dense SVD finishes what does not converge.
+
+    Returns:
+        ``(..., m, k)``, ``(..., k)`` descending, ``(..., n, k)``.
+    """
+    small = min(matrix.shape[-2:])
+    if small > dense_limit(matrix) and 2 * block_width(matrix, k) < small:
+        found = _filtered_svd(matrix, k, _tolerance(matrix, tolerance))
+        if found is not None:
+            return fix_triplet_signs(*found)
+    if matrix.dtype == torch.float64:
+        u, s, v = lapack_svd(matrix)
+        return fix_triplet_signs(u[..., :k], s[..., :k], v[..., :k])
+    return fix_triplet_signs(*gram_svd(matrix, k))
+
+
+def largest_singular_value(matrix: Tensor) -> Tensor:
+    """``(...)``: the spectral norm of ``(..., m, n)``, to the tolerance of `top_singular`."""
+    m, n = matrix.shape[-2:]
+    if min(m, n) <= dense_limit(matrix):
+        gram = matrix @ matrix.mT if m <= n else matrix.mT @ matrix
+        values: Tensor = torch.linalg.eigvalsh(gram)
+        return values[..., -1].clamp_min(0).sqrt()
+    return top_singular(matrix, 1)[1][..., 0]
+
+
+def _tolerance(matrix: Tensor, tolerance: float | None) -> float:
+    """The one asked for, or the default; in float32 not below the rounding of long sums."""
+    if tolerance is not None:
+        return tolerance
+    if matrix.dtype == torch.float64:
+        return 1e-10
+    return float(max(2e-6, 2 * torch.finfo(torch.float32).eps * max(matrix.shape[-2:]) ** 0.5))
+
+
+def _start_block(matrix: Tensor, rows: int, width: int) -> Tensor:
+    """The same Gaussian block for every matrix and device, so results do not depend on the RNG."""
+    generator = torch.Generator().manual_seed(0)
+    block = torch.randn(rows, width, generator=generator, dtype=torch.float64)
+    return block.to(matrix).expand(*matrix.shape[:-2], rows, width)
+
+
+def _filtered_svd(matrix: Tensor, k: int, tolerance: float) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Leading triplets by filtered subspace iteration on ``M^T M``; None without convergence."""
+    halves = Halves.of(matrix) if on_matrix_units(matrix) else None
+
+    def apply(block: Tensor) -> Tensor:
+        if halves is None:
+            return matrix.mT @ (matrix @ block)
+        return halves.transposed_times(halves.times(block))
+
+    ritz = subspace.gram_ritz(matrix, k, tolerance)
+    start = _start_block(matrix, matrix.shape[-1], block_width(matrix, k))
+    zero = torch.zeros(matrix.shape[:-2], dtype=torch.float64)
+    found = subspace.filtered(apply, ritz, start, k, lower=zero)
+    if not found.converged or found.left is None:
+        return None
+    return found.left[..., :k], found.values[..., :k].sqrt().to(matrix), found.vectors[..., :k]
