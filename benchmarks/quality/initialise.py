@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ import lorainit
 from benchmarks.quality.data import Pool, training_rows
 from benchmarks.quality.experiment import Experiment
 from benchmarks.quality.kinds import KINDS
+from benchmarks.quality.prefixes import but_steps, longest, recorded, steps_of
 from benchmarks.quality.stacked import Start
 
 RANDOM = frozenset({"vanilla", "gaussian", "orthogonal"})
@@ -100,22 +101,23 @@ class Initialiser:
     def __call__(
         self, experiment: Experiment, train: Pool, together: Sequence[Experiment] = ()
     ) -> Initialised:
-        """The start of an experiment; `together` names others that its statistics should serve."""
-        method = experiment.build_method()
-        kind = KINDS[experiment.model]
-        data_key = (experiment.task, experiment.seed, self._samples(experiment))
-        reads = bool(method.needs) or experiment.wants_data(method)
-        key = (
-            experiment.label,
-            experiment.rank,
-            experiment.alpha,
-            experiment.rslora,
-            experiment.seed if experiment.method in RANDOM or kind.fresh_head else None,
-            data_key if reads else None,
-        )
+        """The start of an experiment.
+
+        Args:
+            experiment: what is started.
+            train: the pool of its task.
+            together: experiments that its statistics should serve too. Of Natural with several
+                numbers of steps, one run gives all their starts.
+        """
+        key = self._key(experiment)
         if key in self._solved:
             return self._solved[key]
-        kind.seed_head(self.model, experiment.seed)
+        most = longest(experiment, together)
+        if steps_of(most) > steps_of(experiment):
+            self(most, train, together)
+            return self._solved[key]
+        method = experiment.build_method()
+        KINDS[experiment.model].seed_head(self.model, experiment.seed)
         config = lora_config(experiment)
         collected, seconds = None, 0.0
         arguments: dict[str, Any] = {}
@@ -123,15 +125,16 @@ class Initialiser:
             arguments["data"] = self.batches(experiment, train)
             arguments["max_sequences"] = None
         elif method.needs:
-            collected, seconds = self._collect(experiment, train, data_key, together)
+            collected, seconds = self._collect(experiment, train, together)
             arguments["statistics"] = collected
         torch.manual_seed(experiment.seed)
         self._wait()
         began = time.perf_counter()
-        wrapped = lorainit.get_peft_model(
-            self.model, config, method=method, progress=False, **arguments
-        )
-        self._wait()
+        with recorded() as run:
+            wrapped = lorainit.get_peft_model(
+                self.model, config, method=method, progress=False, **arguments
+            )
+            self._wait()
         took = time.perf_counter() - began
         try:
             found = Initialised(start_of(wrapped), seconds, took)
@@ -141,18 +144,40 @@ class Initialiser:
             if hasattr(self.model, "peft_config"):
                 del self.model.peft_config
         self._solved[key] = found
+        for other in together if run.starts else ():
+            if but_steps(other) == but_steps(experiment) and other.settings != experiment.settings:
+                start, until = run.after(steps_of(other))
+                start = replace(start, extras=found.start.extras)
+                # What comes after the last step is each one's own.
+                rest = took - run.seconds[-1]
+                self._solved[self._key(other)] = Initialised(start, seconds, until + rest)
         return found
 
-    def _samples(self, experiment: Experiment) -> tuple[int, int]:
-        return (experiment.statistics_samples, experiment.train_samples)
+    def _key(self, experiment: Experiment) -> tuple[Any, ...]:
+        """What a start depends on; its last part is None where it reads no data."""
+        method = experiment.build_method()
+        fresh = experiment.method in RANDOM or KINDS[experiment.model].fresh_head
+        reads = bool(method.needs) or experiment.wants_data(method)
+        return (
+            experiment.label,
+            experiment.rank,
+            experiment.alpha,
+            experiment.rslora,
+            experiment.seed if fresh else None,
+            self._data_key(experiment) if reads else None,
+        )
+
+    def _data_key(self, experiment: Experiment) -> tuple[Any, ...]:
+        samples = (experiment.statistics_samples, experiment.train_samples)
+        return (experiment.task, experiment.seed, samples)
 
     def _collect(
         self,
         experiment: Experiment,
         train: Pool,
-        key: Any,
         together: Sequence[Experiment],
     ) -> tuple[lorainit.Statistics, float]:
+        key = self._data_key(experiment)
         if key not in self._statistics:
             needs = set(experiment.build_method().needs)
             for other in together:

@@ -6,13 +6,16 @@ so a benchmark need not take them again.
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
+from benchmarks.quality.experiment import Experiment
 from benchmarks.quality.stacked import Start
 from lorainit.probing import Probe
 from lorainit.refinement import NaturalSteps
@@ -36,6 +39,29 @@ class Prefixes:
         """Start and seconds of so many steps; of fewer, where no more went down."""
         index = min(steps, len(self.starts)) - 1
         return self.starts[index], self.seconds[index]
+
+
+def steps_of(experiment: Experiment) -> int:
+    return int(experiment.settings.get("steps", 1))
+
+
+def but_steps(experiment: Experiment) -> Any:
+    """What Natural's experiments share whose starts differ in the number of steps alone; else None."""
+    if experiment.method != "natural":
+        return None
+    rest = {k: v for k, v in experiment.settings.items() if k != "steps"}
+    whole = experiment.at(settings=rest, learning_rate=1.0, steps=0, warmup=0.0).to_json()
+    return json.dumps(whole, sort_keys=True)
+
+
+def longest(experiment: Experiment, together: Sequence[Experiment]) -> Experiment:
+    """Of these, the one with the most natural steps whose first steps are this one's."""
+    own = but_steps(experiment)
+    if own is None:
+        return experiment
+    return max(
+        [experiment, *(e for e in together if but_steps(e) == own)], key=lambda e: steps_of(e)
+    )
 
 
 @contextmanager

@@ -23,7 +23,6 @@ import torch
 from benchmarks.quality.data import Pool, batch_order, load_pools, style_of
 from benchmarks.quality.experiment import LEARNING_RATES, Experiment
 from benchmarks.quality.initialise import Initialised
-from benchmarks.quality.prefixes import Prefixes, recorded
 from benchmarks.quality.records import Record, append, read_records
 from benchmarks.quality.run import (
     Bench,
@@ -87,25 +86,9 @@ class StartBench:
         return Job(found.start, e.learning_rate, order)
 
     def starts(self, experiments: Sequence[Experiment]) -> list[Initialised]:
-        """A start for each; of Natural with several numbers of steps, the longest run gives all."""
-        longest: dict[Any, Experiment] = {}
-        for e in experiments:
-            key = _but_steps(e)
-            if key is not None and _steps(e) >= _steps(longest.get(key, e)):
-                longest[key] = e
-        runs: dict[Any, Prefixes] = {}
-        for key, e in longest.items():
-            with recorded() as runs[key]:
-                self.bench.initialise(e, self.pools["train"], experiments)
-        found = []
-        for e in experiments:
-            key = _but_steps(e)
-            if key is None or not runs[key].starts:
-                found.append(self.bench.initialise(e, self.pools["train"], experiments))
-            else:
-                start, seconds = runs[key].after(_steps(e))
-                found.append(Initialised(start, 0.0, seconds))
-        return found
+        """A start for each."""
+        train = self.pools["train"]
+        return [self.bench.initialise(e, train, experiments) for e in experiments]
 
     def put(self, record: Record) -> None:
         record |= self.bench.provenance
@@ -200,18 +183,6 @@ class StartBench:
                 **summary(outcomes[best]),
             }
         )
-
-
-def _steps(experiment: Experiment) -> int:
-    return int(experiment.settings.get("steps", 1))
-
-
-def _but_steps(experiment: Experiment) -> Any:
-    """What Natural's experiments share that differ in the number of steps alone; None for others."""
-    if experiment.method != "natural":
-        return None
-    rest = {k: v for k, v in experiment.settings.items() if k != "steps"}
-    return (experiment.task, experiment.seed, experiment.rank, json.dumps(rest, sort_keys=True))
 
 
 def table(done: dict[str, Record]) -> str:

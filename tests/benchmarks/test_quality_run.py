@@ -42,6 +42,32 @@ def bench(folder, out, **arguments):
     )
 
 
+def test_one_run_of_natural_steps_gives_the_starts_of_all(folder):
+    from benchmarks.quality.data import load_pools
+    from benchmarks.quality.initialise import Initialiser
+
+    pools = load_pools("tiny", folder)
+    methods = ["natural", "natural:steps=3", "natural:steps=2", "natural:damping=0.5"]
+    experiments = [e.at(precision="fp32") for e in search(methods, ["tiny"], (1e-3,), **SMALL)]
+    calls = []
+
+    class Counting(Initialiser):
+        def batches(self, experiment, train):
+            calls.append(experiment.label)
+            return super().batches(experiment, train)
+
+    together = Counting(base_model())
+    found = [together(e, pools["train"], experiments) for e in experiments]
+    assert calls == ["natural(steps=3)", "natural(damping=0.5)"]
+    for experiment, one in zip(experiments, found, strict=True):
+        apart = Initialiser(base_model())(experiment, pools["train"])
+        for name, (a, b) in apart.start.factors.items():
+            torch.testing.assert_close(one.start.factors[name][0], a, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(one.start.factors[name][1], b, rtol=1e-5, atol=1e-6)
+        assert one.seconds > 0
+    assert found[0].seconds <= found[2].seconds <= found[1].seconds
+
+
 def test_a_stage_is_recorded_resumed_and_merged(folder, tmp_path):
     methods = ["vanilla", "pissa", "natural", "lora-ga:gamma=4.0"]
     experiments = search(methods, ["tiny"], (1e-3, 1e-2), precision="fp32", **SMALL)
