@@ -13,7 +13,7 @@ from torch import nn
 from lorainit.adapters.layers import true_config
 from lorainit.adapters.patterns import with_ranks
 from lorainit.adapters.targets import Target, Targets, converted, match_targets
-from lorainit.adapters.weights import fingerprint, same_weight
+from lorainit.adapters.weights import fingerprints, same_weight
 from lorainit.errors import (
     AdapterError,
     DataError,
@@ -175,9 +175,10 @@ def check_statistics(statistics: Statistics, targets: Targets, method: Method) -
         for name, target in reached.items():
             if name in statistics:
                 _check_layer(name, target, statistics[name], method)
-    for name, target in reached.items():
-        stored = statistics.fingerprints.get(name)
-        if stored is not None and not same_weight(stored, fingerprint(target.module, name)):
+    stored = statistics.fingerprints
+    modules = {name: target.module for name, target in reached.items() if name in stored}
+    for name, found in fingerprints(modules).items():
+        if not same_weight(stored[name], found):
             raise StatisticsFileError(
                 f"layer '{name}' has other weights than the model that the statistics were made for. "
                 "Load that model, or collect the statistics again."

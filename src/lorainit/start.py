@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import nn
 
 from lorainit.adapters.targets import Target, Targets
-from lorainit.adapters.weights import fingerprint, read_weight
+from lorainit.adapters.weights import fingerprints, read_weight
 from lorainit.allocation import allocate_ranks, rank_limits
 from lorainit.calibration import SearchResult
 from lorainit.checks import UNUSED, unused_targets
@@ -91,12 +91,12 @@ class Measured:
         """Statistics of the base model, displaced by `at`, with its fingerprints."""
         assert self.settings is not None
         modules = self.modules
-        fingerprints = self._fingerprints(modules)
+        known = self._fingerprints(modules)
         with displaced(modules, at) if at else contextlib.nullcontext():
             found = collect(
                 self.model, modules, data, self.settings, self.loss_fn, population=population
             )
-        found.fingerprints = {name: fingerprints[name] for name in found.names}
+        found.fingerprints = {name: known[name] for name in found.names}
         return found
 
     def passes(self, data: Iterable[Any]) -> Iterator[Statistics]:
@@ -110,7 +110,7 @@ class Measured:
     def _fingerprints(modules: Mapping[str, nn.Module]) -> dict[str, torch.Tensor]:
         """Of all targets' weights, which must be the same on every process."""
         with torch.no_grad(), distributed.together():
-            found = {name: fingerprint(module, name) for name, module in modules.items()}
+            found = fingerprints(modules)
         if not distributed.same_everywhere([f.tolist() for f in found.values()]):
             raise AdapterError(
                 "the processes hold different base weights: their statistics cannot be added. Load "

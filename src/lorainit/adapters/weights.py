@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -114,29 +115,46 @@ def _from_int8(module: nn.Module, weight: Any) -> Tensor:
     return found
 
 
-def fingerprint(module: nn.Module, name: str) -> Tensor:
-    """At most `FINGERPRINT_SIZE` entries of the weight, evenly spread, float32 on the CPU.
+def fingerprints(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """At most `FINGERPRINT_SIZE` entries of every weight, evenly spread, float32 on the CPU.
 
     Of a weight that ``fully_shard`` cut by rows, each process looks into its own rows, and only the
-    entries travel; all processes must call it.
+    entries travel, all layers' together; all processes must call it.
     """
-    shape = weight_shape(module)
-    rows, columns = read_weight(module, name).shape if shape is None else shape
-    count = min(FINGERPRINT_SIZE, rows * columns)
-    # In integers: float32 would round the last index of a large weight past its end, and some
-    # devices have no float64.
-    index = torch.arange(count) * (rows * columns - 1) // max(count - 1, 1)
-    found = _entries_of_shards(module, name, index // columns, index % columns)
-    if found is None:
-        flat = read_weight(module, name).reshape(-1)
-        found = flat[index.to(flat.device)].float()
-    return found.cpu()
+    found: dict[str, Tensor] = {}
+    sent: dict[Any, dict[str, Tensor]] = {}
+    for name, module in modules.items():
+        shape = weight_shape(module)
+        rows, columns = read_weight(module, name).shape if shape is None else shape
+        count = min(FINGERPRINT_SIZE, rows * columns)
+        # In integers: float32 would round the last index of a large weight past its end, and some
+        # devices have no float64.
+        index = torch.arange(count) * (rows * columns - 1) // max(count - 1, 1)
+        shard = _entries_of_shard(module, index // columns, index % columns)
+        if shard is None:
+            flat = read_weight(module, name).reshape(-1)
+            found[name] = flat[index.to(flat.device)].float().cpu()
+        else:
+            sent.setdefault(shard[1], {})[name] = shard[0]
+    for group, parts in sent.items():
+        together = torch.cat(list(parts.values()))
+        dist.all_reduce(together, group=group)
+        sizes = [len(part) for part in parts.values()]
+        for name, part in zip(parts, torch.split(together.cpu(), sizes), strict=True):
+            if float(part[-1]) != 0:
+                raise NonFiniteError(_not_finite(name))
+            found[name] = part[:-1].clone()
+    return {name: found[name] for name in modules}
 
 
-def _entries_of_shards(
-    module: nn.Module, name: str, rows: Tensor, columns: Tensor
-) -> Tensor | None:
-    """Entries of a weight that is cut by rows over one group; None for any other weight."""
+def _entries_of_shard(
+    module: nn.Module, rows: Tensor, columns: Tensor
+) -> tuple[Tensor, Any] | None:
+    """What this process has of a weight that is cut by rows over one group, and the group.
+
+    Zero where another process has it; then a number above zero if the shard is not finite. None for any
+    other weight. Nothing waits for the device.
+    """
     weight = getattr(module, "weight", None)
     mesh = getattr(weight, "device_mesh", None)
     if not isinstance(weight, Tensor) or mesh is None or not _is_plain(weight):
@@ -151,18 +169,15 @@ def _entries_of_shards(
         own = weight.to_local()
         # Rows are cut as torch.chunk cuts them.
         first = mesh.get_local_rank() * -(-weight.shape[0] // mesh.size())
-        mine = (rows >= first) & (rows < first + own.shape[0])
-        sent = torch.zeros(len(rows) + 1)
-        sent[-1] = 0.0 if bool(torch.isfinite(own).all()) else 1.0
+        mine = ((rows >= first) & (rows < first + own.shape[0])).nonzero().squeeze(1)
+        sent = torch.zeros(len(rows) + 1, device=own.device)
         places = (rows[mine] - first).to(own.device), columns[mine].to(own.device)
-        sent[:-1][mine] = own[places].float().cpu()
+        sent[mine.to(own.device)] = own[places].float()
+        sent[-1] = (~torch.isfinite(own)).any().float()
         kind = str(mesh.device_type)
         if kind != "cpu":
             sent = sent.to(torch.device(kind, torch.get_device_module(kind).current_device()))
-        dist.all_reduce(sent, group=mesh.get_group())
-    if float(sent[-1]) != 0:
-        raise NonFiniteError(_not_finite(name))
-    return sent[:-1]
+    return sent, mesh.get_group()
 
 
 def _is_plain(weight: Tensor) -> bool:
