@@ -346,6 +346,8 @@ def test_interrupted_collection_leaves_nothing(place: Path, tmp_path: Path) -> N
         "import os, signal, sys\n"
         "from lorainit.cli import main\n"
         "import lorainit.data as data\n"
+        # Whoever runs the tests in the background may have the signal ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "whole, seen = data.collate, []\n"
         "def collate(examples, pad):\n"
         "    seen.append(1)\n"
