@@ -25,8 +25,8 @@ from benchmarks.quality.run import (
     Bench,
     Clock,
     OutOfTime,
-    _order,
     add_common,
+    batch_rows_of,
     choose_device,
     load_model,
     stack_for,
@@ -108,7 +108,7 @@ def study(bench: Bench, task: str, seed: int, done: set[str], style: str) -> Non
         bench.clock.check(15.0)
         found = Initialised(starts["plain"], 0.0, 0.0)
         trainer = bench.trainer(("rows", task), natural, found, pools, len(chunk))
-        order = _order(natural, pools)
+        order = batch_rows_of(natural, pools)
         jobs = [
             Job(resized(starts[name], moments, kind, size), rate, order)
             for name, kind, size, rate in chunk

@@ -201,7 +201,7 @@ class Bench:
         first = members[0][0]
         trainer = self.trainer(key, first, members[0][1], pools, len(members))
         jobs = [
-            Job(found.start, experiment.learning_rate, _order(experiment, pools))
+            Job(found.start, experiment.learning_rate, batch_rows_of(experiment, pools))
             for experiment, found in members
         ]
         outcomes = trainer.run(jobs, **self._evaluations(first, pools))
@@ -236,7 +236,7 @@ class Bench:
         outcome = train_full(
             self.model,
             pools["train"],
-            _order(experiment, pools),
+            batch_rows_of(experiment, pools),
             learning_rate=experiment.learning_rate,
             warmup=experiment.warmup,
             clip=experiment.clip,
@@ -330,7 +330,7 @@ class Bench:
             torch.cuda.empty_cache()
 
 
-def _order(experiment: Experiment, pools: dict[str, Pool]) -> torch.Tensor:
+def batch_rows_of(experiment: Experiment, pools: dict[str, Pool]) -> torch.Tensor:
     """Rows of the training pool, ``(steps, batch)``."""
     e = experiment
     return batch_order(len(pools["train"]), e.train_samples, e.seed, e.steps, e.batch_size)
