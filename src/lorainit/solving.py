@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import groupby, zip_longest
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,11 +13,11 @@ from tqdm.auto import tqdm
 
 from lorainit.adapters.targets import Target
 from lorainit.adapters.weights import part_of_gather, read_weight
+from lorainit.chunks import chunk_bytes, chunks_of, input_key, rounds
 from lorainit.division import device_of, less_at_once, solvers
 from lorainit.errors import AdapterError, LorainitError, NonFiniteError
 from lorainit.linalg import double_precision
 from lorainit.statistics import Statistics, distributed
-from lorainit.statistics.plan import statistic_bytes
 from lorainit.statistics.travel import Slot, from_owners
 from lorainit.types import (
     OF_INPUT,
@@ -29,15 +29,6 @@ from lorainit.types import (
 )
 
 logger = logging.getLogger("lorainit")
-
-_CHUNK_BYTES = 1 << 30
-
-_CUDA_SHARE = 16
-"""Of the memory that is free, one part in this many goes into a stack's statistics in float32: a
-solve holds them in float64, and intermediates beside them."""
-
-_WORKSPACE = 9
-"""A solve of one layer takes so many times its statistics' bytes in float32, beside them."""
 
 
 def solve_layers(
@@ -70,7 +61,7 @@ def solve_layers(
         disable=None if progress else True,
     )
     with bar, torch.no_grad():
-        for chunks in _rounds(targets, owners, size, statistics, method.needs, max_memory):
+        for chunks in rounds(targets, owners, size, statistics, method.needs, max_memory):
             try:
                 weights = _weights(chunks, rank)
                 if chunks[rank] and failure is None:
@@ -124,10 +115,10 @@ def value_directions(
     for name, target in targets.items():
         if owners[name] == rank:
             by_limit.setdefault(limits[name], {})[name] = target
-    budget = _chunk_bytes(targets)
+    budget = chunk_bytes(targets)
     with torch.no_grad(), distributed.together():
         for limit, members in by_limit.items():
-            for chunk in _chunks(members, budget, method.needs):
+            for chunk in chunks_of(members, budget, method.needs):
                 layers = [
                     _for_solving(statistics[t.name], method.needs, device_of(t), None)
                     for t in chunk
@@ -277,14 +268,8 @@ def _solve_together(
 
 def _sharing(layers: Sequence[LayerStatistics]) -> int:
     """How many consecutive layers share one input's sums: the same number throughout, or 1."""
-    runs = [len(list(run)) for _, run in groupby(_input_key(layer) for layer in layers)]
+    runs = [len(list(run)) for _, run in groupby(input_key(layer) for layer in layers)]
     return runs[0] if len(set(runs)) == 1 else 1
-
-
-def _input_key(layer: LayerStatistics) -> int:
-    """Equal for layers that hold the very same second moment of their input."""
-    moment = layer.input_second_moment_sum
-    return id(layer) if moment is None else id(moment)
 
 
 def _solve_one(target: Target, weight: Tensor, layer: LayerStatistics, method: Method) -> Factors:
@@ -316,85 +301,6 @@ def _for_solving(
 ) -> LayerStatistics:
     """Only what the method reads, where the weight lies."""
     return layer.only(needs).to(device=device, dtype=dtype)
-
-
-def _rounds(
-    targets: Mapping[str, Target],
-    owners: Mapping[str, int],
-    size: int,
-    statistics: Statistics | None,
-    needs: frozenset[str],
-    max_memory: int | None = None,
-) -> Iterator[list[list[Target]]]:
-    """Rounds of one chunk for each process, so that all solve at once between two gathers."""
-    budget = _chunk_bytes(targets, max_memory)
-    mine: list[dict[str, Target]] = [{} for _ in range(size)]
-    for name, target in targets.items():
-        mine[owners[name]][name] = target
-    chunks = [_chunks(members, budget, needs, statistics) for members in mine]
-    yield from (list(turn) for turn in zip_longest(*chunks, fillvalue=[]))
-
-
-def _chunks(
-    targets: Mapping[str, Target],
-    budget: int,
-    needs: frozenset[str],
-    statistics: Statistics | None = None,
-) -> Iterator[list[Target]]:
-    """Targets of one shape, rank, scaling and device, as many as `budget` bytes allow.
-
-    A layer counts with the statistics that its method needs, and with its weight in float32.
-
-    Where `statistics` say so, those that share an input stand together, apart from those that do not
-    or with more or fewer others.
-    """
-    groups: dict[tuple[Any, ...], dict[int, list[Target]]] = {}
-    for name, target in targets.items():
-        spec = target.spec
-        device = next((p.device for p in target.module.parameters()), None)
-        key = (spec.out_features, spec.in_features, spec.rank, spec.scaling, device)
-        held = None if statistics is None else statistics.get(name)
-        source = 0 if held is None else _input_key(held)
-        groups.setdefault(key, {}).setdefault(source, []).append(target)
-    for (rows, columns, *_), sources in groups.items():
-        sizes = statistic_bytes((rows, columns), needs - {"gradient"})
-        step = max(1, budget // (4 * rows * columns + sum(sizes.values())))
-        by_number: dict[int, list[Target]] = {}
-        for members in sources.values():
-            number = len(members) if statistics is not None and len(members) <= step else 1
-            by_number.setdefault(number, []).extend(members)
-        for number, members in by_number.items():
-            whole = step - step % number
-            for first in range(0, len(members), whole):
-                yield members[first : first + whole]
-
-
-def _chunk_bytes(targets: Mapping[str, Target], max_memory: int | None = None) -> int:
-    """How large a stack may be, in bytes of its statistics; the same on every process."""
-    budget = None
-    for device in {device_of(target) for target in targets.values()}:
-        size = _CHUNK_BYTES
-        if device.type == "cuda":
-            held = torch.cuda.memory_allocated(device)
-            free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - held
-            if max_memory is None:
-                size = max(size, free // _CUDA_SHARE)
-            else:
-                size = max(1, min(free, max_memory - held) // _CUDA_SHARE)
-        budget = size if budget is None else min(budget, size)
-    # What is free differs between processes, and all must cut the same.
-    return -distributed.largest(-(budget or _CHUNK_BYTES))
-
-
-def solving_bytes(targets: Mapping[str, Target], needs: frozenset[str]) -> int:
-    """What solving the largest layer alone takes beside its statistics, roughly."""
-    return _WORKSPACE * max(
-        (
-            sum(statistic_bytes((t.spec.out_features, t.spec.in_features), needs).values())
-            for t in targets.values()
-        ),
-        default=0,
-    )
 
 
 def relative_size(pair: Factors, weight: Tensor, scaling: float) -> float:

@@ -17,6 +17,7 @@ from lorainit.adapters.weights import fingerprints, read_weight
 from lorainit.allocation import allocate_ranks, rank_limits
 from lorainit.calibration import SearchResult
 from lorainit.checks import UNUSED, unused_targets
+from lorainit.chunks import solving_bytes
 from lorainit.errors import AdapterError
 from lorainit.methods.natural import Natural
 from lorainit.probing import (
@@ -27,7 +28,7 @@ from lorainit.probing import (
     scale_factors,
 )
 from lorainit.refinement import natural_start
-from lorainit.solving import relative_size, solve_layers, solving_bytes, value_directions
+from lorainit.solving import relative_size, solve_layers, value_directions
 from lorainit.statistics import (
     CollectSettings,
     LossFunction,

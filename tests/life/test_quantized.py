@@ -13,7 +13,7 @@ from torch import nn
 
 import lorainit
 from benchmarks import quantized_check
-from lorainit import solving
+from lorainit import chunks, solving
 from lorainit.adapters.targets import match_targets
 from lorainit.adapters.weights import read_weight
 from tests.adapters.tiny import METHODS, batch, config, llama, logits, start, train
@@ -113,7 +113,7 @@ def test_weights_are_dequantized_a_few_at_a_time(
         return weight
 
     monkeypatch.setattr(solving, "read_weight", reading)
-    monkeypatch.setattr(solving, "_CHUNK_BYTES", 1)
+    monkeypatch.setattr(chunks, "_CHUNK_BYTES", 1)
     base = quantized("int8")
     start(base, METHODS[method])
     assert len(most) == 14
