@@ -17,6 +17,7 @@ from benchmarks.quality.records import Record
 METHODS: tuple[str, ...] = (
     "vanilla",
     "lora-da:paper=true",
+    "lora-da",
     "filet",
     "lora-one",
     "lora-ga",
@@ -38,6 +39,9 @@ starts stand last, so that a call cut short has the rest."""
 SEEDS = (0, 1, 2, 3, 4)
 SHORT_STEPS = 64
 BASELINE = "vanilla"
+STANDARD_RANK, STANDARD_STYLE = (
+    Experiment.__dataclass_fields__[name].default for name in ("rank", "style")
+)
 
 
 def parse_method(text: str) -> tuple[str, dict[str, Any]]:
@@ -84,7 +88,7 @@ def best_rates(
     )
     for record in records:
         experiment = record["experiment"]
-        if any(experiment[key] != value for key, value in match.items()):
+        if any(experiment.get(key) != value for key, value in match.items()):
             continue
         validation = record["validation"]
         loss = math.inf if validation["loss"] is None else validation["loss"]
@@ -114,7 +118,10 @@ def seeds(
 ) -> list[Experiment]:
     """Stage (ii): all seeds at each method's best rates of stage (i), the whole budget."""
     best = best_rates(
-        [r for r in records if r["stage"] == "search"], rates, rank=common.get("rank", 8)
+        [r for r in records if r["stage"] == "search"],
+        rates,
+        rank=common.get("rank", STANDARD_RANK),
+        style=common.get("style", STANDARD_STYLE),
     )
     return _at_rates(best, methods, tasks, seed_values, [common])
 
@@ -138,14 +145,15 @@ def sweep(
     the steps of at most eight epochs, at least sixteen steps.
     """
     searched = [r for r in records if r["stage"] == "search"]
-    standard = common.get("rank", Experiment.__dataclass_fields__["rank"].default)
+    standard = common.get("rank", STANDARD_RANK)
+    style = common.get("style", STANDARD_STYLE)
     found = []
     for value in values:
         change = common | {over: value}
         if over == "train_samples":
             change["steps"] = max(16, min(128, 8 * value // 32))
-        best = best_rates(searched, rates, rank=standard)
-        best |= best_rates(searched, rates, rank=change.get("rank", standard))
+        best = best_rates(searched, rates, rank=standard, style=style)
+        best |= best_rates(searched, rates, rank=change.get("rank", standard), style=style)
         found += _at_rates(best, methods, tasks, seed_values, [change])
     return sorted(found, key=lambda e: list(tasks).index(e.task))
 
