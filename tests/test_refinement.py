@@ -289,9 +289,12 @@ def test_no_layer_leaves_its_trust_region(region: float, steps: int) -> None:
 
 
 def test_rows_of_a_start_answer_the_data_alike() -> None:
-    """Activations of ``A``, on the data themselves, are the stated share of a default LoRA's."""
+    """Activations of ``A``, on the data themselves, are the stated share of a default LoRA's.
+
+    The share is large enough for no row to need more, so that a step of ``A`` moves less than one of ``B``.
+    """
     model, data = llama(), sequences()
-    method = lorainit.Natural(activation=0.5, damping=1e-6)
+    method = lorainit.Natural(activation=20, damping=1e-6)
     statistics = lorainit.collect_statistics(
         model, config(r=4), data=data, needs=method.needs, progress=False
     )
@@ -313,10 +316,31 @@ def test_rows_of_a_start_answer_the_data_alike() -> None:
         a = layers[name].lora_A["default"].weight.detach()
         ours = (x @ a.T).square().mean(0).sqrt()
         default = (x.square().sum(-1).mean() / (3 * x.shape[-1])).sqrt()
-        assert torch.allclose(ours, 0.5 * default.expand(len(a)), rtol=0.02), name
+        assert torch.allclose(ours, 20 * default.expand(len(a)), rtol=0.02), name
         norms += a.norm(dim=1).tolist()
     # The rows themselves are of different lengths.
     assert max(norms) > 1.5 * min(norms)
+
+
+def test_spare_rows_are_random() -> None:
+    """Rows without a column are a default LoRA's, longer; the others are those of the gradient."""
+    data = sequences()
+    drawn = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        wrapped = lorainit.get_peft_model(
+            llama(), config(r=8), method=lorainit.Natural(spare=2.0), data=data, progress=False
+        )
+        layer = next(m for m in wrapped.modules() if hasattr(m, "lora_A"))
+        a, b = (getattr(layer, n)["default"].weight.detach() for n in ("lora_A", "lora_B"))
+        drawn.append((a, (b == 0).all(0)))
+    (first, unused), (second, same) = drawn
+    assert torch.equal(unused, same)
+    assert 0 < int(unused.sum()) < 8
+    assert torch.equal(first[~unused], second[~unused])
+    assert not torch.isclose(first[unused], second[unused]).any(1).all()
+    bound = 2 / first.shape[1] ** 0.5
+    assert 0.8 * bound < float(first[unused].abs().max()) <= bound
 
 
 def test_more_steps_by_the_public_door() -> None:

@@ -120,12 +120,13 @@ class _Stack:
     def factors(
         self, method: Natural, statistics: Statistics, length: float, directions: int
     ) -> tuple[Tensor, Tensor]:
-        """The same as the adapter's ``B``, at scaling 1, and ``A``."""
+        """The same as ``s B`` and ``A`` of the adapter."""
         pairs = []
         for target, left, right in zip(self.targets, *self.moved(length, directions), strict=True):
-            second = statistics[target.name].input_second_moment.to(left.device)
-            pairs.append(method.factors(left, right, 1.0, second))
-        return torch.stack([b for _, b in pairs]), torch.stack([a for a, _ in pairs])
+            scaling = target.spec.scaling
+            a, b = method.factors(left, right, scaling, statistics[target.name])
+            pairs.append((scaling * b, a))
+        return torch.stack([b for b, _ in pairs]), torch.stack([a for _, a in pairs])
 
 
 @dataclass(eq=False)

@@ -218,13 +218,38 @@ def natural_euclidean_cut_is_worse() -> float:
 
 
 def natural_rows() -> float:
-    """Orthogonal rows of one activation, a quarter of a default LoRA's; orthogonal columns."""
-    a, b, _ = factors(Natural(activation=0.25, damping=1e-12))
-    size = SX.diagonal().mean() / 3 / 16
+    """Orthogonal rows of one activation, the one asked for; orthogonal columns."""
+    a, b, _ = factors(Natural(activation=1e5, damping=1e-12))
+    size = SX.diagonal().mean() / 3 * 1e10
     parts = [relative((a @ SX @ a.mT).diagonal(), size.expand(len(a)))]
     for gram in (a @ a.mT, b.mT @ b):
         parts.append(relative(gram, torch.diag(gram.diagonal())))
     return sum(parts)
+
+
+def natural_first_steps(size: float) -> Tensor:
+    """How far one Adam step moves the predictions, by each row and column, with rows `size` as long.
+
+    In the undamped Fisher metric ``tr(Sy D Sx D^T)``, written out; `size` 1 is the package's.
+    """
+    a, b, _ = factors(Natural(activation=1e-9, damping=1e-12))
+    a, b = a * size, b / size
+    parts = []
+    for row, column in zip(a, b.mT, strict=True):
+        by_b = SCALING * torch.outer((G @ row).sign(), row)
+        by_a = SCALING * torch.outer(column, (column @ G).sign())
+        parts.append(sum((SY * (step @ SX @ step.mT)).sum() for step in (by_b, by_a)))
+    return torch.stack(parts)
+
+
+def natural_rows_are_balanced() -> float:
+    """The share of the first steps that rows a little longer or shorter would save."""
+    least = torch.minimum(natural_first_steps(1.01), natural_first_steps(1 / 1.01))
+    return float((natural_first_steps(1.0) / least - 1).max().clamp_min(0))
+
+
+def natural_rows_twice_as_long() -> float:
+    return float((natural_first_steps(2.0) / natural_first_steps(1.0) - 1).min())
 
 
 def natural_length() -> float:
@@ -319,6 +344,8 @@ CHECKS = [
     Check("natural", "promised decrease", 1e-8, natural_decrease_is_half_the_squares),
     Check("natural", "stationary (autograd)", 1e-8, natural_is_stationary),
     Check("natural", "orthogonal rows and columns", 1e-8, natural_rows),
+    Check("natural", "rows move what columns move", 1e-8, natural_rows_are_balanced),
+    Check("natural", "control: longer rows", 0.5, natural_rows_twice_as_long, control=True),
     Check("natural", "length", 1e-10, natural_length),
     Check("natural", "control: Euclidean cut", 0.02, natural_euclidean_cut_is_worse, control=True),
     *(

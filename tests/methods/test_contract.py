@@ -141,6 +141,7 @@ def test_input_that_is_not_finite_is_refused(name: str) -> None:
         ("lora-da", {"damping_mode": "none"}),
         ("filet", {"select": "middle"}),
         ("natural", {"activation": 0.0}),
+        ("natural", {"spare": 0.0}),
         ("natural", {"length": 0.0}),
         ("natural", {"trust_region": 0.0}),
         ("natural", {"damping_mode": "none"}),

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from lorainit import linalg
@@ -44,9 +45,12 @@ class Natural:
         activation: root mean square of each component of ``A x`` under the data, in units of a default
             LoRA's, ``sqrt(tr(Sx) / (3 in))``. An optimizer like Adam moves every entry of a factor by
             about the learning rate, whatever its size, so the first steps move the predictions by ``B``
-            as much as ``A x`` is long, and by ``A`` as much as ``B`` is. Rows of the default's norm along
-            strong directions of the data answer a common learning rate with a jump; much shorter ones
-            make ``B`` long. Measured in docs/natural.md.
+            as much as ``A x`` is long, and by ``A`` as much as ``B`` is. Rows are longer than this where
+            a step of ``A`` would move them more than one of ``B``, see `factors`. Measured in
+            docs/natural.md.
+        spare: rows of ``A`` that no direction uses are random, of so many times a default LoRA's norm,
+            drawn from torch's global generator; None (default): they keep the next directions of the
+            gradient.
         length: ``s B A`` in units of ``Delta``. None (default): measured by `get_peft_model`; `solve`
             alone then gives one ``Delta``, which only a search may use as it is: the unit follows the
             loss reduction (a loss ``c`` times larger makes ``Delta`` ``1 / c`` times as long), and
@@ -62,7 +66,8 @@ class Natural:
 
     damping: float = 0.1
     damping_mode: DampingMode = "relative"
-    activation: float = 0.25
+    activation: float = 0.5
+    spare: float | None = None
     length: float | None = None
     trust_region: float = 0.25
     steps: int = 1
@@ -75,6 +80,8 @@ class Natural:
     def __post_init__(self) -> None:
         require_damping(self.damping, self.damping_mode)
         require_number("activation", self.activation, inclusive=False)
+        if self.spare is not None:
+            require_number("spare", self.spare, inclusive=False)
         if self.length is not None:
             require_number("length", self.length, inclusive=False)
         require_number("trust_region", self.trust_region, inclusive=False)
@@ -109,7 +116,7 @@ class Natural:
         dtype = linalg.compute_dtype(weight, statistics.gradient)
         left, right = self.step(statistics, rank)[1]
         left = left if self.length is None else left * self.length
-        a, b = self.factors(left, right, scaling, statistics.input_second_moment)
+        a, b = self.factors(left, right, scaling, statistics)
         return Factors(a.to(weight.device, dtype), b.to(weight.device, dtype), anchored=False)
 
     @property
@@ -135,26 +142,42 @@ class Natural:
         return metric, metric.out_of(left, right)
 
     def factors(
-        self, left: Tensor, right: Tensor, scaling: float, second_moment: Tensor
+        self, left: Tensor, right: Tensor, scaling: float, statistics: LayerStatistics
     ) -> tuple[Tensor, Tensor]:
-        """``A``, ``B`` with ``scaling * B A = left right`` and orthogonal rows of the right `activation`.
+        r"""``A``, ``B`` with ``scaling * B A = left right`` and orthogonal rows of the right size.
 
-        A zero column of ``left`` keeps its row of ``right`` in the span of ``A``.
+        Adam's first step moves ``B`` by the signs ``sigma = sign(G A^T)`` times the learning rate, and
+        ``A`` by ``tau = sign(B^T G)``. Row ``a`` and its column ``b`` then change the predictions, in
+        the Kronecker-factored Fisher metric, by ``(sigma^T Sy sigma) (a Sx a^T)`` and by
+        ``(b^T Sy b) (tau Sx tau^T)``. A row gets the size that makes the two equal, where their sum is
+        least, or that of `activation` if it is longer: the column of an unused row is zero now and will
+        not stay so.
 
         Args:
-            left: ``(..., out, rank)``.
+            left: ``(..., out, rank)``. A zero column keeps its row of ``right`` in the span of ``A``,
+                unless `spare` replaces it.
             right: ``(..., rank, in)``.
             scaling: above zero.
-            second_moment: ``Sx``, ``(..., in, in)``, not damped.
+            statistics: with ``gradient`` and both second moments, not damped.
         """
         rows, content = linalg.orthonormal_rows(left, right.mT)
-        diagonal = second_moment.diagonal(dim1=-2, dim2=-1)
+        inputs, gradient = statistics.input_second_moment, statistics.gradient.to(rows)
+        diagonal = linalg.double_precision(inputs.diagonal(dim1=-2, dim2=-1).to(rows))
         # Damping bounds rows along which the data never go.
-        damping = linalg.damping_value(diagonal, self.damping, self.damping_mode)
-        seen = ((rows.to(second_moment) @ second_moment) * rows.to(second_moment)).sum(-1)
-        wanted = (self.activation * ROW_NORM) ** 2 * diagonal.mean(-1, keepdim=True)
-        sizes = (wanted / (seen + damping.unsqueeze(-1))).sqrt().to(rows)
-        return rows * sizes.unsqueeze(-1), content / (sizes.unsqueeze(-2) * scaling)
+        damping = linalg.damping_value(diagonal, self.damping, self.damping_mode).unsqueeze(-1)
+        seen = _energy(inputs, rows.mT) + damping
+        default = ROW_NORM**2 * diagonal.mean(-1, keepdim=True)
+        outputs = statistics.output_second_moment
+        through_b = _energy(outputs, (gradient @ rows.mT).sign()) * seen * scaling**2
+        through_a = _energy(outputs, content) * _energy(inputs, (gradient.mT @ content).sign())
+        balanced = (through_a / through_b.clamp_min(torch.finfo(seen.dtype).tiny)) ** 0.25
+        sizes = torch.maximum(balanced, self.activation * (default / seen).sqrt()).to(rows)
+        a, b = rows * sizes.unsqueeze(-1), content / (sizes.unsqueeze(-2) * scaling)
+        if self.spare is not None:
+            unused = (b == 0).all(-2)
+            drawn = (2 * torch.rand(a.shape) - 1).to(a) * self.spare / a.shape[-1] ** 0.5
+            a = torch.where(unused.unsqueeze(-1), drawn, a)
+        return a, b
 
     def metric(self, statistics: LayerStatistics) -> KroneckerMetric:
         """Roots of both damped second moments, in float64 where the device has it."""
@@ -198,3 +221,10 @@ class Natural:
             return linalg.damped_cholesky(moment, damping, what)
 
         return linalg.once(factor, second)
+
+
+def _energy(second_moment: Tensor, columns: Tensor) -> Tensor:
+    """``v^T S v`` of every column ``v``, ``(..., rank)``, computed where ``S`` is; not below zero."""
+    there = columns.to(second_moment)
+    energy = ((second_moment @ there) * there).sum(-2).clamp_min(0)
+    return linalg.double_precision(energy.to(columns.device))
