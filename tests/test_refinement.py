@@ -329,7 +329,7 @@ def test_spare_rows_are_random() -> None:
     for seed in (0, 1):
         torch.manual_seed(seed)
         wrapped = lorainit.get_peft_model(
-            llama(), config(r=8), method=lorainit.Natural(spare=2.0), data=data, progress=False
+            llama(), config(r=8), method=lorainit.Natural(), data=data, progress=False
         )
         layer = next(m for m in wrapped.modules() if hasattr(m, "lora_A"))
         a, b = (getattr(layer, n)["default"].weight.detach() for n in ("lora_A", "lora_B"))

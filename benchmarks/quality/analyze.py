@@ -342,21 +342,32 @@ def range_table(records: Iterable[Record]) -> str:
 
 
 def sweep_table(records: Iterable[Record], over: str) -> str:
-    """Exact match, mean over tasks, by the value of one budget."""
+    """Exact match by the value of one budget, beside plain LoRA's with the same budget.
+
+    Not every line has every task, so each is compared on the tasks that it shares with plain LoRA.
+    """
     by_value: dict[int, list[Record]] = defaultdict(list)
     for record in records:
         by_value[record["experiment"][over]].append(record)
     values = sorted(by_value)
     cells = {value: collect_lines(by_value[value]) for value in values}
     labels = ordered({label for lines in cells.values() for _, label in lines})
-    rows = []
-    for label in labels:
-        row = [label]
-        for value in values:
-            mine = [line for (_, name), line in cells[value].items() if name == label]
-            row.append(f"{100 * mean([mean(line.exact) for line in mine]):.1f}" if mine else "–")
-        rows.append(row)
-    return table(["method", *map(str, values)], rows)
+    return table(
+        ["method", *map(str, values)],
+        [[label, *(_sweep_cell(cells[value], label) for value in values)] for label in labels],
+    )
+
+
+def _sweep_cell(lines: dict[tuple[str, str], Line], label: str) -> str:
+    mine = {task: line for (task, name), line in lines.items() if name == label}
+    if label == BASELINE:
+        scores = [mean(line.exact) for line in mine.values()]
+        return f"{100 * mean(scores):.1f} ({len(scores)})" if scores else "–"
+    pairs = [(line, lines[t, BASELINE]) for t, line in mine.items() if (t, BASELINE) in lines]
+    groups = [found for line, base in pairs if (found := paired(line, base))]
+    if not groups:
+        return "–"
+    return f"{100 * mean([mean(group) for group in groups]):+.1f} ({len(groups)})"
 
 
 def _axes(lines: dict[tuple[str, str], Line]) -> tuple[list[str], list[str]]:
@@ -494,7 +505,10 @@ def _part(records: Sequence[Record]) -> list[str]:
     if by_stage["search"]:
         parts += ["### Learning rates (short budget, one seed)", range_table(by_stage["search"])]
     for over, mine in swept.items():
-        parts += [f"### Final score, % right, by {over}", sweep_table(mine, over)]
+        parts += [
+            f"### Final score by {over}: plain LoRA's, % right; others: points above it (tasks)",
+            sweep_table(mine, over),
+        ]
     diverged = [r for r in records if r["diverged"]]
     if diverged:
         labels = sorted({f"{r['label']} at {r['learning_rate']:.2g}" for r in diverged})

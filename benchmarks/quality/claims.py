@@ -226,7 +226,12 @@ def _few_shot(lines: Lines, label: str) -> str:
     wins = sum(
         mean(lines[task, label].exact)
         > max(
-            (mean(x.exact) for (t, n), x in lines.items() if t == task and n != label), default=1.0
+            (
+                mean(x.exact)
+                for (t, n), x in lines.items()
+                if t == task and n.split("(")[0] != label.split("(")[0]
+            ),
+            default=1.0,
         )
         for task in tasks
     )

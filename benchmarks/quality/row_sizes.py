@@ -3,7 +3,8 @@
     python -m benchmarks.quality.row_sizes --tasks chain_sum --out OUT --data DATA --model PACKED
 
 Natural's starts after one and four steps, and plain LoRA's, are trained with rows of several sizes at
-several learning rates: half a budget, the validation split. What came out stands in docs/natural.md.
+several learning rates: half a budget (or ``--steps``), the validation split. What came out stands in
+docs/natural.md.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +21,7 @@ import lorainit
 from benchmarks.quality.data import load_pools, style_of
 from benchmarks.quality.experiment import Experiment, curve_steps
 from benchmarks.quality.initialise import Initialised, lora_config
+from benchmarks.quality.kinds import defaults, model_of
 from benchmarks.quality.prefixes import recorded
 from benchmarks.quality.records import append, read_records
 from benchmarks.quality.run import (
@@ -34,13 +37,15 @@ from benchmarks.quality.run import (
 from benchmarks.quality.stacked import Start
 from benchmarks.quality.stages import SHORT_STEPS
 from benchmarks.quality.trainer import Job
+from lorainit.types import LayerStatistics
 
 KINDS = ("norm", "activation", "mean activation", "decorrelated")
+BALANCED = ("balanced", "balanced, spare rows random")
 SIZES = (
-    ("norm", 0.03), ("norm", 0.06), ("norm", 0.125), ("norm", 0.25), ("norm", 1.0),
-    ("activation", 0.25), ("mean activation", 0.125), ("mean activation", 0.25),
+    ("norm", 0.25), ("norm", 1.0), ("activation", 0.25), ("activation", 0.5), ("mean activation", 0.25),
+    ("balanced", 0.25), ("balanced", 0.5), ("balanced", 1.0), ("balanced, spare rows random", 0.5),
 )  # fmt: skip
-PLAIN = (("norm", 1.0), ("norm", 0.25), ("decorrelated", 1.0))
+PLAIN = (("norm", 1.0), ("norm", 0.25), ("norm", 2.0), ("decorrelated", 1.0))
 RATES = (6.3e-4, 1.6e-3, 4e-3)
 
 
@@ -77,11 +82,32 @@ def resized(start: Start, moments: Mapping[str, Tensor], kind: str, size: float)
     return Start(factors, {}, start.extras)
 
 
-def study(bench: Bench, task: str, seed: int, done: set[str], style: str) -> None:
+def balanced(
+    start: Start, statistics: Mapping[str, LayerStatistics], scaling: float, kind: str, size: float
+) -> Start:
+    """The same product with rows as `Natural` sizes them, at least `size` of a default's activations.
+
+    Args:
+        start: not anchored.
+        statistics: what Natural reads, by layer.
+        scaling: ``s``.
+        kind: one of `BALANCED`.
+        size: ``Natural(activation=)``.
+    """
+    method = lorainit.Natural(activation=size)
+    seeds = itertools.count() if kind == BALANCED[1] else itertools.repeat(None)
+    factors = {
+        name: method.factors(scaling * b, a, scaling, statistics[name], seed)
+        for (name, (a, b)), seed in zip(start.factors.items(), seeds, strict=False)
+    }
+    return Start(factors, {}, start.extras)
+
+
+def study(bench: Bench, task: str, seed: int, done: set[str], style: str, steps: int) -> None:
     """One task and seed; every run is a line of ``row_sizes.jsonl``."""
     pools = {k: p.to(bench.device) for k, p in load_pools(task, bench.data).items()}
-    common = {"steps": SHORT_STEPS, "style": style}
-    natural = Experiment(task, "natural", 1e-3, seed, {"steps": 4}, **common)
+    common: dict[str, Any] = defaults(task) | {"steps": steps, "style": style}
+    natural = Experiment(task, "natural", 1e-3, seed, {"steps": 4, "spare": None}, **common)
     plain = Experiment(task, "vanilla", 1e-3, seed, **common)
     with recorded() as run:
         bench.initialise(natural, pools["train"], [natural])
@@ -91,7 +117,7 @@ def study(bench: Bench, task: str, seed: int, done: set[str], style: str) -> Non
         bench.model,
         lora_config(natural),
         data=bench.initialise.batches(natural, pools["train"]),
-        needs={"input_second_moment"},
+        needs=lorainit.Natural().needs,
         max_sequences=None,
         progress=False,
     )
@@ -100,8 +126,14 @@ def study(bench: Bench, task: str, seed: int, done: set[str], style: str) -> Non
         (name, kind, size, rate)
         for name in starts
         for (kind, size), rate in itertools.product(PLAIN if name == "plain" else SIZES, RATES)
-        if f"{task} {seed} {name} {kind} {size} {rate}" not in done
+        if f"{task} {seed} {steps} {name} {kind} {size} {rate}" not in done
     ]
+
+    def changed(name: str, kind: str, size: float) -> Start:
+        if kind in BALANCED:
+            return balanced(starts[name], statistics, natural.scaling, kind, size)
+        return resized(starts[name], moments, kind, size)
+
     stack = stack_for(pools["train"], bench.stack)
     for first in range(0, len(runs), stack):
         chunk = runs[first : first + stack]
@@ -109,21 +141,18 @@ def study(bench: Bench, task: str, seed: int, done: set[str], style: str) -> Non
         found = Initialised(starts["plain"], 0.0, 0.0)
         trainer = bench.trainer(("rows", task), natural, found, pools, len(chunk))
         order = batch_rows_of(natural, pools)
-        jobs = [
-            Job(resized(starts[name], moments, kind, size), rate, order)
-            for name, kind, size, rate in chunk
-        ]
+        jobs = [Job(changed(name, kind, size), rate, order) for name, kind, size, rate in chunk]
         outcomes = trainer.run(
             jobs,
             curve=pools["validation"].first(bench.evaluation_rows),
-            curve_at=curve_steps(SHORT_STEPS),
+            curve_at=curve_steps(steps),
             scores={"validation": pools["validation"].first(bench.validation_rows)},
         )
         for (name, kind, size, rate), outcome in zip(chunk, outcomes, strict=True):
             losses, exact = outcome.scores["validation"]
             record = {
-                "id": f"{task} {seed} {name} {kind} {size} {rate}",
-                "task": task, "seed": seed, "start": name, "kind": kind, "size": size,
+                "id": f"{task} {seed} {steps} {name} {kind} {size} {rate}",
+                "task": task, "seed": seed, "steps": steps, "start": name, "kind": kind, "size": size,
                 "learning_rate": rate, "loss": float(losses.mean()), "exact": float(exact.mean()),
                 "curve": outcome.curve,
             }  # fmt: skip
@@ -136,10 +165,11 @@ def main() -> None:
     )
     add_common(parser)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--steps", type=int, default=SHORT_STEPS)
     arguments = parser.parse_args()
     done = set(read_records([*arguments.records, arguments.out], "row_sizes"))
     bench = Bench(
-        load_model(arguments.model, choose_device()),
+        load_model(arguments.model, choose_device(), model_of(arguments.tasks)),
         arguments.data,
         arguments.out,
         "row_sizes",
@@ -149,7 +179,7 @@ def main() -> None:
     )
     try:
         for task, seed in itertools.product(arguments.tasks, arguments.seeds):
-            study(bench, task, seed, done, style_of(task, arguments.data))
+            study(bench, task, seed, done, style_of(task, arguments.data), arguments.steps)
             bench.free()
     except OutOfTime:
         print(f"time limit after {bench.clock.gone:.0f} s; call again", flush=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -124,7 +125,8 @@ class _Stack:
         pairs = []
         for target, left, right in zip(self.targets, *self.moved(length, directions), strict=True):
             scaling = target.spec.scaling
-            a, b = method.factors(left, right, scaling, statistics[target.name])
+            seed = torch.initial_seed() ^ zlib.crc32(target.name.encode())
+            a, b = method.factors(left, right, scaling, statistics[target.name], seed)
             pairs.append((scaling * b, a))
         return torch.stack([b for b, _ in pairs]), torch.stack([a for _, a in pairs])
 

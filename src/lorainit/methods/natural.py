@@ -34,9 +34,9 @@ class Natural:
 
     The length is one number for the model. `get_peft_model` measures it by forward passes on
     sequences held back from the statistics, together with how many of the directions the step uses:
-    directions with little signal cost more than they bring, and wait in ``A`` with a zero column of
-    ``B``. With ``steps > 1`` statistics are taken again at the displaced point, and the sum of the
-    steps is cut back to the rank in the metric of the newest ones.
+    directions with little signal cost more than they bring, and their rows of ``A`` are random ones
+    with a zero column of ``B``. With ``steps > 1`` statistics are taken again at the displaced point,
+    and the sum of the steps is cut back to the rank in the metric of the newest ones.
 
     Args:
         damping: added to the diagonals of both factors, see `damping_mode`.
@@ -48,9 +48,9 @@ class Natural:
             as much as ``A x`` is long, and by ``A`` as much as ``B`` is. Rows are longer than this where
             a step of ``A`` would move them more than one of ``B``, see `factors`. Measured in
             docs/natural.md.
-        spare: rows of ``A`` that no direction uses are random, of so many times a default LoRA's norm,
-            drawn from torch's global generator; None (default): they keep the next directions of the
-            gradient.
+        spare: where the length is measured, rows of ``A`` that no direction uses are a default LoRA's,
+            so many times as long, drawn from torch's seed and the layer's name; None: they keep the
+            next directions of the gradient.
         length: ``s B A`` in units of ``Delta``. None (default): measured by `get_peft_model`; `solve`
             alone then gives one ``Delta``, which only a search may use as it is: the unit follows the
             loss reduction (a loss ``c`` times larger makes ``Delta`` ``1 / c`` times as long), and
@@ -67,7 +67,7 @@ class Natural:
     damping: float = 0.1
     damping_mode: DampingMode = "relative"
     activation: float = 0.5
-    spare: float | None = None
+    spare: float | None = 2.0
     length: float | None = None
     trust_region: float = 0.25
     steps: int = 1
@@ -142,7 +142,12 @@ class Natural:
         return metric, metric.out_of(left, right)
 
     def factors(
-        self, left: Tensor, right: Tensor, scaling: float, statistics: LayerStatistics
+        self,
+        left: Tensor,
+        right: Tensor,
+        scaling: float,
+        statistics: LayerStatistics,
+        seed: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         r"""``A``, ``B`` with ``scaling * B A = left right`` and orthogonal rows of the right size.
 
@@ -155,10 +160,11 @@ class Natural:
 
         Args:
             left: ``(..., out, rank)``. A zero column keeps its row of ``right`` in the span of ``A``,
-                unless `spare` replaces it.
+                unless `seed` is given.
             right: ``(..., rank, in)``.
             scaling: above zero.
             statistics: with ``gradient`` and both second moments, not damped.
+            seed: of the random rows that `spare` asks for, the same on every device.
         """
         rows, content = linalg.orthonormal_rows(left, right.mT)
         inputs, gradient = statistics.input_second_moment, statistics.gradient.to(rows)
@@ -173,10 +179,11 @@ class Natural:
         balanced = (through_a / through_b.clamp_min(torch.finfo(seen.dtype).tiny)) ** 0.25
         sizes = torch.maximum(balanced, self.activation * (default / seen).sqrt()).to(rows)
         a, b = rows * sizes.unsqueeze(-1), content / (sizes.unsqueeze(-2) * scaling)
-        if self.spare is not None:
-            unused = (b == 0).all(-2)
-            drawn = (2 * torch.rand(a.shape) - 1).to(a) * self.spare / a.shape[-1] ** 0.5
-            a = torch.where(unused.unsqueeze(-1), drawn, a)
+        if self.spare is not None and seed is not None:
+            generator = torch.Generator().manual_seed(seed)
+            drawn = 2 * torch.rand(a.shape, generator=generator) - 1
+            drawn = drawn.to(a) * (self.spare / a.shape[-1] ** 0.5)
+            a = torch.where((b == 0).all(-2).unsqueeze(-1), drawn, a)
         return a, b
 
     def metric(self, statistics: LayerStatistics) -> KroneckerMetric:
