@@ -26,6 +26,7 @@ FEWEST_SEEDS = 4
 """With fewer, a bootstrap interval says little more than the smallest and the largest: none is given."""
 FEW = 64
 """Training samples of the few-shot comparison."""
+PICTURE = Path(__file__).resolve().parents[2] / "docs" / "images" / "quality.png"
 
 
 def bootstrap(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
@@ -221,7 +222,7 @@ def median(values: Sequence[float]) -> float:
 
 
 def final_table(lines: dict[tuple[str, str], Line]) -> str:
-    tasks, labels = _axes(lines)
+    tasks, labels = axes_of(lines)
     rows = []
     for label in labels:
         row = [label]
@@ -248,7 +249,7 @@ def final_table(lines: dict[tuple[str, str], Line]) -> str:
 
 def comparison_table(lines: dict[tuple[str, str], Line]) -> str:
     """Means over tasks: what a reader compares first."""
-    tasks, labels = _axes(lines)
+    tasks, labels = axes_of(lines)
     rows = []
     for label in labels:
         mine = [lines[t, label] for t in tasks if (t, label) in lines]
@@ -293,7 +294,7 @@ def comparison_table(lines: dict[tuple[str, str], Line]) -> str:
 
 
 def curve_table(lines: dict[tuple[str, str], Line]) -> str:
-    tasks, labels = _axes(lines)
+    tasks, labels = axes_of(lines)
     rows = []
     for label in labels:
         mine = [lines[t, label] for t in tasks if (t, label) in lines]
@@ -370,7 +371,7 @@ def _sweep_cell(lines: dict[tuple[str, str], Line], label: str) -> str:
     return f"{100 * mean([mean(group) for group in groups]):+.1f} ({len(groups)})"
 
 
-def _axes(lines: dict[tuple[str, str], Line]) -> tuple[list[str], list[str]]:
+def axes_of(lines: dict[tuple[str, str], Line]) -> tuple[list[str], list[str]]:
     return sorted({t for t, _ in lines}), ordered({label for _, label in lines})
 
 
@@ -378,89 +379,12 @@ def ordered(labels: Iterable[str]) -> list[str]:
     return sorted(labels, key=lambda name: (name != BASELINE, name))
 
 
-# --- figures -----------------------------------------------------------------------------------
-
-
-def figures(
-    lines: dict[tuple[str, str], Line], search: list[Record], out: Path, name: str
-) -> list[Path]:
-    """Held-out loss over the steps, and validation score over the learning rate, task by task.
-
-    The files are called after `name`.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    made = []
-    palette = pyplot.get_cmap("tab20")
-    if lines:
-        tasks, labels = _axes(lines)
-        figure, axes = _grid(pyplot, len(tasks))
-        for axis, task in zip(axes, tasks, strict=False):
-            for i, label in enumerate(labels):
-                line = lines.get((task, label))
-                if line is None:
-                    continue
-                steps = line.heldout[0][0]
-                values = np.array([c[1] for c in line.heldout if c[0] == steps])
-                style = {"color": "black", "lw": 2} if label == BASELINE else {"color": palette(i)}
-                axis.plot(steps, values.mean(0), label=label, **style)
-            axis.set(title=task, xlabel="step", ylabel="held-out loss", xscale="symlog")
-            axis.set_yscale("log")
-        made.append(_save(figure, axes, out / f"curves-{name}.png", pyplot))
-    if search:
-        tasks = sorted({r["task"] for r in search})
-        labels = ordered({r["label"] for r in search})
-        figure, axes = _grid(pyplot, len(tasks))
-        for axis, task in zip(axes, tasks, strict=False):
-            for i, label in enumerate(labels):
-                points: dict[float, list[float]] = defaultdict(list)
-                for record in search:
-                    if record["task"] == task and record["label"] == label:
-                        value = finite(record["validation"]["exact"])
-                        points[record["learning_rate"]].append(100 * value)
-                rates = sorted(points)
-                style = {"color": "black", "lw": 2} if label == BASELINE else {"color": palette(i)}
-                scores = [mean(points[rate]) for rate in rates]
-                axis.plot(rates, scores, marker=".", label=label, **style)
-            axis.set(title=task, xlabel="learning rate", ylabel="exact match, %", xscale="log")
-        made.append(_save(figure, axes, out / f"learning-rates-{name}.png", pyplot))
-    return made
-
-
-def _grid(pyplot, count: int):  # type: ignore[no-untyped-def]
-    columns = min(3, count)
-    rows = -(-count // columns)
-    figure, axes = pyplot.subplots(rows, columns, figsize=(4.2 * columns, 3.2 * rows))
-    return figure, np.atleast_1d(axes).ravel()
-
-
-def _save(figure, axes, path: Path, pyplot) -> Path:  # type: ignore[no-untyped-def]
-    """One legend for all panels, below them."""
-    known = {}
-    for axis in axes:
-        known |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
-        axis.set_visible(bool(axis.lines))
-    labels = ordered(known)
-    lines = -(-len(labels) // 5)
-    handles = [known[label] for label in labels]
-    figure.legend(handles, labels, loc="lower center", ncols=5, fontsize=8)
-    figure.tight_layout(rect=(0, (0.25 + 0.2 * lines) / figure.get_figheight(), 1, 1))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
-    return path
-
-
 def report(records: Iterable[Record]) -> str:
     """All tables that the records allow, in Markdown, one part a model."""
     records = list(records)
     parts = ["# Quality: what the records say", f"{len(records)} runs."]
-    models = sorted({_model(r) for r in records}, key=lambda name: ("smollm2" not in name, name))
-    for model in models:
-        parts += [f"## {model}", *_part([r for r in records if _model(r) == model])]
+    for model, mine in by_model(records).items():
+        parts += [f"## {model}", *_part(mine)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -516,6 +440,14 @@ def _part(records: Sequence[Record]) -> list[str]:
     return parts
 
 
+def by_model(records: Iterable[Record]) -> dict[str, list[Record]]:
+    """The language model first."""
+    found: dict[str, list[Record]] = defaultdict(list)
+    for record in sorted(records, key=lambda r: ("smollm2" not in _model(r), _model(r))):
+        found[_model(record)].append(record)
+    return dict(found)
+
+
 def _model(record: Record) -> str:
     return str(record["experiment"]["model"])
 
@@ -533,12 +465,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--records", type=Path, nargs="*", default=[RESULTS])
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--picture", type=Path, default=PICTURE, help="of the final scores")
     arguments = parser.parse_args()
     records = list(read_records(arguments.records).values())
     text = report(records)
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "tables.md").write_text(text, encoding="utf-8")
     print(text)
+    from benchmarks.quality.figures import differences, figures
+
+    final = [r for r in records if r["stage"] == "seeds"]
+    print(differences({m: collect_lines(v) for m, v in by_model(final).items()}, arguments.picture))
     for model in sorted({_model(r) for r in records}):
         mine = [r for r in records if _model(r) == model]
         final = [r for r in mine if r["stage"] == "seeds"]

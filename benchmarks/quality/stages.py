@@ -16,6 +16,7 @@ from benchmarks.quality.records import Record
 
 METHODS: tuple[str, ...] = (
     "vanilla",
+    "vanilla:size=2",
     "lora-da:paper=true",
     "lora-da",
     "filet",

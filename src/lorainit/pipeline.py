@@ -165,7 +165,7 @@ def get_peft_model(
     targets = with_possible_ranks(model, config, targets, method, cap_rank=cap_rank)
     if statistics is not None:
         check_statistics(statistics, targets, method)
-    plain = isinstance(method, Vanilla) and not existing
+    plain = isinstance(method, Vanilla) and method.size == 1 and not existing
     start = Start({}, {}, {}, None)
     if not plain:
         settings = None

@@ -11,7 +11,6 @@ from benchmarks.quality.analyze import (
     bootstrap,
     collect_lines,
     crossing,
-    figures,
     good_range,
     report,
     sign_flip,
@@ -19,6 +18,7 @@ from benchmarks.quality.analyze import (
 )
 from benchmarks.quality.claims import aims_table, claims_table, forgetting_table, verdict
 from benchmarks.quality.experiment import CURVE_PERCENT, Experiment
+from benchmarks.quality.figures import differences, figures
 from benchmarks.quality.records import head
 
 
@@ -91,6 +91,31 @@ def test_the_rate_is_validations_and_the_target_plain_loras(tmp_path):
     paths = figures(lines, search, tmp_path, "model")
     assert all(path.exists() for path in paths)
     assert len(paths) == 2
+
+
+def test_the_picture_has_lines_with_an_interval_and_all_tasks(tmp_path, monkeypatch):
+    """Three seeds give no interval, and a method that lacks a task is not beside those that have it."""
+    from benchmarks.quality import figures as module
+
+    seen = {}
+    monkeypatch.setattr(module.pyplot, "close", lambda figure: seen.update(axes=figure.axes))
+    records = [
+        record(method, seed, 1e-3, 0.5 + gain * 0.1 + 0.01 * seed, [3.0, 1.0])
+        for method, gain, seeds in (
+            ("vanilla", 0, 5),
+            ("natural", 1, 5),
+            ("eva", -1, 5),
+            ("filet", 2, 3),
+        )
+        for seed in range(seeds)
+    ]
+    lines = collect_lines(records)
+    assert differences({"model": lines}, tmp_path / "a.png").exists()
+    (axis,) = seen["axes"]
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["eva", "natural"]
+    lines["simple_equations", "vanilla"] = lines["chain_sum", "vanilla"]
+    differences({"model": lines}, tmp_path / "b.png")
+    assert not any(axis.lines for axis in seen["axes"])
 
 
 def test_an_interval_within_tasks_does_not_see_the_distance_between_them():

@@ -23,6 +23,7 @@ from peft.tuners.lora.config import CordaConfig
 from peft.utils.incremental_pca import IncrementalPCA
 from torch import Tensor, nn
 
+import lorainit
 from lorainit.methods import (
     EVA,
     CorDA,
@@ -131,6 +132,19 @@ def drawn_as_peft(method: object, init: object) -> float:
         theirs = peft_factors(init)
     ours = solve(method, WEIGHT, STATISTICS)
     return relative(ours.A, theirs.A) + relative(ours.B, theirs.B)
+
+
+def vanilla_twice_as_long() -> float:
+    """Through the whole start: by how much the rows of A miss twice a default's length."""
+    model, longer = OneLayer(), config(True)
+    wrapped = lorainit.get_peft_model(model, longer, method=Vanilla(size=2.0), progress=False)
+    found = wrapped.base_model.model.lin
+    a, b = (getattr(found, n)["default"].weight.detach() for n in ("lora_A", "lora_B"))
+    assert not b.any()
+    bound = 2 / a.shape[1] ** 0.5
+    assert float(a.abs().max()) <= bound
+    # The root mean square of a uniform draw is its bound over the root of three.
+    return abs(float(a.square().mean().sqrt()) * 3**0.5 / bound - 1)
 
 
 def orthogonal_is_pefts() -> float:
@@ -316,6 +330,7 @@ def lora_one_formula() -> float:
 
 CHECKS = [
     Check("vanilla", "PEFT's draw", 1e-6, lambda: drawn_as_peft(Vanilla(), True)),
+    Check("vanilla", "twice as long", 0.15, vanilla_twice_as_long),
     Check("gaussian", "PEFT's draw", 1e-6, lambda: drawn_as_peft(Gaussian(), "gaussian")),
     Check("orthogonal", "PEFT's draw", 1e-6, orthogonal_is_pefts),
     Check("pissa", "PEFT's factors", 1e-5, lambda: same_as_peft(PiSSA(), "pissa")),

@@ -140,6 +140,7 @@ def test_input_that_is_not_finite_is_refused(name: str) -> None:
         ("lora-da", {"beta": -0.1}),
         ("lora-da", {"damping_mode": "none"}),
         ("filet", {"select": "middle"}),
+        ("vanilla", {"size": 0.0}),
         ("natural", {"activation": 0.0}),
         ("natural", {"spare": 0.0}),
         ("natural", {"length": 0.0}),

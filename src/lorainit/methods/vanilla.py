@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lorainit import linalg
+from lorainit.methods._settings import require_number
 from lorainit.types import Factors, LayerStatistics
 
 
@@ -18,13 +19,22 @@ class Vanilla:
 
     `get_peft_model` leaves the weights that PEFT itself drew, so a run with this method is the
     plain PEFT run with the same seed.
+
+    Args:
+        size: rows of ``A`` so many times as long, drawn anew where it is not 1. With an optimizer like
+            Adam the first steps move the outputs by so much more, at the same learning rate.
     """
+
+    size: float = 1.0
 
     needs: ClassVar[frozenset[str]] = frozenset()
 
+    def __post_init__(self) -> None:
+        require_number("size", self.size, inclusive=False)
+
     @classmethod
     def paper(cls) -> Vanilla:
-        """The same: there is nothing to set."""
+        """The same: PEFT's own."""
         return cls()
 
     def solve(
@@ -45,6 +55,7 @@ class Vanilla:
         *batch, rows, columns = weight.shape
         linalg.check_rank(rank, rows, columns)
         dtype = linalg.compute_dtype(weight)
-        a = torch.empty(*batch, rank, columns, dtype=dtype).uniform_(-1, 1) / columns**0.5
+        a = torch.empty(*batch, rank, columns, dtype=dtype).uniform_(-1, 1)
+        a *= self.size / columns**0.5
         b = torch.zeros(*batch, rows, rank, dtype=dtype)
         return Factors(a.to(weight.device), b.to(weight.device), anchored=False)
