@@ -278,13 +278,30 @@ def test_no_layer_leaves_its_trust_region(region: float, steps: int) -> None:
     wrapped = lorainit.get_peft_model(
         llama(), config(r=4), method=method, data=sequences(), progress=False
     )
+    check_region(wrapped, region)
+
+
+@pytest.mark.parametrize("name", ["LoraDA", "LoraOne"])
+@pytest.mark.parametrize("region", [1e-3, 0.02, 1e9])
+def test_no_calibrated_layer_leaves_it(
+    name: str, region: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lorainit.probing.TRUST_REGION", region)
+    method = getattr(lorainit, name)(scale="calibrated")
+    wrapped = lorainit.get_peft_model(
+        llama(), config(r=4), method=method, data=sequences(), progress=False
+    )
+    check_region(wrapped, region)
+
+
+def check_region(wrapped: Any, region: float) -> None:
+    """A narrow region is filled by some layer and left by none, a wide one is not felt."""
     sizes = []
     for layer in wrapped.modules():
         if hasattr(layer, "lora_A"):
             moved = layer.get_delta_weight("default").detach()
             sizes.append(float(moved.norm() / layer.get_base_layer().weight.norm()))
-    assert max(sizes) <= region * (1 + 1e-4)
-    # A narrow region is filled, a wide one is not felt.
+    assert 0 < max(sizes) <= region * (1 + 1e-4)
     assert (max(sizes) > 0.99 * region) == (region < 1)
 
 
@@ -387,7 +404,11 @@ def _own(model: Any, batch: dict[str, Tensor]) -> Tensor:
 
 
 @pytest.mark.parametrize("name", ["LoraDA", "LoraOne"])
-def test_calibrated_length_is_the_best_of_its_line(name: str) -> None:
+def test_calibrated_length_is_the_best_of_its_line(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The random model would move out of the region.
+    monkeypatch.setattr("lorainit.probing.TRUST_REGION", 1e9)
     data = sequences()
     method = getattr(lorainit, name)(scale="calibrated")
     wrapped = lorainit.get_peft_model(

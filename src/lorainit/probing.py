@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lorainit.adapters.targets import Target
 from lorainit.adapters.weights import read_weight
 from lorainit.calibration import SearchResult, search_length
+from lorainit.methods._settings import TRUST_REGION
 from lorainit.statistics import LossFunction, distributed
 from lorainit.statistics.anatomy import input_device
 from lorainit.statistics.batches import to_device
@@ -88,34 +89,46 @@ def scale_factors(factors: Mapping[str, Factors], length: float) -> dict[str, Fa
 def calibrate_factors(
     factors: Mapping[str, Factors], targets: Mapping[str, Target], probe: Probe
 ) -> tuple[dict[str, Factors], SearchResult]:
-    """Any method's displaced start at the length, along its own direction, with the least loss."""
+    """Any method's displaced start at the length, along its own direction, with the least loss.
+
+    A layer that would leave its `TRUST_REGION` stays at the edge.
+    """
     terms = {
         name: LowRank(pair.B * targets[name].spec.scaling, pair.A) for name, pair in factors.items()
     }
-    first = first_length(terms, targets, FIRST_SIZE)
+    sizes = relative_sizes(terms, weight_norms(targets))
+    first = length_for(sizes, FIRST_SIZE)
+
+    def lengths(length: float) -> dict[str, float]:
+        return {
+            name: min(length, TRUST_REGION / size) if size > 0 else length
+            for name, size in sizes.items()
+        }
+
     with probe.opened() as loss:
         result = search_length(
-            lambda length: loss({n: t.scaled(length) for n, t in terms.items()}),
+            lambda length: loss({n: terms[n].scaled(x) for n, x in lengths(length).items()}),
             first,
             precision=0.3,
             max_trials=16,
         )
-    return scale_factors(factors, result.length), result
+    found = lengths(result.length)
+    scaled = {n: Factors(f.A, f.B * found[n], f.anchored) for n, f in factors.items()}
+    return scaled, result
 
 
-def first_length(
-    terms: Mapping[str, LowRank],
-    targets: Mapping[str, Target],
-    size: float,
-    norms: Mapping[str, float] | None = None,
-) -> float:
-    """The length at which the median layer moves by `size` of its weight's norm."""
-    norms = weight_norms(targets) if norms is None else norms
-    sizes = []
+def relative_sizes(terms: Mapping[str, LowRank], norms: Mapping[str, float]) -> dict[str, float]:
+    """``|Delta|_F / |W|_F`` of every layer."""
+    sizes = {}
     for name, term in terms.items():
         square = ((term.left.mT @ term.left) * (term.right @ term.right.mT)).sum().clamp_min(0)
-        sizes.append(float(square.sqrt()) / norms[name])
-    median = stats.median(sizes) if sizes else 0.0
+        sizes[name] = float(square.sqrt()) / norms[name]
+    return sizes
+
+
+def length_for(sizes: Mapping[str, float], size: float) -> float:
+    """The length at which the median layer moves by `size` of its weight's norm."""
+    median = stats.median(sizes.values()) if sizes else 0.0
     # A search that began elsewhere on another process might end after another number of trials.
     return distributed.of_first(size / median if median > 0 else 1.0)
 

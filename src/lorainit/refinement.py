@@ -23,7 +23,7 @@ from lorainit.calibration import SearchResult, search_length
 from lorainit.division import device_of, less_at_once, solvers
 from lorainit.methods.metric import LowRankSum
 from lorainit.methods.natural import Natural
-from lorainit.probing import FIRST_SIZE, Probe, first_length, weight_norms
+from lorainit.probing import FIRST_SIZE, Probe, length_for, relative_sizes, weight_norms
 from lorainit.statistics import Statistics, distributed
 from lorainit.statistics.displace import LowRank
 from lorainit.statistics.travel import Slot, from_owners
@@ -297,7 +297,7 @@ class NaturalSteps:
         unit = self._terms(
             lambda s: (s.step[0][..., :directions], s.step[1][..., :directions, :]), directions
         )
-        return first_length(unit, self.targets, FIRST_SIZE, self._norms)
+        return length_for(relative_sizes(unit, self._norms), FIRST_SIZE)
 
 
 @contextlib.contextmanager

@@ -24,8 +24,10 @@ from lorainit.probing import (
     UNMEASURED_SIZE,
     Probe,
     calibrate_factors,
-    first_length,
+    length_for,
+    relative_sizes,
     scale_factors,
+    weight_norms,
 )
 from lorainit.refinement import natural_start
 from lorainit.solving import relative_size, solve_layers, value_directions
@@ -267,7 +269,7 @@ def _solved(
     )
     if unmeasured:
         terms = {n: LowRank(f.B * served[n].spec.scaling, f.A) for n, f in factors.items()}
-        length = first_length(terms, served, UNMEASURED_SIZE)
+        length = length_for(relative_sizes(terms, weight_norms(served)), UNMEASURED_SIZE)
         logger.warning(
             "%s: there is no data to measure the length of the start on; it is set so that the median "
             "layer moves by %g of its weight's norm. Pass data=... beside statistics=... to measure it.",

@@ -7,6 +7,10 @@ from typing import get_args
 
 from lorainit.types import DampingMode
 
+TRUST_REGION = 0.25
+"""Where a length is measured, no layer moves by more of its weight's norm. A loss that starts far above that
+of a guess can be lowered by wrecking the model, and what is wrecked does not train (docs/natural.md)."""
+
 ROW_NORM = 3**-0.5
 """Expected norm of a row of ``A`` as LoRA draws it: uniform in ``+-1/sqrt(in)``, ``in`` entries."""
 

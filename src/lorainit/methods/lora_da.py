@@ -113,7 +113,8 @@ class LoraDA:
             length of the data set, or the number of sequences counted.
         scale: ``"paper"``: the factors above. ``"calibrated"``: ``A`` has rows of a default LoRA
             row's norm, ``1/sqrt(3)``, and ``B A`` has the length along ``(A0 B0)^T`` at which
-            held-back sequences have the least loss, measured by `get_peft_model`.
+            held-back sequences have the least loss, measured by `get_peft_model`, no layer moving by
+            more than a quarter of its weight's norm.
 
     Deviations from the release: eigenvectors to a residual tolerance instead of ten LOBPCG
     iterations, the spectral norm to that tolerance instead of 16 power iterations, relative damping

@@ -36,7 +36,8 @@ class LoraOne:
             (``scale: stable``) does; the formula of the paper does not.
         scale: ``"paper"``: the factors above. ``"calibrated"``: ``A = V^T / sqrt(3)``, rows of a
             default LoRA row's norm, and ``B A`` has the length at which held-back sequences have the
-            least loss, measured by `get_peft_model`.
+            least loss, measured by `get_peft_model`, no layer moving by more than a quarter of its
+            weight's norm.
 
     Deviations from the release: singular triplets to a residual tolerance instead of a randomized
     SVD with the global generator. A layer whose gradient is zero gets ``B = 0`` and orthogonal rows

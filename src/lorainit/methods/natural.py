@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lorainit import linalg
-from lorainit.methods._settings import ROW_NORM, require_damping, require_number
+from lorainit.methods._settings import ROW_NORM, TRUST_REGION, require_damping, require_number
 from lorainit.methods.metric import KroneckerMetric
 from lorainit.types import DampingMode, Factors, LayerStatistics
 
@@ -69,7 +69,7 @@ class Natural:
     activation: float = 0.5
     spare: float | None = 2.0
     length: float | None = None
-    trust_region: float = 0.25
+    trust_region: float = TRUST_REGION
     steps: int = 1
     rho: float = 1.0
 
