@@ -435,7 +435,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=list(stages.SEEDS))
     parser.add_argument("--rates", type=int, default=2, help="learning rates taken from the search")
     parser.add_argument(
-        "--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings of every experiment"
+        "--set",
+        nargs="*",
+        action="extend",
+        default=[],
+        metavar="NAME=VALUE",
+        help="settings of every experiment",
     )
     parser.add_argument("--over", choices=("rank", "train_samples", "statistics_samples"))
     parser.add_argument("--values", type=int, nargs="+", default=[])
