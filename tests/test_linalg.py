@@ -171,12 +171,18 @@ def test_top_singular_by_iteration(
     found = leading._filtered_svd(matrix, 6, leading._tolerance(matrix, None))
     assert found is not None
     again = linalg.top_singular(matrix, 6)
-    for got in (found, again):
+    # By default float32 stops earlier: by Wedin's bound a residual over a gap is a sine, and what the
+    # subspace holds falls short by its square.
+    short = leading.EACH * float(s[5] / (s[5] - s[6])) if dtype == torch.float32 else 0.0
+    for got, angle in ((found, TOLERANCE[dtype]), (again, TOLERANCE[dtype] + 2 * short)):
         assert float((got[1].double() - s[:6]).abs().max()) < TOLERANCE[dtype]
-        assert sine(got[0], u[:, :6]) < TOLERANCE[dtype]
-        assert sine(got[2], v[:, :6]) < TOLERANCE[dtype]
+        assert sine(got[0], u[:, :6]) < angle
+        assert sine(got[2], v[:, :6]) < angle
     rebuilt = (again[0] * again[1]) @ again[2].mT
-    assert float((rebuilt.double() - (u[:, :6] * s[:6]) @ v[:, :6].mT).norm()) < TOLERANCE[dtype]
+    error = float((rebuilt.double() - (u[:, :6] * s[:6]) @ v[:, :6].mT).norm())
+    assert error < TOLERANCE[dtype] + 8 * short * float(s[0])
+    held = float((matrix.double() @ again[2].double()).square().sum())
+    assert held > (1 - 1e-5) * float(s[:6].square().sum())
     assert float((linalg.largest_singular_value(matrix) - s[0]).abs()) < TOLERANCE[dtype]
 
 

@@ -145,7 +145,8 @@ def get_peft_model(
         cap_rank: lower the rank of layers that are too small for it, instead of an error.
         calibration_share: of `data`, held back from the statistics to measure a step's length on,
             where the method asks for that; with `statistics`, all of `data` is used.
-        precision: ``"fast"``: solve in float32 (float64 where that fails); ``"exact"``: in float64.
+        precision: ``"fast"``: solve in float32 (float64 where that fails), to residuals of a thousandth or
+            less; ``"exact"``: in float64, to 1e-10.
         max_memory: see `collect_statistics`; each pass's layers are solved before the next pass.
         autocast_adapter_dtype: as in PEFT: adapters of half-precision models are kept in float32.
         progress: show progress bars.

@@ -18,6 +18,10 @@ _BOUND_PRODUCTS = 4
 
 _BOUND_MARGIN = 1.05
 
+EACH = 3e-4
+"""In float32 a pair has converged when its residual is below this times its own value: where the spectrum is
+flat that is a sine of a few thousandths, and 1e-7 of what the subspace holds (docs/performance.md)."""
+
 _HASTE = 0.7
 """Of what is allowed: where a rough stage ends, so that the last one has only to measure."""
 
@@ -110,7 +114,8 @@ def largest_eigenvectors(
     """Orthonormal eigenvectors of the ``k`` largest eigenvalues of a positive semidefinite matrix.
 
     Dense where it is small, above that by filtered subspace iteration until every residual
-    ``|M v - mu v|`` is below ``tolerance`` times the largest eigenvalue, or dense if it never is.
+    ``|M v - mu v|`` is below ``tolerance`` times the largest eigenvalue (in float32 by default also
+    `EACH` times its own), or dense if it never is.
 
     Returns:
         Eigenvalues ``(..., k)`` descending, eigenvectors ``(..., n, k)``.
@@ -125,10 +130,10 @@ def largest_eigenvectors(
     if n > min(dense_limit(matrix), _SYMMETRIC_LIMIT) and 4 * width < n:
         tiny = torch.finfo(matrix.dtype).tiny
 
-        goal = _tolerance(matrix, tolerance)
+        goal, each = _tolerance(matrix, tolerance), _each(matrix, tolerance)
         times = Halves.of(matrix).times if on_matrix_units(matrix) else matrix.matmul
         ritz = subspace.symmetric_ritz(
-            matrix.matmul, k, lambda v: (goal * v[..., :1]).clamp_min(tiny)
+            matrix.matmul, k, lambda v: torch.maximum(goal * v[..., :1], each * v).clamp_min(tiny)
         )
         zero = torch.zeros(matrix.shape[:-2], dtype=torch.float64, device=matrix.device)
         pairs = subspace.filtered(times, ritz, _start_block(matrix, n, width), k, lower=zero)
@@ -163,15 +168,15 @@ def top_singular(
     """Leading ``k`` singular triplets ``(U, S, V)`` of ``(..., m, n)``, signs fixed.
 
     Dense up to `dense_limit` (in the smaller dimension). Above it by filtered subspace iteration
-    (`lorainit.linalg.subspace`), until every residual ``|M^T u - s v|`` is below ``tolerance * S[0]``; a
-    dense SVD finishes what does not converge.
+    (`lorainit.linalg.subspace`), until every residual ``|M^T u - s v|`` is below ``tolerance * S[0]`` (in
+    float32 by default also `EACH` times its own value); a dense SVD finishes what does not converge.
 
     Returns:
         ``(..., m, k)``, ``(..., k)`` descending, ``(..., n, k)``.
     """
     small = min(matrix.shape[-2:])
     if small > dense_limit(matrix) and 2 * block_width(matrix, k) < small:
-        found = _filtered_svd(matrix, k, _tolerance(matrix, tolerance))
+        found = _filtered_svd(matrix, k, _tolerance(matrix, tolerance), _each(matrix, tolerance))
         if found is not None:
             return fix_triplet_signs(*found)
     if matrix.dtype == torch.float64:
@@ -206,7 +211,14 @@ def _start_block(matrix: Tensor, rows: int, width: int) -> Tensor:
     return block.to(matrix).expand(*matrix.shape[:-2], rows, width)
 
 
-def _filtered_svd(matrix: Tensor, k: int, tolerance: float) -> tuple[Tensor, Tensor, Tensor] | None:
+def _each(matrix: Tensor, tolerance: float | None) -> float:
+    """Of a value by itself; a tolerance that was asked for, and float64, are of the largest alone."""
+    return EACH if tolerance is None and matrix.dtype == torch.float32 else 0.0
+
+
+def _filtered_svd(
+    matrix: Tensor, k: int, tolerance: float, each: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor] | None:
     """Leading triplets by filtered subspace iteration on ``M^T M``; None without convergence."""
     halves = Halves.of(matrix) if on_matrix_units(matrix) else None
 
@@ -215,7 +227,7 @@ def _filtered_svd(matrix: Tensor, k: int, tolerance: float) -> tuple[Tensor, Ten
             return matrix.mT @ (matrix @ block)
         return halves.transposed_times(halves.times(block))
 
-    ritz = subspace.gram_ritz(matrix, k, tolerance)
+    ritz = subspace.gram_ritz(matrix, k, tolerance, each)
     start = _start_block(matrix, matrix.shape[-1], block_width(matrix, k))
     zero = torch.zeros(matrix.shape[:-2], dtype=torch.float64)
     found = subspace.filtered(apply, ritz, start, k, lower=zero)

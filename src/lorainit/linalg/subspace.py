@@ -244,8 +244,13 @@ def symmetric_ritz(
     return ritz
 
 
-def gram_ritz(matrix: Tensor, k: int, tolerance: float) -> Callable[[Tensor], Ritz]:
-    """Pairs of ``M^T M`` for ``(..., m, n)``; the error is ``|M^T u - s v|`` over ``tolerance s_0``."""
+def gram_ritz(
+    matrix: Tensor, k: int, tolerance: float, each: float = 0.0
+) -> Callable[[Tensor], Ritz]:
+    """Pairs of ``M^T M`` for ``(..., m, n)``; the error is ``|M^T u - s v|`` over what is allowed.
+
+    That is ``tolerance`` times the largest singular value, or ``each`` times the pair's own.
+    """
 
     def ritz(block: Tensor) -> Ritz:
         image = _wide(matrix @ block)
@@ -256,7 +261,8 @@ def gram_ritz(matrix: Tensor, k: int, tolerance: float) -> Callable[[Tensor], Ri
         vectors = (_wide(block) @ turn).to(block)
         rest = matrix.mT @ left[..., :k] - vectors[..., :k] * sizes[..., None, :k].to(block)
         norms = torch.linalg.vector_norm(rest, dim=-2)
-        return Ritz(values, vectors, norms / (tolerance * sizes[..., :1]).to(norms), left)
+        allowed = torch.maximum(tolerance * sizes[..., :1], each * sizes[..., :k])
+        return Ritz(values, vectors, norms / allowed.to(norms), left)
 
     return ritz
 
