@@ -174,7 +174,9 @@ def test_top_singular_by_iteration(
     # By default float32 stops earlier: by Wedin's bound a residual over a gap is a sine, and what the
     # subspace holds falls short by its square.
     short = leading.EACH * float(s[5] / (s[5] - s[6])) if dtype == torch.float32 else 0.0
-    for got, angle in ((found, TOLERANCE[dtype]), (again, TOLERANCE[dtype] + 2 * short)):
+    asked = linalg.top_singular(matrix, 6, tolerance=leading._tolerance(matrix, None))
+    angles = (TOLERANCE[dtype], TOLERANCE[dtype], TOLERANCE[dtype] + 2 * short)
+    for got, angle in zip((found, asked, again), angles, strict=True):
         assert float((got[1].double() - s[:6]).abs().max()) < TOLERANCE[dtype]
         assert sine(got[0], u[:, :6]) < angle
         assert sine(got[2], v[:, :6]) < angle

@@ -360,6 +360,41 @@ def test_spare_rows_are_random() -> None:
     assert 0.8 * bound < float(first[unused].abs().max()) <= bound
 
 
+def test_rows_that_a_cut_leaves_unused_are_spare_too() -> None:
+    """After a second step along the first one's directions the others' columns are rounding, not zero."""
+    torch.manual_seed(0)
+    x, g = torch.randn(300, 12, dtype=torch.float64), torch.randn(300, 10, dtype=torch.float64)
+    statistics = LayerStatistics(
+        gradient_sum=g.mT @ x, input_second_moment_sum=x.mT @ x,
+        output_second_moment_sum=g.mT @ g, sequences=300, label_tokens=300, positions=300,
+    )  # fmt: skip
+    method = lorainit.Natural()
+    metric, (left, right) = method.step(statistics, 6)
+    used = torch.tensor([1.0, 1.0, 0.0, 0.0, 0.0, 0.0], dtype=torch.float64)
+    both = torch.cat([left * used, left], -1), torch.cat([right, right], -2)
+    weights = torch.cat([torch.ones_like(used), used])
+    again = LowRankSum.in_metric(metric, *both).cut(weights, 6)
+    a, b = method.factors(*again, 2.0, statistics, seed=0)
+    kept = method.factors(*again, 2.0, statistics)[0]
+    assert (b == 0).all(0).tolist() == [False, False, True, True, True, True]
+    torch.testing.assert_close(a[:2], kept[:2])
+    assert not torch.isclose(a[2:], kept[2:]).any(1).all()
+    assert float(a[2:].abs().max()) <= 2 / 12**0.5
+    torch.testing.assert_close(2.0 * b @ a, 2 * (left[:, :2] @ right[:2]))
+
+
+def test_inputs_that_are_all_zero_make_no_nan() -> None:
+    zero = torch.zeros(12, 12, dtype=torch.float64)
+    statistics = LayerStatistics(
+        gradient_sum=zero, input_second_moment_sum=zero, output_second_moment_sum=zero + torch.eye(12),
+        sequences=3, label_tokens=3, positions=3,
+    )  # fmt: skip
+    method = lorainit.Natural(damping=1e-3, damping_mode="absolute", length=1.0)
+    found = method.solve(torch.zeros(12, 12), statistics, 4, 2.0)
+    assert not found.B.any()
+    assert found.A.isfinite().all()
+
+
 def test_more_steps_by_the_public_door() -> None:
     """The statistics at the displaced point come through hooks here; losses by the installed adapter."""
     data = sequences()

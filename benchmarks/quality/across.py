@@ -103,7 +103,7 @@ def run_all(
     for thread in threads:
         thread.join()
     if failed:
-        raise failed[0]
+        raise RuntimeError("; ".join(str(error) for error in failed)) from failed[0]
 
 
 def main() -> None:
@@ -121,7 +121,9 @@ def main() -> None:
     began = time.monotonic()
     for task in arguments.tasks:
         folder_of(task, arguments.data)
-    cards = [str(i) for i in range(torch.cuda.device_count())] or [""]
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    cards = named.split(",") if named else [str(i) for i in range(torch.cuda.device_count())]
+    cards = cards or [""]
 
     def work(task: str, card: str) -> None:
         (arguments.out / task).mkdir(parents=True, exist_ok=True)

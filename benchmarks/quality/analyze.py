@@ -465,8 +465,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--records", type=Path, nargs="*", default=[RESULTS])
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--picture", type=Path, default=PICTURE, help="of the final scores")
+    parser.add_argument("--picture", type=Path, help="of the final scores; default: the docs'")
     arguments = parser.parse_args()
+    here = arguments.out.resolve() == RESULTS.resolve()
+    picture = arguments.picture or (PICTURE if here else arguments.out / PICTURE.name)
     records = list(read_records(arguments.records).values())
     text = report(records)
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -475,7 +477,7 @@ def main() -> None:
     from benchmarks.quality.figures import differences, figures
 
     final = [r for r in records if r["stage"] == "seeds"]
-    print(differences({m: collect_lines(v) for m, v in by_model(final).items()}, arguments.picture))
+    print(differences({m: collect_lines(v) for m, v in by_model(final).items()}, picture))
     for model in sorted({_model(r) for r in records}):
         mine = [r for r in records if _model(r) == model]
         final = [r for r in mine if r["stage"] == "seeds"]

@@ -30,7 +30,7 @@ def differences(models: Mapping[str, Mapping[tuple[str, str], Line]], path: Path
         1, max(1, len(panels)), figsize=(5.2 * max(1, len(panels)), 4.6), squeeze=False
     )
     for axis, (name, rows) in zip(axes[0], panels.items(), strict=False):
-        tasks = len({task for task, _ in models[name]})
+        tasks = len({task for task, label in models[name] if label == BASELINE})
         for place, (_, middle, low, high) in enumerate(rows):
             color = "tab:green" if low > 0 else "tab:red" if high < 0 else "tab:gray"
             axis.plot([low, high], [place, place], color=color, lw=2)

@@ -173,7 +173,7 @@ class NaturalSteps:
         with probe.opened() as loss:
             result, directions = self._search(loss)
         if result.length > 0 or not self.searches:
-            # Where not one length helps the directions are kept, and the model starts where it is.
+            # Where not one length helps the model starts where it is.
             directions = directions if result.length > 0 else 0
             self._at = self._pairs(
                 lambda s: s.factors(self.method, statistics, result.length, directions),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from benchmarks.quality import data as quality_data
+from benchmarks.quality.analyze import PICTURE
 from benchmarks.quality.experiment import Experiment, percent_steps
 from benchmarks.quality.records import read_records, write_single
 from benchmarks.quality.run import Bench, Clock, OutOfTime
@@ -247,7 +248,10 @@ def test_the_commands_from_search_to_tables(folder, tmp_path, monkeypatch, capsy
         "rank", "--values", 1, 2, 4, "--rates", 1,
     )  # fmt: skip
     call(merge, out, "--into", into)
+    published = PICTURE.read_bytes()
     text = call(analyze, "--records", into, "--out", tmp_path)
+    assert (tmp_path / PICTURE.name).exists()
+    assert PICTURE.read_bytes() == published
     assert "natural(steps=2)" in text
     assert "### Final score by rank" in text
     assert (tmp_path / "curves-smollm2-135m-instruct.png").exists()

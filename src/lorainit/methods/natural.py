@@ -167,23 +167,31 @@ class Natural:
             seed: of the random rows that `spare` asks for, the same on every device.
         """
         rows, content = linalg.orthonormal_rows(left, right.mT)
+        # What a cut leaves of unused columns is rounding.
+        lengths = torch.linalg.vector_norm(content, dim=-2)
+        rounding = max(content.shape[-2:]) * torch.finfo(content.dtype).eps
+        unused = lengths <= rounding * lengths.amax(-1, keepdim=True)
+        content = content.masked_fill(unused.unsqueeze(-2), 0.0)
         inputs, gradient = statistics.input_second_moment, statistics.gradient.to(rows)
         diagonal = linalg.double_precision(inputs.diagonal(dim1=-2, dim2=-1).to(rows))
         # Damping bounds rows along which the data never go.
         damping = linalg.damping_value(diagonal, self.damping, self.damping_mode).unsqueeze(-1)
-        seen = _energy(inputs, rows.mT) + damping
+        tiny = torch.finfo(diagonal.dtype).tiny
+        seen = (_energy(inputs, rows.mT) + damping).clamp_min(tiny)
         default = ROW_NORM**2 * diagonal.mean(-1, keepdim=True)
         outputs = statistics.output_second_moment
         through_b = _energy(outputs, (gradient @ rows.mT).sign()) * seen * scaling**2
         through_a = _energy(outputs, content) * _energy(inputs, (gradient.mT @ content).sign())
-        balanced = (through_a / through_b.clamp_min(torch.finfo(seen.dtype).tiny)) ** 0.25
-        sizes = torch.maximum(balanced, self.activation * (default / seen).sqrt()).to(rows)
+        balanced = (through_a / through_b.clamp_min(tiny)) ** 0.25
+        sizes = torch.maximum(balanced, self.activation * (default / seen).sqrt())
+        # Inputs that are all zero ask for no size.
+        sizes = torch.where(default > 0, sizes, ROW_NORM).to(rows)
         a, b = rows * sizes.unsqueeze(-1), content / (sizes.unsqueeze(-2) * scaling)
         if self.spare is not None and seed is not None:
             generator = torch.Generator().manual_seed(seed)
             drawn = 2 * torch.rand(a.shape, generator=generator) - 1
             drawn = drawn.to(a) * (self.spare / a.shape[-1] ** 0.5)
-            a = torch.where((b == 0).all(-2).unsqueeze(-1), drawn, a)
+            a = torch.where(unused.unsqueeze(-1), drawn, a)
         return a, b
 
     def metric(self, statistics: LayerStatistics) -> KroneckerMetric:
@@ -233,5 +241,5 @@ class Natural:
 def _energy(second_moment: Tensor, columns: Tensor) -> Tensor:
     """``v^T S v`` of every column ``v``, ``(..., rank)``, computed where ``S`` is; not below zero."""
     there = columns.to(second_moment)
-    energy = ((second_moment @ there) * there).sum(-2).clamp_min(0)
+    energy = (linalg.product(second_moment, there) * there).sum(-2).clamp_min(0)
     return linalg.double_precision(energy.to(columns.device))
