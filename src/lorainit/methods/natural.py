@@ -155,8 +155,8 @@ class Natural:
         ``A`` by ``tau = sign(B^T G)``. Row ``a`` and its column ``b`` then change the predictions, in
         the Kronecker-factored Fisher metric, by ``(sigma^T Sy sigma) (a Sx a^T)`` and by
         ``(b^T Sy b) (tau Sx tau^T)``. A row gets the size that makes the two equal, where their sum is
-        least, or that of `activation` if it is longer: the column of an unused row is zero now and will
-        not stay so.
+        least, or that of `activation` if it is longer (the column of an unused row is zero now and will
+        not stay so), to eight binary digits.
 
         Args:
             left: ``(..., out, rank)``. A zero column keeps its row of ``right`` in the span of ``A``,
@@ -185,7 +185,7 @@ class Natural:
         balanced = (through_a / through_b.clamp_min(tiny)) ** 0.25
         sizes = torch.maximum(balanced, self.activation * (default / seen).sqrt())
         # Inputs that are all zero ask for no size.
-        sizes = torch.where(default > 0, sizes, ROW_NORM).to(rows)
+        sizes = _rounded(torch.where(default > 0, sizes, ROW_NORM)).to(rows)
         a, b = rows * sizes.unsqueeze(-1), content / (sizes.unsqueeze(-2) * scaling)
         if self.spare is not None and seed is not None:
             generator = torch.Generator().manual_seed(seed)
@@ -243,3 +243,9 @@ def _energy(second_moment: Tensor, columns: Tensor) -> Tensor:
     there = columns.to(second_moment)
     energy = (linalg.product(second_moment, there) * there).sum(-2).clamp_min(0)
     return linalg.double_precision(energy.to(columns.device))
+
+
+def _rounded(sizes: Tensor) -> Tensor:
+    """Sizes to eight binary digits: the same in whatever stack a layer's sums were rounded."""
+    mantissa, exponent = torch.frexp(sizes)
+    return torch.ldexp((256 * mantissa).round() / 256, exponent)
