@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -248,11 +249,11 @@ def compared(
         return {}
     path = folder / f"{what} {case.key} {REFERENCE}".replace(" ", "-")
     if machine.world == 1:
-        torch.save(found, path)
+        save_file({key: value.cpu().contiguous().clone() for key, value in found.items()}, path)
         return {}
     if not path.exists():
         return {"error": "no reference: launch with one process first"}
-    return distances(found, torch.load(path, weights_only=True))
+    return distances({key: value.cpu() for key, value in found.items()}, load_file(path))
 
 
 # --- cases --------------------------------------------------------------------------------------

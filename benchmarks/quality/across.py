@@ -17,9 +17,9 @@ import os
 import queue
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -80,30 +80,27 @@ def run_all(
     cards: Sequence[str],
     work: Callable[[str, str], None],
 ) -> None:
-    """`work(task, card)` for every task, one at a time on each card, begun in their order."""
-    waiting: queue.SimpleQueue[str] = queue.SimpleQueue()
-    for task in tasks:
-        waiting.put(task)
-    failed: list[BaseException] = []
+    """`work(task, card)` for every task, one at a time on each card, begun in their order.
 
-    def serve(card: str) -> None:
-        while True:
-            try:
-                task = waiting.get_nowait()
-            except queue.Empty:
-                return
-            try:
-                work(task, card)
-            except Exception as error:
-                failed.append(error)
+    Raises:
+        RuntimeError: of some tasks, after all have been tried.
+    """
+    free: queue.SimpleQueue[str] = queue.SimpleQueue()
+    for card in cards:
+        free.put(card)
 
-    threads = [threading.Thread(target=serve, args=(card,)) for card in cards]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    def on_a_free_card(task: str) -> None:
+        card = free.get()
+        try:
+            work(task, card)
+        finally:
+            free.put(card)
+
+    with ThreadPoolExecutor(len(cards)) as pool:
+        begun = [pool.submit(on_a_free_card, task) for task in tasks]
+    failed = [error for future in begun if (error := future.exception()) is not None]
     if failed:
-        raise RuntimeError("; ".join(str(error) for error in failed)) from failed[0]
+        raise RuntimeError("; ".join(map(str, failed))) from failed[0]
 
 
 def main() -> None:

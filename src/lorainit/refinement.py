@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -20,115 +19,16 @@ from tqdm.auto import tqdm
 
 from lorainit.adapters.targets import Target
 from lorainit.calibration import SearchResult, search_length
-from lorainit.division import device_of, less_at_once, solvers
-from lorainit.methods.metric import LowRankSum
+from lorainit.division import device_of, solvers
 from lorainit.methods.natural import Natural
 from lorainit.probing import FIRST_SIZE, Probe, length_for, relative_sizes, weight_norms
 from lorainit.statistics import Statistics, distributed
 from lorainit.statistics.displace import LowRank
 from lorainit.statistics.travel import Slot, from_owners
-from lorainit.types import Factors, LayerStatistics
+from lorainit.steps import Pairs, StepStack
+from lorainit.types import Factors
 
 logger = logging.getLogger("lorainit")
-
-_Pairs = dict[str, tuple[Tensor, Tensor]]
-"""``left`` ``(out, rank)`` and ``right`` ``(rank, in)`` by layer."""
-
-
-@dataclass(frozen=True, eq=False)
-class _Stack:
-    """Layers of one shape and rank: their newest step and where it begins, stacked.
-
-    Attributes:
-        targets: the layers.
-        step: one ``Delta``, strongest directions first.
-        whole: the displacement so far and the step together; None at the base.
-        limits: ``(layers,)``, the largest ``|s B A|_F`` of each.
-    """
-
-    targets: list[Target]
-    step: tuple[Tensor, Tensor]
-    whole: LowRankSum | None
-    limits: Tensor
-
-    @classmethod
-    def measured(
-        cls,
-        method: Natural,
-        targets: list[Target],
-        statistics: Statistics,
-        present: _Pairs,
-        norms: Mapping[str, float],
-        device: torch.device,
-    ) -> _Stack:
-        """The step from statistics taken at the present displacement."""
-        layers = [statistics[t.name].only(method.needs).to(device=device) for t in targets]
-        metric, step = method.step(LayerStatistics.stack(layers), targets[0].spec.rank)
-        limits = step[0].new_tensor([method.trust_region * norms[t.name] for t in targets])
-        if not present:
-            return cls(targets, step, None, limits)
-        left, right = (torch.stack([present[t.name][i] for t in targets]) for i in (0, 1))
-        left, right = left.to(step[0]), right.to(step[1])
-        both = torch.cat([left, step[0]], dim=-1), torch.cat([right, step[1]], dim=-2)
-        return cls(targets, step, LowRankSum.in_metric(metric, *both), limits)
-
-    @classmethod
-    def all_measured(
-        cls,
-        method: Natural,
-        targets: list[Target],
-        statistics: Statistics,
-        present: _Pairs,
-        norms: Mapping[str, float],
-        device: torch.device | None = None,
-    ) -> list[_Stack]:
-        """The same, of fewer layers at once where memory does not do for all."""
-        if device is None:
-            device = next(targets[0].module.parameters()).device
-            if device.type == "meta":
-                # The weight is offloaded; the statistics are where they were collected.
-                device = statistics[targets[0].name].gradient.device
-        try:
-            return [cls.measured(method, targets, statistics, present, norms, device)]
-        except torch.OutOfMemoryError:
-            # Handled below: until here the traceback holds what was allocated.
-            pass
-        parts, device = less_at_once(targets, device)
-        return [
-            stack
-            for part in parts
-            for stack in cls.all_measured(method, part, statistics, present, norms, device)
-        ]
-
-    def moved(self, length: float, directions: int) -> tuple[Tensor, Tensor]:
-        """The displacement after a step of this length along its first directions, cut to rank.
-
-        A layer that would move out of its trust region is scaled back to its edge.
-        """
-        left, right = self.step
-        used = torch.arange(left.shape[-1], device=left.device) < directions
-        weights = (used * length).to(left)
-        if self.whole is None:
-            left = left * weights
-        else:
-            weights = torch.cat([torch.ones_like(weights), weights])
-            left, right = self.whole.cut(weights, self.targets[0].spec.rank)
-        square = ((left.mT @ left) * (right @ right.mT)).sum((-1, -2)).clamp_min(0)
-        tiny = torch.finfo(left.dtype).tiny
-        scale = (self.limits / square.sqrt().clamp_min(tiny)).clamp(max=1.0)
-        return left * scale[:, None, None], right
-
-    def factors(
-        self, method: Natural, statistics: Statistics, length: float, directions: int
-    ) -> tuple[Tensor, Tensor]:
-        """The same as ``s B`` and ``A`` of the adapter."""
-        pairs = []
-        for target, left, right in zip(self.targets, *self.moved(length, directions), strict=True):
-            scaling = target.spec.scaling
-            seed = torch.initial_seed() ^ zlib.crc32(target.name.encode())
-            a, b = method.factors(left, right, scaling, statistics[target.name], seed)
-            pairs.append((scaling * b, a))
-        return torch.stack([b for b, _ in pairs]), torch.stack([a for _, a in pairs])
 
 
 @dataclass(eq=False)
@@ -149,8 +49,8 @@ class NaturalSteps:
     targets: Mapping[str, Target]
     searches: list[SearchResult] = field(default_factory=list)
     directions: int | None = None
-    _at: _Pairs = field(default_factory=dict)
-    _stacks: list[_Stack] = field(default_factory=list)
+    _at: Pairs = field(default_factory=dict)
+    _stacks: list[StepStack] = field(default_factory=list)
     _owners: Mapping[str, int] = field(default_factory=dict)
     _norms: Mapping[str, float] = field(default_factory=dict)
 
@@ -166,7 +66,7 @@ class NaturalSteps:
             self._stacks = [
                 stack
                 for members in self._groups()
-                for stack in _Stack.all_measured(
+                for stack in StepStack.all_measured(
                     self.method, members, statistics, self._at, self._norms
                 )
             ]
@@ -211,10 +111,10 @@ class NaturalSteps:
 
     def _pairs(
         self,
-        placed: Callable[[_Stack], tuple[Tensor, Tensor]],
+        placed: Callable[[StepStack], tuple[Tensor, Tensor]],
         dtype: torch.dtype,
         width: int | None = None,
-    ) -> _Pairs:
+    ) -> Pairs:
         """What `placed` gives for each stack, by layer, of all processes' layers.
 
         Its pairs have the layer's rank, or `width` where that is given.
@@ -236,7 +136,7 @@ class NaturalSteps:
         return {name: (own[name, "left"], own[name, "right"]) for name in self.targets}
 
     def _terms(
-        self, placed: Callable[[_Stack], tuple[Tensor, Tensor]], width: int | None = None
+        self, placed: Callable[[StepStack], tuple[Tensor, Tensor]], width: int | None = None
     ) -> dict[str, LowRank]:
         return {n: LowRank(*p) for n, p in self._pairs(placed, torch.float32, width).items()}
 
