@@ -23,6 +23,11 @@ from lorainit.types import DampingMode, Factors, LayerStatistics
 _Operator = Callable[[Tensor], Tensor]
 
 
+EACH = 1e-3
+"""In float32 an eigenvector has converged when its residual is below this times its own eigenvalue
+(docs/performance.md)."""
+
+
 @dataclass(frozen=True, eq=False)
 class _Fisher:
     """What both ways to solve begin with, in float64.
@@ -210,7 +215,7 @@ class LoraDA:
         All an iteration needs is products with ``Z^-1`` and ``H = diag(1/y) G``. Eigenvectors of
         ``Omega`` do not need ``sigma``: those of ``sigma^2 Omega`` are the same. The eigenvalues
         sought may be far below the variance term's largest, so what comes out is measured in float64,
-        and asked for residuals below 1e-10 of the largest eigenvalue sought, or (float32) below 1e-3 of
+        and asked for residuals below 1e-10 of the largest eigenvalue sought, or (float32) below `EACH` of
         a vector's own; the products before may have fewer digits.
         """
         if self.beta == 0 or not linalg.iterates(fisher.z_factor):
@@ -238,7 +243,7 @@ class LoraDA:
             rank,
             upper=ratio * largest,
             tolerance=1e-10 if exact else 1e-8,
-            each=0.0 if exact else 1e-3,
+            each=0.0 if exact else EACH,
             rough=None if rough is None else rough.omega,
         )
         if found is None:
