@@ -35,6 +35,11 @@ class SearchResult:
     start_loss: float
     trials: tuple[tuple[float, float], ...]
 
+    @property
+    def gain(self) -> float:
+        """Share of the start's loss that is gone; of a loss that is not above zero there is no share: 1."""
+        return 1 - self.loss / self.start_loss if self.start_loss > 0 else 1.0
+
 
 def search_length(
     loss_at: LossAt,

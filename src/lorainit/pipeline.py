@@ -25,6 +25,7 @@ from lorainit.checks import (
     configuration,
     with_possible_ranks,
 )
+from lorainit.methods.auto import Auto
 from lorainit.methods.vanilla import Vanilla
 from lorainit.start import Measured, Start, adapters_off, find_start
 from lorainit.statistics import CollectSettings, LossFunction, Statistics, distributed
@@ -109,7 +110,7 @@ def get_peft_model(
     model: nn.Module,
     peft_config: LoraConfig | None,
     *,
-    method: Method,
+    method: Method | None = None,
     data: Iterable[Any] | None = None,
     statistics: Statistics | None = None,
     adapter_name: str = "default",
@@ -132,7 +133,7 @@ def get_peft_model(
         model: a base model; or a PeftModel, which gets a new adapter, or whose adapter of this name
             is started again. No weight of the base is changed by a bit, now or later.
         peft_config: any LoraConfig; it is copied. None for an existing adapter's own.
-        method: how to find the start, for example ``lorainit.LoraDA()``.
+        method: how to find the start, for example ``lorainit.LoraDA()``. Default: ``lorainit.Auto()``.
         data: batches to collect statistics from, see `collect_statistics`.
         statistics: statistics collected before, instead of `data`.
         adapter_name: of the adapter to create or start again.
@@ -158,6 +159,7 @@ def get_peft_model(
         LorainitError: bad input, found before any long work; the model is as it was.
     """
     model = unwrapped(model)
+    method = Auto() if method is None else method
     check_arguments(model, peft_config, method, data, statistics, adapter_name)
     check_not_merged(model)
     existing = isinstance(model, PeftModel) and adapter_name in model.peft_config
@@ -209,7 +211,7 @@ def get_peft_model(
             )
         # PEFT's own random start of the layers left at it, too.
         distributed.broadcast(adapter_tensors(wrapped, adapter_name), 0)
-    if not plain:
+    if not (plain or start.plain):
         left_out |= left_at_default(wrapped, adapter_name, start.factors, left_out)
     _say(_summary(method, start, left_out), progress)
     return wrapped
@@ -248,6 +250,8 @@ def _measured(start: Start) -> dict[str, float]:
     if start.search is None:
         return {}
     search = start.search
+    if start.plain:
+        return {"base_loss": search.start_loss, "start_loss": search.start_loss, "length": 0.0}
     return {
         "base_loss": search.start_loss,
         "start_loss": search.loss,
@@ -266,14 +270,20 @@ def _say(line: str, progress: bool) -> None:
 def _summary(method: Method, start: Start, left_out: Mapping[str, str]) -> str:
     """One line: how large the start is, and what was left out and why."""
     line, sizes = f"{type(method).__name__}: ", start.sizes
-    if sizes:
+    if start.plain:
+        assert start.search is not None
+        line += (
+            f"plain LoRA: the measured start would take {start.search.gain:.1%} of the loss away, less "
+            f"than {getattr(method, 'least_gain', 0.0):.0%}"
+        )
+    elif sizes:
         line += (
             f"{len(sizes)} layers started, |s B A| / |W| largest {max(sizes.values()):.2g}, "
             f"median {stats.median(sizes.values()):.2g}"
         )
     else:
         line += "PEFT's own start"
-    if start.search is not None:
+    if start.search is not None and not start.plain:
         line += f", calibration loss {start.search.start_loss:.4g} to {start.search.loss:.4g}"
     if left_out:
         shown = "; ".join(f"{name}: {reason}" for name, reason in list(left_out.items())[:4])

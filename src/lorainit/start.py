@@ -20,6 +20,7 @@ from lorainit.checks import UNUSED, unused_targets
 from lorainit.chunks import solving_bytes
 from lorainit.errors import AdapterError
 from lorainit.methods.natural import Natural
+from lorainit.methods.vanilla import Vanilla
 from lorainit.probing import (
     UNMEASURED_SIZE,
     Probe,
@@ -60,12 +61,15 @@ class Start:
         sizes: ``|s B A| / |W|`` by target name.
         unused: targets that no sequence reached, with the reason.
         search: the last measurement of a length, if any.
+        plain: whether it is plain LoRA, since the start that was measured takes too little of the loss
+            away; there are no factors then, unless the adapter was there before.
     """
 
     factors: dict[str, Factors]
     sizes: dict[str, float]
     unused: dict[str, str]
     search: SearchResult | None
+    plain: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,6 +214,8 @@ def find_start(
             first=statistics,
             progress=measured.progress,
         )
+        if search.gain < method.least_gain:
+            return _plain(measured, unused, search)
         return Start(factors, _sizes(factors, served), unused, search)
     probe = measured.probe(parts(1)[1])
     start = _solved(method, measured, statistics, precision, unmeasured=False)
@@ -279,6 +285,15 @@ def _solved(
         factors = scale_factors(factors, length)
         sizes = {name: size * length for name, size in sizes.items()}
     return Start(factors, sizes, unused, None)
+
+
+def _plain(measured: Measured, unused: dict[str, str], search: SearchResult) -> Start:
+    """Plain LoRA: what PEFT draws for a new adapter, drawn anew for one that was there before."""
+    factors: dict[str, Factors] = {}
+    if measured.with_ranks is None:
+        served = _served(measured.targets, unused)
+        factors = solve_layers(served, None, Vanilla(), progress=False)[0]
+    return Start(factors, {}, unused, search, plain=True)
 
 
 def _served(targets: Targets, unused: Mapping[str, str]) -> dict[str, Target]:

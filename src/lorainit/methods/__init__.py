@@ -1,5 +1,6 @@
 """One file a method: a frozen dataclass of its settings, `needs`, and a pure `solve`."""
 
+from lorainit.methods.auto import Auto
 from lorainit.methods.corda import CorDA
 from lorainit.methods.eva import EVA
 from lorainit.methods.filet import FILet
@@ -27,6 +28,7 @@ METHODS: dict[str, type] = {
     "filet": FILet,
     "lora-da": LoraDA,
     "natural": Natural,
+    "auto": Auto,
 }
 """Every method by its name on the command line: first those that read nothing, then the weight, the
 inputs, the gradient, and last those that read Fisher factors. One contract test runs over this
@@ -35,6 +37,7 @@ table."""
 __all__ = [
     "EVA",
     "METHODS",
+    "Auto",
     "CorDA",
     "FILet",
     "Gaussian",

@@ -62,6 +62,9 @@ class Natural:
         rho: a layer may get up to ``rho`` times its configured rank when `get_peft_model`
             redistributes ranks by the decrease that its directions promise; 1 (default) keeps every
             rank as configured.
+        least_gain: where the length is measured, and the start takes away less than this share of the
+            loss on the held-back sequences, it is plain LoRA in its place. 0 (default): any start that
+            lowers the loss is taken; see `Auto`.
     """
 
     damping: float = 0.1
@@ -72,6 +75,7 @@ class Natural:
     trust_region: float = TRUST_REGION
     steps: int = 1
     rho: float = 1.0
+    least_gain: float = 0.0
 
     needs: ClassVar[frozenset[str]] = frozenset(
         {"gradient", "input_second_moment", "output_second_moment"}
@@ -86,6 +90,9 @@ class Natural:
             require_number("length", self.length, inclusive=False)
         require_number("trust_region", self.trust_region, inclusive=False)
         require_number("rho", self.rho, above=1.0)
+        require_number("least_gain", self.least_gain)
+        if self.least_gain >= 1:
+            raise ValueError(f"least_gain must be below 1, all of the loss, got {self.least_gain!r}")
         if not isinstance(self.steps, int) or self.steps < 1:
             raise ValueError(f"steps must be a whole number, at least 1, got {self.steps!r}")
         if self.steps > 1 and self.length is not None:

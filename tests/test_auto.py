@@ -1,0 +1,108 @@
+"""Auto: Natural where its measured step is worth it, the plain PEFT run where it is not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import Tensor
+
+import lorainit
+from lorainit.adapters.origin import origin_of
+from lorainit.calibration import SearchResult
+from lorainit.errors import MissingStatisticError
+from tests.adapters.tiny import config, llama
+from tests.test_refinement import sequences
+
+
+def adapter(model: Any) -> dict[str, Tensor]:
+    return {k: v.detach().clone() for k, v in peft.get_peft_model_state_dict(model).items()}
+
+
+def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(v, second[k]) for k, v in first.items())
+
+
+def started(method: Any, **named: Any) -> Any:
+    torch.manual_seed(5)
+    return lorainit.get_peft_model(
+        llama(), config(r=4), method=method, data=sequences(), progress=False, **named
+    )
+
+
+def gain_of(model: Any) -> float:
+    measured = origin_of(model, "default").measured
+    return 1 - measured["start_loss"] / measured["base_loss"]
+
+
+def test_worth_it_is_natural_and_not_worth_it_is_plain_peft() -> None:
+    torch.manual_seed(5)
+    plain = adapter(peft.get_peft_model(llama(), config(r=4)))
+    # A small random model has far to go.
+    natural = started(lorainit.Natural(trust_region=10.0))
+    gain = gain_of(natural)
+    assert 0.005 < gain < 0.9
+    below, above = 0.9 * gain, min(1.1 * gain, 0.99)
+    assert same(adapter(started(lorainit.Auto(least_gain=below, trust_region=10.0))), adapter(natural))
+    fallen = started(lorainit.Auto(least_gain=above, trust_region=10.0))
+    assert same(adapter(fallen), plain)
+    assert not same(adapter(natural), plain)
+    # The random numbers that follow are the plain run's, too.
+    after = torch.rand(3)
+    torch.manual_seed(5)
+    peft.get_peft_model(llama(), config(r=4))
+    assert torch.equal(torch.rand(3), after)
+
+
+def test_the_record_of_a_plain_start_promises_nothing() -> None:
+    model = started(lorainit.Auto(least_gain=0.99))
+    origin = origin_of(model, "default")
+    assert origin.settings["method"] == "Auto"
+    assert origin.measured["length"] == 0
+    assert origin.measured["start_loss"] == origin.measured["base_loss"] > 0
+
+
+def test_the_line_says_what_was_measured(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="lorainit"):
+        started(lorainit.Auto(least_gain=0.99))
+    line = next(text for text in caplog.messages if text.startswith("Auto: "))
+    assert "plain LoRA: the measured start would take" in line
+    assert "less than 99%" in line
+    assert "Left at PEFT's start" not in line
+
+
+def test_an_adapter_that_was_there_gets_plain_factors() -> None:
+    model = started(lorainit.Natural())
+    before = adapter(model)
+    lorainit.get_peft_model(
+        model, None, method=lorainit.Auto(least_gain=0.99), data=sequences(), progress=False
+    )
+    now = adapter(model)
+    assert all(not v.any() for k, v in now.items() if "lora_B" in k)
+    for key, value in now.items():
+        if "lora_A" in key:
+            bound = value.shape[1] ** -0.5
+            assert 0.8 * bound < float(value.abs().max()) <= bound
+            assert not torch.equal(value, before[key])
+
+
+def test_it_is_the_default_and_wants_data() -> None:
+    torch.manual_seed(5)
+    model = lorainit.get_peft_model(llama(), config(r=4), data=sequences(), progress=False)
+    assert origin_of(model, "default").settings["method"] == "Auto"
+    assert same(adapter(model), adapter(started(lorainit.Auto())))
+    with pytest.raises(MissingStatisticError, match="Auto needs .*pass data="):
+        lorainit.get_peft_model(llama(), config(r=4))
+
+
+def test_a_loss_that_is_not_above_zero_has_no_share() -> None:
+    assert SearchResult(1.0, -2.0, -1.0, ()).gain == 1
+    assert SearchResult(1.0, 0.5, 2.0, ()).gain == 0.75
+
+
+@pytest.mark.parametrize("gain", [-0.1, 1.0, float("nan")])
+def test_a_share_outside_its_range_is_refused(gain: float) -> None:
+    with pytest.raises(ValueError, match="least_gain"):
+        lorainit.Auto(least_gain=gain)
