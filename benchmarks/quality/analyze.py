@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.quality.experiment import CURVE_PERCENT, Experiment
-from benchmarks.quality.kinds import defaults
+from benchmarks.quality.kinds import FRESH_TASKS, defaults
 from benchmarks.quality.records import RESULTS, Record, read_records
 from benchmarks.quality.stages import BASELINE, best_rates
 
@@ -449,7 +449,9 @@ def by_model(records: Iterable[Record]) -> dict[str, list[Record]]:
 
 
 def _model(record: Record) -> str:
-    return str(record["experiment"]["model"])
+    """The model; tasks that no choice was made on stand by themselves."""
+    model = str(record["experiment"]["model"])
+    return f"{model}, fresh tasks" if record["task"] in FRESH_TASKS else model
 
 
 def _swept(record: Record) -> str:
@@ -477,8 +479,9 @@ def main() -> None:
     from benchmarks.quality.figures import differences, figures
 
     final = [r for r in records if r["stage"] == "seeds"]
-    print(differences({m: collect_lines(v) for m, v in by_model(final).items()}, picture))
-    for model in sorted({_model(r) for r in records}):
+    chosen_on = [r for r in final if r["task"] not in FRESH_TASKS]
+    print(differences({m: collect_lines(v) for m, v in by_model(chosen_on).items()}, picture))
+    for model in sorted({_model(r) for r in records if r["task"] not in FRESH_TASKS}):
         mine = [r for r in records if _model(r) == model]
         final = [r for r in mine if r["stage"] == "seeds"]
         search = [r for r in mine if r["stage"] == "search"]

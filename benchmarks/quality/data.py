@@ -30,7 +30,10 @@ TASKS: tuple[str, ...] = (
 )
 """The reasoning tasks of the benchmark, the one with the longest sequences last."""
 
-OTHER = {task: "letter_counting" for task in TASKS} | {"letter_counting": "simple_equations"}
+FRESH: tuple[str, ...] = ("syllogism", "word_sorting", "spell_backward")
+"""Tasks that no choice was made on: what was decided on `TASKS` is tried on these."""
+
+OTHER = {task: "letter_counting" for task in TASKS + FRESH} | {"letter_counting": "simple_equations"}
 """What is looked at after fine-tuning on a task, to see what was forgotten."""
 
 SIZES = {"train": 6144, "validation": 512, "test": 1024}
@@ -180,7 +183,7 @@ def prepare(task: str, folder: Path, style: Style = "plain") -> Path:
     path = folder / f"{task}.npz"
     if path.exists():
         return path
-    if task not in TASKS:
+    if task not in TASKS + FRESH:
         from benchmarks.quality.labelled import prepare_labelled
 
         return prepare_labelled(task, folder)

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.quality.data import TASKS
+from benchmarks.quality.data import FRESH, TASKS
 from benchmarks.quality.encoders import HEAD, StackedEncoder
+from benchmarks.quality.labelled import FRESH as FRESH_LABELLED
 from benchmarks.quality.labelled import SENTIMENT, SHIFTS
 from benchmarks.quality.stacked import Base, StackedLlama
 
@@ -93,7 +94,9 @@ def _encoder(model: nn.Module, dtype: torch.dtype, fuse: bool) -> Base:
 
 KINDS: dict[str, Kind] = {
     "smollm2-135m-instruct": Kind(
-        TASKS, _smollm2, lambda model, dtype, fuse: StackedLlama(model, dtype, fuse=fuse)
+        TASKS + FRESH,
+        _smollm2,
+        lambda model, dtype, fuse: StackedLlama(model, dtype, fuse=fuse),
     ),
     "all-minilm-l6-v2": Kind(
         tuple(SENTIMENT),
@@ -112,6 +115,9 @@ KINDS: dict[str, Kind] = {
     ),
 }
 """By the name that an experiment gives its model."""
+
+FRESH_TASKS = frozenset(FRESH + FRESH_LABELLED)
+"""Of all models: tasks that no choice was made on."""
 
 
 def defaults(task: str) -> dict[str, Any]:

@@ -22,12 +22,16 @@ SENTIMENT = {
     "movies": "movieReviewSnippets",
     "products": "amazonReviewSnippets",
     "tweets": "tweets",
+    "editorials": "nytEditorialSnippets",
 }
 """Task names, and the parts of the rated sentences that they read."""
 
-SHIFTS = ("digits", "rotated", "inverted")
+SHIFTS = ("digits", "rotated", "inverted", "mirrored", "noisy", "moved", "faint")
 
-OTHER = {"movies": "products", "products": "tweets", "tweets": "movies"}
+FRESH = ("editorials", "mirrored", "noisy", "moved", "faint")
+"""Tasks that no choice was made on: what was decided on the others is tried on these."""
+
+OTHER = {"movies": "products", "products": "tweets", "tweets": "movies", "editorials": "movies"}
 """Another task for every sentiment task; that of the images is the digits as they were."""
 
 TEXT_SIZES = {"validation": 512, "test": 1024}
@@ -159,6 +163,15 @@ def _shift(task: str) -> dict[str, Split]:
         images = np.rot90(images, axes=(1, 2))
     elif task == "inverted":
         images = 255 - images
+    elif task == "mirrored":
+        images = images[:, :, ::-1]
+    elif task == "noisy":
+        noise = np.random.default_rng(1).normal(0, 80, images.shape)
+        images = (images + noise).clip(0, 255).astype(np.uint8)
+    elif task == "moved":
+        images = np.roll(images, (5, 5), axis=(1, 2))
+    elif task == "faint":
+        images = images // 4 + 64
     else:
         small, labels = sources.digits()
         order = np.random.default_rng(0).permutation(len(labels))
