@@ -22,7 +22,9 @@ def adapter(model: Any) -> dict[str, Tensor]:
 
 
 def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(v, second[k]) for k, v in first.items())
+    return first.keys() == second.keys() and all(
+        torch.equal(v, second[k]) for k, v in first.items()
+    )
 
 
 def started(method: Any, **named: Any) -> Any:
@@ -45,7 +47,9 @@ def test_worth_it_is_natural_and_not_worth_it_is_plain_peft() -> None:
     gain = gain_of(natural)
     assert 0.005 < gain < 0.9
     below, above = 0.9 * gain, min(1.1 * gain, 0.99)
-    assert same(adapter(started(lorainit.Auto(least_gain=below, trust_region=10.0))), adapter(natural))
+    assert same(
+        adapter(started(lorainit.Auto(least_gain=below, trust_region=10.0))), adapter(natural)
+    )
     fallen = started(lorainit.Auto(least_gain=above, trust_region=10.0))
     assert same(adapter(fallen), plain)
     assert not same(adapter(natural), plain)
@@ -93,7 +97,7 @@ def test_it_is_the_default_and_wants_data() -> None:
     model = lorainit.get_peft_model(llama(), config(r=4), data=sequences(), progress=False)
     assert origin_of(model, "default").settings["method"] == "Auto"
     assert same(adapter(model), adapter(started(lorainit.Auto())))
-    with pytest.raises(MissingStatisticError, match="Auto needs .*pass data="):
+    with pytest.raises(MissingStatisticError, match=r"Auto needs .*pass data="):
         lorainit.get_peft_model(llama(), config(r=4))
 
 

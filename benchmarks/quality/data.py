@@ -33,7 +33,9 @@ TASKS: tuple[str, ...] = (
 FRESH: tuple[str, ...] = ("syllogism", "word_sorting", "spell_backward")
 """Tasks that no choice was made on: what was decided on `TASKS` is tried on these."""
 
-OTHER = {task: "letter_counting" for task in TASKS + FRESH} | {"letter_counting": "simple_equations"}
+OTHER = {task: "letter_counting" for task in TASKS + FRESH} | {
+    "letter_counting": "simple_equations"
+}
 """What is looked at after fine-tuning on a task, to see what was forgotten."""
 
 SIZES = {"train": 6144, "validation": 512, "test": 1024}

@@ -41,6 +41,7 @@ from lorainit.linalg.limits import (
     iterates,
     on_matrix_units,
 )
+from lorainit.linalg.ready import load_solvers
 from lorainit.linalg.roots import (
     add_to_diagonal,
     damped_cholesky,
@@ -80,6 +81,7 @@ __all__ = [
     "largest_eigenvalue",
     "largest_eigenvectors",
     "largest_singular_value",
+    "load_solvers",
     "on_matrix_units",
     "once",
     "orthonormal_rows",

@@ -92,7 +92,9 @@ class Natural:
         require_number("rho", self.rho, above=1.0)
         require_number("least_gain", self.least_gain)
         if self.least_gain >= 1:
-            raise ValueError(f"least_gain must be below 1, all of the loss, got {self.least_gain!r}")
+            raise ValueError(
+                f"least_gain must be below 1, all of the loss, got {self.least_gain!r}"
+            )
         if not isinstance(self.steps, int) or self.steps < 1:
             raise ValueError(f"steps must be a whole number, at least 1, got {self.steps!r}")
         if self.steps > 1 and self.length is not None:
