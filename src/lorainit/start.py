@@ -19,7 +19,6 @@ from lorainit.calibration import SearchResult
 from lorainit.checks import UNUSED, unused_targets
 from lorainit.chunks import solving_bytes
 from lorainit.errors import AdapterError
-from lorainit.linalg import load_solvers
 from lorainit.methods.natural import Natural
 from lorainit.methods.vanilla import Vanilla
 from lorainit.probing import (
@@ -176,7 +175,6 @@ def find_start(
     precision: Literal["fast", "exact"],
 ) -> Start:
     """Factors by the method, from statistics or from data; measured, where it asks for that."""
-    load_solvers(input_device(measured.model))
     calibrated = bool(getattr(method, "calibrated", False))
     if not (calibrated and data is not None):
         if statistics is None and method.needs:

@@ -41,7 +41,6 @@ from lorainit.linalg.limits import (
     iterates,
     on_matrix_units,
 )
-from lorainit.linalg.ready import load_solvers
 from lorainit.linalg.roots import (
     add_to_diagonal,
     damped_cholesky,
@@ -81,7 +80,6 @@ __all__ = [
     "largest_eigenvalue",
     "largest_eigenvectors",
     "largest_singular_value",
-    "load_solvers",
     "on_matrix_units",
     "once",
     "orthonormal_rows",

@@ -66,9 +66,9 @@ class Halves(NamedTuple):
 
 
 def write_digits(matrix: Tensor, high: Tensor, low: Tensor) -> None:
-    """Leading and remaining digits of a float32 tensor, into float16 ones."""
+    """Leading and remaining digits of a float32 tensor, that is not needed any more, into float16 ones."""
     high.copy_(matrix)
-    torch.sub(matrix, high, out=low)
+    low.copy_(matrix.sub_(high) if matrix.shape == high.shape else matrix - high)
 
 
 def multiply(left: Tensor, right: Tensor) -> Tensor:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -14,9 +11,6 @@ from lorainit.linalg.stacks import double_precision
 from lorainit.types import DampingMode
 
 _LOOP_FROM = 256
-
-_AT_ONCE = 4
-"""Large matrices that a CUDA device factors at the same time: one alone leaves most of it idle."""
 
 
 def damping_value(diagonal: Tensor, damping: float, mode: DampingMode) -> Tensor:
@@ -90,12 +84,6 @@ def _one_by_one(matrix: Tensor) -> bool:
     return matrix.is_cuda and matrix.dim() > 2 and matrix.shape[-1] >= _LOOP_FROM
 
 
-@functools.cache
-def _streams(device: torch.device, count: int) -> list[Any]:
-    """Always the same: what each has freed is its own to use again."""
-    return [torch.cuda.Stream(device) for _ in range(count)]  # type: ignore[no-untyped-call]
-
-
 def _cholesky(matrix: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
     """Of ``matrix + damping * I`` in the damping's dtype; a large stack one by one, and copied once."""
     out = torch.empty(matrix.shape, dtype=damping.dtype, device=matrix.device).copy_(matrix)
@@ -104,17 +92,8 @@ def _cholesky(matrix: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
         factor, info = torch.linalg.cholesky_ex(out)
         return factor, info
     infos = []
-    here = torch.cuda.current_stream(out.device)
-    streams = _streams(out.device, _AT_ONCE)
-    for stream in streams:
-        stream.wait_stream(here)
-    for index, one in enumerate(out.flatten(0, -3)):
-        with torch.cuda.stream(streams[index % len(streams)]):
-            factor, info = torch.linalg.cholesky_ex(one)
-            one.copy_(factor)
+    for one in out.flatten(0, -3):
+        factor, info = torch.linalg.cholesky_ex(one)
+        one.copy_(factor)
         infos.append(info)
-    for stream in streams:
-        here.wait_stream(stream)
-    for info in infos:
-        info.record_stream(here)
     return out, torch.stack(infos)
