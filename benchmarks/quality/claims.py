@@ -153,7 +153,7 @@ def _ranks(records: Iterable[Record]) -> dict[str, str]:
 def aims_table(lines: Lines, search: Iterable[Record] = (), few_shot: Iterable[Record] = ()) -> str:
     """Every method against the best of all others, plain LoRA among them.
 
-    A method with other settings is not another method.
+    A method with other settings is not another method, nor are Natural and Auto (`family`).
 
     Steps to plain LoRA's final loss (median over runs) and early loss above it (mean) as a share of the
     best other's; tasks on which the score is above and significantly below the best other's (of that
@@ -171,7 +171,7 @@ def aims_table(lines: Lines, search: Iterable[Record] = (), few_shot: Iterable[R
     few = collect_lines(few_shot)
     rows = []
     for label in labels:
-        others = [name for name in labels if name.split("(")[0] != label.split("(")[0]]
+        others = [name for name in labels if family(name) != family(label)]
         if not others:
             continue
         above = below = seen = 0
@@ -202,6 +202,12 @@ def aims_table(lines: Lines, search: Iterable[Record] = (), few_shot: Iterable[R
     return table(header, rows)
 
 
+def family(label: str) -> str:
+    """The method of a line, whatever its settings; Auto is Natural or plain LoRA."""
+    name = label.split("(")[0]
+    return "natural" if name == "auto" else name
+
+
 def _median_share(lines: Lines, label: str) -> float:
     shares = [
         to / line.heldout[i][0][-1]
@@ -229,7 +235,7 @@ def _few_shot(lines: Lines, label: str) -> str:
             (
                 mean(x.exact)
                 for (t, n), x in lines.items()
-                if t == task and n.split("(")[0] != label.split("(")[0]
+                if t == task and family(n) != family(label)
             ),
             default=1.0,
         )

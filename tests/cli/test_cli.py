@@ -73,7 +73,8 @@ def test_methods_say_what_the_model_computes_at_first(capsys: pytest.CaptureFixt
 @pytest.mark.parametrize("data", ["pairs", "chats"])
 def test_init_writes_an_adapter_that_peft_loads(place: Path, data: str, tmp_path: Path) -> None:
     line = (
-        f"init --model @model --data @{data}.jsonl --rank 4 --rslora --quiet --output {tmp_path}/a"
+        f"init --model @model --data @{data}.jsonl --method lora-da --rank 4 --rslora --quiet "
+        f"--output {tmp_path}/a"
     )
     assert run(place, line) == 0
     model = PeftModel.from_pretrained(tiny.llama(), tmp_path / "a")
@@ -83,13 +84,27 @@ def test_init_writes_an_adapter_that_peft_loads(place: Path, data: str, tmp_path
     assert model.peft_config["default"].use_rslora
 
 
+def test_init_by_default_is_auto(place: Path, tmp_path: Path) -> None:
+    """The tiny model has random weights: no step takes a quarter of its loss away, so plain LoRA it is."""
+    line = "init --model @model --data @pairs.jsonl --rank 4 --quiet --output"
+    assert run(place, f"{line} {tmp_path}/a") == 0
+    assert run(place, f"{line} {tmp_path}/b --set least_gain=0") == 0
+    plain, natural = (
+        PeftModel.from_pretrained(tiny.llama(), tmp_path / name) for name in ("a", "b")
+    )
+    for model, moved in ((plain, False), (natural, True)):
+        factors = [p for n, p in model.named_parameters() if "lora_B" in n]
+        assert any(bool(p.any()) for p in factors) is moved
+    assert "Auto" in (tmp_path / "a" / "lorainit.json").read_text()
+
+
 def test_shell_and_python_agree(place: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     from lorainit.data import load_batches
 
-    line = f"init --model @model --data @pairs.jsonl --rank 4 --quiet --output {tmp_path}/a"
-    assert run(place, line) == 0
+    line = "init --model @model --data @pairs.jsonl --method lora-da --rank 4 --quiet"
+    assert run(place, f"{line} --output {tmp_path}/a") == 0
     data = load_batches(place / "pairs.jsonl", AutoTokenizer.from_pretrained(place / "model"))
     config = tiny.config(lora_alpha=4)
     here = lorainit.get_peft_model(
@@ -253,8 +268,8 @@ WRONG = {
     "init --model @model --output @x": "give --data",
     "init --model @model --method nothing --output @x": "there is no method",
     "init --model @model --data @nothing --output @x": "no data file",
-    "init --model @model --data @pairs.jsonl --set gama=1 --output @x": "settings of lora-da are",
-    "init --model @model --data @pairs.jsonl --set gamma=0 --output @x": "gamma must be",
+    "init --model @model --data @pairs.jsonl --method lora-da --set gama=1 --output @x": "settings of lora-da are",
+    "init --model @model --data @pairs.jsonl --method lora-da --set gamma=0 --output @x": "gamma must be",
     "init --model @model --data @pairs.jsonl --rank 99 --output @x": "Lower r",
     "init --model @model --data @pairs.jsonl --target-modules none --output @x": "all-linear",
     "init --model @model --statistics @nothing --output @x": "no statistics file",

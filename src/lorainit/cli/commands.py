@@ -76,7 +76,7 @@ def init(
     output: Annotated[str, Option("of the adapter", "output", "FOLDER")],
     data: o.OptionalData = None,
     statistics: o.OptionalStatistics = None,
-    method: o.Method = "lora-da",
+    method: o.Method = "auto",
     set: o.Settings = None,
     paper: o.Paper = False,
     rank: o.Rank = 16,
@@ -101,7 +101,7 @@ def init(
 
     Example::
 
-        lorainit init --model ./model --data train.jsonl --method lora-da \
+        lorainit init --model ./model --data train.jsonl \
             --rank 16 --rslora --output start
 
     From statistics collected before, with the data only to measure the step's length::
