@@ -382,12 +382,15 @@ def ordered(labels: Iterable[str]) -> list[str]:
 
 def report(records: Iterable[Record]) -> str:
     """All tables that the records allow, in Markdown, one part a model."""
+    from benchmarks.quality.rule import rule_table
+
     records = list(records)
     parts = ["# Quality: what the records say", f"{len(records)} runs."]
     copies = followed(records)
     if copies:
         parts += [_whose(copies)]
         records += copies
+    parts += ["## The default, by the rule of benchmarks/README.md", rule_table(chosen_on(records))]
     for model, mine in by_model(records).items():
         parts += [f"## {model}", *_part(mine)]
     return "\n\n".join(parts) + "\n"
@@ -399,9 +402,7 @@ def _whose(copies: Sequence[Record]) -> str:
     for record in copies:
         tasks[record["follows"]].add(record["task"])
     said = "; ".join(f"{label}'s on {', '.join(sorted(t))}" for label, t in sorted(tasks.items()))
-    return (
-        f"Runs of `auto` that are not its own, because it does the same there: {said}. All others are."
-    )
+    return f"Runs of `auto` that are not its own, because it does the same there: {said}. All others are."
 
 
 def _part(records: Sequence[Record]) -> list[str]:
@@ -464,6 +465,11 @@ def by_model(records: Iterable[Record]) -> dict[str, list[Record]]:
     return dict(found)
 
 
+def chosen_on(records: Iterable[Record]) -> dict[str, list[Record]]:
+    """By model, without the tasks that no choice was made on."""
+    return by_model(r for r in records if r["task"] not in FRESH_TASKS)
+
+
 def _model(record: Record) -> str:
     """The model; tasks that no choice was made on stand by themselves."""
     model = str(record["experiment"]["model"])
@@ -496,8 +502,7 @@ def main() -> None:
     from benchmarks.quality.figures import differences, figures
 
     final = [r for r in records if r["stage"] == "seeds"]
-    chosen_on = [r for r in final if r["task"] not in FRESH_TASKS]
-    print(differences({m: collect_lines(v) for m, v in by_model(chosen_on).items()}, picture))
+    print(differences({m: collect_lines(v) for m, v in chosen_on(final).items()}, picture))
     for model in sorted({_model(r) for r in records if r["task"] not in FRESH_TASKS}):
         mine = [r for r in records if _model(r) == model]
         final = [r for r in mine if r["stage"] == "seeds"]

@@ -161,7 +161,6 @@ def aims_table(lines: Lines, search: Iterable[Record] = (), few_shot: Iterable[R
     training scores above every other.
     """
     labels = ordered({label for _, label in lines})
-    tasks = sorted({task for task, _ in lines})
     share = {label: _median_share(lines, label) for label in labels}
     early = {
         label: mean([mean(x.early) for (_, n), x in lines.items() if n == label])
@@ -174,16 +173,7 @@ def aims_table(lines: Lines, search: Iterable[Record] = (), few_shot: Iterable[R
         others = [name for name in labels if family(name) != family(label)]
         if not others:
             continue
-        above = below = seen = 0
-        for task in tasks:
-            mine = lines.get((task, label))
-            peers = [lines[task, name] for name in others if (task, name) in lines]
-            if mine is None or not peers:
-                continue
-            seen += 1
-            differences = paired(mine, max(peers, key=lambda line: mean(line.exact)))
-            above += mean(differences) > 0
-            below += bootstrap(differences)[1] < 0
+        above, below, seen = against_best(lines, label)
         rows.append(
             [
                 label,
@@ -200,6 +190,22 @@ def aims_table(lines: Lines, search: Iterable[Record] = (), few_shot: Iterable[R
         "good range of learning rates, decades / LoRA's", "few-shot: tasks above every other",
     ]  # fmt: skip
     return table(header, rows)
+
+
+def against_best(lines: Lines, label: str) -> tuple[int, int, int]:
+    """Tasks on which a method is above the best other one of that task, significantly below it, and all."""
+    above = below = seen = 0
+    for task in sorted({t for t, name in lines if name == label}):
+        peers = [x for (t, n), x in lines.items() if t == task and family(n) != family(label)]
+        if not peers:
+            continue
+        seen += 1
+        differences = paired(
+            lines[task, label], max(peers, key=lambda line: (mean(line.exact), line.label))
+        )
+        above += mean(differences) > 0
+        below += bootstrap(differences)[1] < 0
+    return above, below, seen
 
 
 def family(label: str) -> str:

@@ -268,7 +268,7 @@ WRONG = {
     "init --model @model --output @x": "give --data",
     "init --model @model --method nothing --output @x": "there is no method",
     "init --model @model --data @nothing --output @x": "no data file",
-    "init --model @model --data @pairs.jsonl --method lora-da --set gama=1 --output @x": "settings of lora-da are",
+    "init --model @model --data @pairs.jsonl --method lora-da --set gama=1 --output @x": "of lora-da are",
     "init --model @model --data @pairs.jsonl --method lora-da --set gamma=0 --output @x": "gamma must be",
     "init --model @model --data @pairs.jsonl --rank 99 --output @x": "Lower r",
     "init --model @model --data @pairs.jsonl --target-modules none --output @x": "all-linear",

@@ -1,0 +1,96 @@
+"""Auto's line where it follows from others, and the rule by which a default is chosen."""
+
+from __future__ import annotations
+
+import pytest
+from benchmarks.quality.analyze import chosen_on, report
+from benchmarks.quality.claims import against_best, family
+from benchmarks.quality.follows import followed, gains
+from benchmarks.quality.rule import rule_table
+
+import lorainit
+from tests.benchmarks.test_quality_analyze import record
+
+LEAST = lorainit.Auto().least_gain
+
+
+def runs(method: str, exact: float, losses: list[float], count: int = 4) -> list[dict]:
+    """Seeds whose scores differ a little, and a search over three rates."""
+    found = [record(method, s, 1e-3, exact + 0.001 * s, losses) for s in range(count)]
+    good = {1e-4: 0.2, 1e-3: exact, 1e-2: 0.2}
+    return found + [record(method, 0, rate, e, losses, "search") for rate, e in good.items()]
+
+
+@pytest.mark.parametrize(
+    ("share", "whose"),
+    [(0.9, "natural"), (0.02, "vanilla"), (1.2 * LEAST, None), (0.8 * LEAST, None)],
+)
+def test_auto_follows_the_line_that_it_would_be(share, whose):
+    plain = runs("vanilla", 0.5, [4.0, 2.0, 1.0])
+    natural = runs("natural", 0.6, [4.0 * (1 - share), 1.5, 0.5])
+    for r in natural:
+        r["init_seconds"] = 7.0
+    assert gains(plain + natural) == pytest.approx([share] * 4)
+    found = followed(plain + natural)
+    if whose is None:
+        assert found == []
+        return
+    source = natural if whose == "natural" else plain
+    assert len(found) == len(source)
+    for copy, original in zip(found, source, strict=True):
+        assert (copy["label"], copy["follows"]) == ("auto", whose)
+        assert copy["test"] == original["test"]
+        # A start that is refused was looked for all the same.
+        assert copy["init_seconds"] == 7.0
+    assert f"{whose}'s on chain_sum" in report(plain + natural)
+
+
+def test_runs_of_its_own_go_first():
+    plain = runs("vanilla", 0.5, [4.0, 2.0, 1.0])
+    natural, own = runs("natural", 0.6, [0.4, 1.5, 0.5]), runs("auto", 0.6, [0.4, 1.5, 0.5])
+    assert followed(plain + natural + own) == []
+    assert followed(plain) == []
+
+
+def test_auto_and_natural_are_one_method_to_the_others():
+    assert family("auto") == family("natural(steps=4)") != family("vanilla")
+    assert family("vanilla(size=2)") == "vanilla"
+
+
+def verdicts(records: list[dict]) -> dict[str, str]:
+    rows = rule_table(chosen_on(records)).splitlines()[2:]
+    return {row.split(" | ")[0].lstrip("| "): row.split(" | ")[1] for row in rows}
+
+
+def test_the_rule_leaves_who_is_below_nobody_and_quicker():
+    plain = runs("vanilla", 0.5, [3.0, 2.5, 2.0, 1.5, 1.0])
+    quick = runs("natural", 0.5, [2.0, 1.0, 0.9, 0.8, 0.7])
+    found = verdicts(plain + quick)
+    assert found == {"vanilla": "left", "natural": "left"}
+    # Below another method, by more than the seeds' spread.
+    below = runs("pissa", 0.4, [2.0, 1.0, 0.9, 0.8, 0.7])
+    found = verdicts(plain + quick + below)
+    assert found["pissa"] == "out: below the best other on 1 tasks of smollm2-135m-instruct"
+    # Good at fewer rates than plain LoRA.
+    wide = [record("vanilla", 0, rate, 0.5, [1.0, 1.0], "search") for rate in (1e-4, 1e-2)]
+    kept = [r for r in plain if r["learning_rate"] == 1e-3]
+    assert verdicts(kept + wide + quick)["natural"].startswith("out: narrower range")
+    # No quicker than plain LoRA.
+    slow = runs("eva", 0.5, [3.0, 2.5, 2.0, 1.5, 1.2])
+    assert verdicts(plain + slow)["eva"] == "out: no fewer steps than plain LoRA"
+
+
+def test_fresh_tasks_choose_nothing():
+    fresh = [r | {"task": "syllogism"} for r in runs("pissa", 0.9, [1.0, 0.5, 0.1])]
+    records = runs("vanilla", 0.5, [3.0, 2.0, 1.0]) + fresh
+    assert "pissa" not in verdicts(records)
+    text = report(records)
+    assert "## smollm2-135m-instruct, fresh tasks" in text
+
+
+def test_against_best_counts_tasks():
+    from benchmarks.quality.analyze import collect_lines
+
+    lines = collect_lines(runs("vanilla", 0.5, [3.0, 1.0]) + runs("natural", 0.6, [2.0, 0.5]))
+    assert against_best(lines, "natural") == (1, 0, 1)
+    assert against_best(lines, "vanilla") == (0, 1, 1)
