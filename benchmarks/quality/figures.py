@@ -18,6 +18,9 @@ from benchmarks.quality.analyze import Line, axes_of, finite, mean, ordered, pai
 from benchmarks.quality.records import Record
 from benchmarks.quality.stages import BASELINE
 
+DEFAULT = "auto"
+"""The line that stands out: what `lorainit.get_peft_model` does unless told."""
+
 
 def differences(models: Mapping[str, Mapping[tuple[str, str], Line]], path: Path) -> Path:
     """Every method's final score beside plain LoRA's, mean over tasks, with its 95% interval.
@@ -37,6 +40,8 @@ def differences(models: Mapping[str, Mapping[tuple[str, str], Line]], path: Path
             axis.plot([middle], [place], marker="o", color=color)
         axis.axvline(0, color="black", lw=1)
         axis.set_yticks(range(len(rows)), [row[0] for row in rows], fontsize=8)
+        for tick, row in zip(axis.get_yticklabels(), rows, strict=True):
+            tick.set_fontweight("bold" if row[0] == DEFAULT else "normal")
         axis.set_xlabel("points above plain LoRA, test split")
         axis.set_title(f"{name}, mean of {tasks} tasks", fontsize=10)
     figure.tight_layout()
