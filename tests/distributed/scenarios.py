@@ -39,6 +39,8 @@ METHODS: dict[str, Any] = {
     "vanilla": lambda: lorainit.Vanilla(),
     # At the edge of its region a layer stands still, and rounding may choose between lengths.
     "natural": lambda: lorainit.Natural(steps=2, trust_region=10.0),
+    # Nothing takes so much of the loss away: plain LoRA, decided alike on all processes.
+    "auto": lambda: lorainit.Auto(least_gain=0.9),
 }
 
 SPLITS: dict[int, list[list[int]]] = {
