@@ -66,6 +66,8 @@ def test_the_record_of_a_plain_start_promises_nothing() -> None:
     assert origin.settings["method"] == "Auto"
     assert origin.measured["length"] == 0
     assert origin.measured["start_loss"] == origin.measured["base_loss"] > 0
+    assert origin.measured["refused_loss"] < origin.measured["base_loss"]
+    assert "refused_loss" not in origin_of(started(lorainit.Natural()), "default").measured
 
 
 def test_the_line_says_what_was_measured(caplog: pytest.LogCaptureFixture) -> None:
@@ -90,6 +92,44 @@ def test_an_adapter_that_was_there_gets_plain_factors() -> None:
             bound = value.shape[1] ** -0.5
             assert 0.8 * bound < float(value.abs().max()) <= bound
             assert not torch.equal(value, before[key])
+
+
+def test_ranks_that_were_redistributed_go_back() -> None:
+    torch.manual_seed(5)
+    plain = adapter(peft.get_peft_model(llama(), config(r=4)))
+    assert same(adapter(started(lorainit.Auto(least_gain=0.99, rho=2.0))), plain)
+    natural = adapter(started(lorainit.Auto(least_gain=0.0, rho=2.0)))
+    assert {v.shape[0] for k, v in natural.items() if "lora_A" in k} != {4}
+
+
+def test_several_steps_are_judged_by_the_last() -> None:
+    at_once = {"trust_region": 10.0, "steps": 3}
+    gain = gain_of(started(lorainit.Natural(**at_once)))
+    one = gain_of(started(lorainit.Natural(trust_region=10.0)))
+    assert gain > one
+    kept = started(lorainit.Auto(least_gain=(gain + one) / 2, **at_once))
+    assert gain_of(kept) == pytest.approx(gain)
+    assert gain_of(started(lorainit.Auto(least_gain=1.1 * gain, **at_once))) == 0
+
+
+def test_statistics_alone_are_natural_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    """There is nothing to measure on: no start is refused."""
+    found = lorainit.collect_statistics(
+        llama(), config(r=4), data=sequences(), needs=lorainit.Auto().needs, progress=False
+    )
+    given = {"statistics": found, "progress": False}
+    auto, natural = (
+        lorainit.get_peft_model(llama(), config(r=4), method=method, **given)
+        for method in (lorainit.Auto(least_gain=0.99), lorainit.Natural())
+    )
+    assert same(adapter(auto), adapter(natural))
+    assert any("there is no data to measure" in text for text in caplog.messages)
+
+
+def test_a_length_that_is_given_and_a_condition_exclude_each_other() -> None:
+    with pytest.raises(ValueError, match="leave length at None, or least_gain at 0"):
+        lorainit.Auto(length=0.1)
+    assert lorainit.Auto(length=0.1, least_gain=0).length == 0.1
 
 
 def test_it_is_the_default_and_wants_data() -> None:

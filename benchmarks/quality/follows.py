@@ -38,7 +38,7 @@ def gains(records: Sequence[Record]) -> list[float]:
 
 def _of_task(records: Sequence[Record]) -> list[Record]:
     found = gains(records)
-    if not found or any(r["label"] == "auto" and r["stage"] == "seeds" for r in records):
+    if not found or any(r["label"] == "auto" for r in records):
         return []
     least = lorainit.Auto().least_gain
     if min(found) >= (1 + MARGIN) * least:
@@ -47,7 +47,9 @@ def _of_task(records: Sequence[Record]) -> list[Record]:
         source = BASELINE
     else:
         return []
-    natural = [r["init_seconds"] for r in records if r["label"] == "natural"]
+    natural = [
+        r["init_seconds"] for r in records if r["label"] == "natural" and r["stage"] == "seeds"
+    ]
     seconds = sum(natural) / len(natural)
     copies = [
         r | {"label": "auto", "method": "auto", "follows": source}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import statistics as stats
 import sys
@@ -185,6 +186,8 @@ def get_peft_model(
                 gather=False,
             )
 
+        asked = copy.deepcopy(config)
+
         def reallocate(ranks: Mapping[str, int]) -> Targets:
             with_ranks(config, ranks, targets.configured_names)
             return match_targets(model, config)
@@ -201,6 +204,9 @@ def get_peft_model(
         )
         with adapters_off(model), unchanged_rng(input_device(model)):
             start = find_start(method, measured, data, statistics, precision)
+        if start.plain:
+            # Ranks were perhaps redistributed for the start that is not taken.
+            config = asked
     left_out = targets.left_out | start.unused
     device = input_device(model)
     with unchanged_rng_on_error(device), installing.undone_on_error(model, adapter_name):
@@ -211,7 +217,10 @@ def get_peft_model(
             )
         # PEFT's own random start of the layers left at it, too.
         distributed.broadcast(adapter_tensors(wrapped, adapter_name), 0)
-    if not (plain or start.plain):
+    if start.plain and not existing:
+        # All layers are PEFT's own.
+        left_out = {}
+    elif not plain:
         left_out |= left_at_default(wrapped, adapter_name, start.factors, left_out)
     _say(_summary(method, start, left_out), progress)
     return wrapped
@@ -251,7 +260,12 @@ def _measured(start: Start) -> dict[str, float]:
         return {}
     search = start.search
     if start.plain:
-        return {"base_loss": search.start_loss, "start_loss": search.start_loss, "length": 0.0}
+        return {
+            "base_loss": search.start_loss,
+            "start_loss": search.start_loss,
+            "length": 0.0,
+            "refused_loss": search.loss,
+        }
     return {
         "base_loss": search.start_loss,
         "start_loss": search.loss,

@@ -84,10 +84,13 @@ def test_init_writes_an_adapter_that_peft_loads(place: Path, data: str, tmp_path
     assert model.peft_config["default"].use_rslora
 
 
-def test_init_by_default_is_auto(place: Path, tmp_path: Path) -> None:
+def test_init_by_default_is_auto(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The tiny model has random weights: no step takes a quarter of its loss away, so plain LoRA it is."""
-    line = "init --model @model --data @pairs.jsonl --rank 4 --quiet --output"
+    line = "init --model @model --data @pairs.jsonl --rank 4 --output"
     assert run(place, f"{line} {tmp_path}/a") == 0
+    assert "plain LoRA, the measured start takes" in capsys.readouterr().out
     assert run(place, f"{line} {tmp_path}/b --set least_gain=0") == 0
     plain, natural = (
         PeftModel.from_pretrained(tiny.llama(), tmp_path / name) for name in ("a", "b")

@@ -32,7 +32,8 @@ class Origin:
         settings: the method's name and settings, JSON-ready.
         version: of this package.
         measured: where the length was measured: ``base_loss``, ``start_loss``, on the sequences held
-            back, and the ``length``.
+            back, and the ``length``; where plain LoRA was taken in place of the start that was measured,
+            that one's loss as ``refused_loss``.
     """
 
     anchored: bool

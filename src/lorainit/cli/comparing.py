@@ -62,7 +62,7 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
             )
         held = batches_of(Subset(records, range(options.held_out)), options.batch_size)
         rest = Subset(records, range(options.held_out, len(records)))
-        result = _runs(options, names, rates, batches_of(rest, options.batch_size), held, needs)
+        result = _runs(options, names, rates, batches_of(rest, options.batch_size), held)
     if options.output:
         write_text(Path(options.output), json.dumps(result, indent=1) + "\n")
     return result, _table(options, result)
@@ -84,11 +84,14 @@ def _runs(
     rates: list[float],
     data: Any,
     held: Any,
-    needs: frozenset[str],
 ) -> dict[str, Any]:
     model = load_model(options)
     sample = sample_arguments(options)
     base_loss = mean_loss(model, held)
+    methods = {name: class_of(name)() for name in names}
+    # What measures a length holds sequences back, as 'lorainit init' does: its statistics are its own.
+    alone = {name for name, m in methods.items() if getattr(m, "calibrated", False)}
+    needs = frozenset().union(*(m.needs for name, m in methods.items() if name not in alone))
     statistics = None
     if needs:
         statistics = collect_statistics(
@@ -103,13 +106,12 @@ def _runs(
     logging.getLogger("lorainit").setLevel(logging.WARNING)
     with bar:
         for name in names:
-            method = class_of(name)()
-            calibrated = bool(getattr(method, "calibrated", False))
             torch.manual_seed(options.seed)
             begin = time.perf_counter()
             wrapped = get_peft_model(
-                model, lora_config(options), method=method, statistics=statistics,
-                data=data if calibrated else None, **{**sample, "progress": False},
+                model, lora_config(options), method=methods[name],
+                statistics=None if name in alone else statistics,
+                data=data if name in alone else None, **{**sample, "progress": False},
             )  # fmt: skip
             seconds = time.perf_counter() - begin
             table[name] = _tuned(options, name, rates, wrapped, data, held, bar)

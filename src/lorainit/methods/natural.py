@@ -95,6 +95,10 @@ class Natural:
             raise ValueError(
                 f"least_gain must be below 1, all of the loss, got {self.least_gain!r}"
             )
+        if self.least_gain > 0 and self.length is not None:
+            raise ValueError(
+                "a start of a given length is not measured: leave length at None, or least_gain at 0"
+            )
         if not isinstance(self.steps, int) or self.steps < 1:
             raise ValueError(f"steps must be a whole number, at least 1, got {self.steps!r}")
         if self.steps > 1 and self.length is not None:
