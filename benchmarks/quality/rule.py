@@ -14,6 +14,9 @@ from benchmarks.quality.analyze import (
     mean,
     number,
     ordered,
+    paired,
+    sign_flip,
+    stratified,
     table,
 )
 from benchmarks.quality.claims import Lines, against_best
@@ -54,6 +57,7 @@ def rule_table(models: Mapping[str, Sequence[Record]]) -> str:
             [mean(x.early) for m in found.values() for (_, n), x in m.items() if n == label]
         )
         share = _medians(_steps(found, label))
+        above = _above(found, label)
         rows.append(
             [
                 label,
@@ -61,13 +65,28 @@ def rule_table(models: Mapping[str, Sequence[Record]]) -> str:
                 f"{100 * share:.0f}%",
                 "" if label == BASELINE else f"{low:.2f} to {high:.2f}",
                 number(early),
+                "" if label == BASELINE else above,
             ]
         )
     header = [
         "method", "by the rule", "steps to LoRA's final loss, median",
         "over plain LoRA's, 95%", "early loss above LoRA's final",
+        "points above plain LoRA over all tasks, 95%, p",
     ]  # fmt: skip
     return table(header, rows)
+
+
+def _above(found: Mapping[str, Lines], label: str) -> str:
+    """Mean over tasks of the paired differences in test score, its interval, and a sign-flip test."""
+    groups = [
+        [100 * d for d in paired(line, lines[task, BASELINE])]
+        for lines in found.values()
+        for (task, name), line in sorted(lines.items())
+        if name == label
+    ]
+    low, high = stratified(groups)
+    p = sign_flip([d for group in groups for d in group])
+    return f"{mean([mean(g) for g in groups]):+.2f} [{low:+.2f}, {high:+.2f}], {p:.2g}"
 
 
 def _steps(found: Mapping[str, Lines], label: str) -> list[list[float]]:

@@ -15,15 +15,16 @@ class Auto(Natural):
     it. `get_peft_model` measures on held-back sequences what share of the loss is gone before training.
     Below `least_gain` the adapter is the one that PEFT itself draws, by the same random numbers, so
     that training is the plain PEFT run with the same seed. A head that is new, and so still random, is
-    the usual case: the gradient then says more about the head than about the data.
+    the usual case.
 
-    Without data to measure on (``statistics`` alone) it is `Natural`.
+    Without data to measure on (``statistics`` alone) it is `Natural`. With both, all of the data is
+    measured on: give other data than the statistics are of, or what is measured is too good.
 
     Args:
         least_gain: smallest share of the loss, where that is above zero, that the start must take away.
-            On the benchmark's twelve tasks Natural took away 22 to 79% on the language and image
-            models and up to 3% under a new head, and was below plain LoRA at 22% and less
-            (benchmarks/README.md).
+            In the benchmark's runs one step of Natural took away 44 to 80% on the language model, 21 to
+            54% on the image model and 0.4 to 5% under a new head; where it was below a quarter it ended
+            below plain LoRA on three of four tasks (docs/natural.md). It was set for one step.
 
     The others are `Natural`'s.
     """
