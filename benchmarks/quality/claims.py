@@ -25,6 +25,7 @@ from benchmarks.quality.analyze import (
     stratified,
     table,
 )
+from benchmarks.quality.experiment import FULL
 from benchmarks.quality.records import Record
 from benchmarks.quality.stages import BASELINE
 
@@ -153,13 +154,15 @@ def _ranks(records: Iterable[Record]) -> dict[str, str]:
 def aims_table(lines: Lines, search: Iterable[Record] = (), few_shot: Iterable[Record] = ()) -> str:
     """Every method against the best of all others, plain LoRA among them.
 
-    A method with other settings is not another method, nor are Natural and Auto (`family`).
+    A method with other settings is not another method, nor are Natural and Auto (`family`); full
+    fine-tuning is the upper line, no start of an adapter.
 
     Steps to plain LoRA's final loss (median over runs) and early loss above it (mean) as a share of the
     best other's; tasks on which the score is above and significantly below the best other's (of that
     task, by its mean); the good range of learning rates beside plain LoRA's; tasks on which few-shot
     training scores above every other.
     """
+    lines = {key: line for key, line in lines.items() if key[1] != FULL}
     labels = ordered({label for _, label in lines})
     share = {label: _median_share(lines, label) for label in labels}
     early = {
@@ -196,7 +199,11 @@ def against_best(lines: Lines, label: str) -> tuple[int, int, int]:
     """Tasks on which a method is above the best other one of that task, significantly below it, and all."""
     above = below = seen = 0
     for task in sorted({t for t, name in lines if name == label}):
-        peers = [x for (t, n), x in lines.items() if t == task and family(n) != family(label)]
+        peers = [
+            x
+            for (t, n), x in lines.items()
+            if t == task and n != FULL and family(n) != family(label)
+        ]
         if not peers:
             continue
         seen += 1

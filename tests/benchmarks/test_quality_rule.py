@@ -102,3 +102,15 @@ def test_against_best_counts_tasks():
     assert against_best(collect_lines(records), "natural") == (1, 0, 1)
     other = [r | {"label": "pissa"} for r in runs("pissa", 0.7, [2.0, 0.5])]
     assert against_best(collect_lines(records + other), "natural") == (0, 1, 1)
+
+
+def test_full_fine_tuning_is_nobodys_other():
+    from benchmarks.quality.analyze import collect_lines
+    from benchmarks.quality.claims import aims_table
+
+    full = [r | {"label": "full"} for r in runs("vanilla", 0.9, [3.0, 0.1])]
+    records = runs("vanilla", 0.5, [3.0, 1.0]) + runs("natural", 0.6, [2.0, 0.5]) + full
+    lines = collect_lines(records)
+    assert against_best(lines, "natural") == (1, 0, 1)
+    assert "full" not in aims_table(lines)
+    assert "| full |" in report(records)
