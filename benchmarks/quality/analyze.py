@@ -419,6 +419,15 @@ def _part(records: Sequence[Record]) -> list[str]:
         # The standard value was run before, as part of the final tables.
         tasks, labels = {r["task"] for r in mine}, {r["label"] for r in mine}
         same = [r for r in final if r["task"] in tasks and r["label"] in labels]
+        if mine and over == "statistics_samples":
+            # Plain LoRA reads none: its runs stand beside every number.
+            plain = [r for r in final if r["task"] in tasks and r["label"] == BASELINE]
+            numbers = {r["experiment"][over] for r in mine + plain}
+            same += [
+                r | {"experiment": r["experiment"] | {over: count}}
+                for count in numbers
+                for r in plain
+            ]
         if mine:
             swept[over] = mine + same
     few_shot = [r for r in by_stage["sweep"] if r["experiment"]["train_samples"] == FEW]

@@ -104,6 +104,19 @@ def test_against_best_counts_tasks():
     assert against_best(collect_lines(records + other), "natural") == (0, 1, 1)
 
 
+def test_numbers_of_statistics_stand_beside_plain_lora():
+    records = runs("vanilla", 0.5, [3.0, 1.0]) + runs("natural", 0.6, [2.0, 0.5])
+    for r in runs("natural", 0.55, [2.0, 0.5]):
+        if r["stage"] == "seeds":
+            few = r["experiment"] | {"statistics_samples": 8}
+            records.append(r | {"stage": "sweep", "experiment": few})
+    text = report(records)
+    rows = text[text.index("### Final score by statistics_samples") :].splitlines()
+    assert rows[2] == "| method | 8 | 256 |"
+    assert rows[4] == "| vanilla | 50.1 (1) | 50.1 (1) |"
+    assert rows[5] == "| natural | +5.0 (1) | +10.0 (1) |"
+
+
 def test_full_fine_tuning_is_nobodys_other():
     from benchmarks.quality.analyze import collect_lines
     from benchmarks.quality.claims import aims_table
