@@ -156,22 +156,29 @@ def mnist_half(which: int) -> Split:
     return images[order].reshape(len(order), -1), labels[order]
 
 
+def shifted(images: np.ndarray, task: str) -> np.ndarray:
+    """Grey images ``(n, side, side)`` of 0 to 255 as a task shows them."""
+    if task == "rotated":
+        return np.rot90(images, axes=(1, 2))
+    if task == "inverted":
+        return 255 - images
+    if task == "mirrored":
+        return images[:, :, ::-1]
+    if task == "moved":
+        return np.roll(images, (5, 5), axis=(1, 2))
+    if task == "faint":
+        return images // 4 + 64
+    if task == "noisy":
+        noise = np.random.default_rng(1).normal(0, 80, images.shape)
+        return (images + noise).clip(0, 255).astype(np.uint8)
+    raise ValueError(f"no shift is called '{task}' (there are: {', '.join(SHIFTS)})")
+
+
 def _shift(task: str) -> dict[str, Split]:
     plain, labels = mnist_half(1)
     images = plain.reshape(-1, 28, 28)
-    if task == "rotated":
-        images = np.rot90(images, axes=(1, 2))
-    elif task == "inverted":
-        images = 255 - images
-    elif task == "mirrored":
-        images = images[:, :, ::-1]
-    elif task == "noisy":
-        noise = np.random.default_rng(1).normal(0, 80, images.shape)
-        images = (images + noise).clip(0, 255).astype(np.uint8)
-    elif task == "moved":
-        images = np.roll(images, (5, 5), axis=(1, 2))
-    elif task == "faint":
-        images = images // 4 + 64
+    if task != "digits":
+        images = shifted(images, task)
     else:
         small, labels = sources.digits()
         order = np.random.default_rng(0).permutation(len(labels))

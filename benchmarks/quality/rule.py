@@ -56,8 +56,7 @@ def rule_table(models: Mapping[str, Sequence[Record]]) -> str:
         early = mean(
             [mean(x.early) for m in found.values() for (_, n), x in m.items() if n == label]
         )
-        share = _medians(_steps(found, label))
-        above = _above(found, label)
+        share = float(np.median(np.concatenate(_steps(found, label))))
         rows.append(
             [
                 label,
@@ -65,7 +64,7 @@ def rule_table(models: Mapping[str, Sequence[Record]]) -> str:
                 f"{100 * share:.0f}%",
                 "" if label == BASELINE else f"{low:.2f} to {high:.2f}",
                 number(early),
-                "" if label == BASELINE else above,
+                "" if label == BASELINE else _above(found, label),
             ]
         )
     header = [
@@ -100,10 +99,6 @@ def _steps(found: Mapping[str, Lines], label: str) -> list[list[float]]:
         for (_, name), line in sorted(lines.items())
         if name == label
     ]
-
-
-def _medians(groups: Sequence[Sequence[float]]) -> float:
-    return float(np.median(np.concatenate([np.asarray(g) for g in groups])))
 
 
 def _ratio_of_medians(found: Mapping[str, Lines], label: str) -> tuple[float, float]:
