@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from benchmarks.quality.analyze import chosen_on, report
 from benchmarks.quality.claims import against_best, family
 from benchmarks.quality.follows import followed, gains
+from benchmarks.quality.labelled import shifted
 from benchmarks.quality.rule import rule_table
 
 import lorainit
@@ -79,6 +81,39 @@ def test_the_rule_leaves_who_is_below_nobody_and_quicker():
     # No quicker than plain LoRA.
     slow = runs("eva", 0.5, [3.0, 2.5, 2.0, 1.5, 1.2])
     assert verdicts(plain + slow)["eva"] == "out: no fewer steps than plain LoRA"
+
+
+def test_the_rules_figures():
+    plain = runs("vanilla", 0.5, [3.0, 2.5, 2.0, 1.5, 1.0])
+    quick = runs("natural", 0.6, [2.0, 1.0, 0.9, 0.8, 0.7])
+    cells = rule_table(chosen_on(plain + quick)).splitlines()[-1].strip("| ").split(" | ")
+    assert cells[0] == "natural"
+    # A quarter of the steps in every run; early: the mean of 2.0 and 1.6, less plain LoRA's last, 1.0.
+    assert cells[2:5] == ["25%", "0.25 to 0.25", "0.800"]
+    assert cells[5].startswith("+10.00 [+10.00, +10.00], ")
+
+
+@pytest.mark.parametrize(
+    ("task", "wanted"),
+    [
+        ("mirrored", {(0, 5): 200}),
+        ("moved", {(5, 5): 200}),
+        ("inverted", {(0, 0): 55, (1, 1): 255}),
+        ("rotated", {(5, 0): 200}),
+        ("faint", {(0, 0): 114, (1, 1): 64}),
+    ],
+)
+def test_shifts_put_a_bright_corner_where_they_say(task, wanted):
+    images = np.zeros((2, 6, 6), dtype=np.uint8)
+    images[:, 0, 0] = 200
+    found = shifted(images, task)
+    for (row, column), value in wanted.items():
+        assert (found[:, row, column] == value).all()
+    noisy = shifted(images, "noisy")
+    assert noisy.dtype == np.uint8
+    assert not np.array_equal(noisy[0], noisy[1])
+    with pytest.raises(ValueError, match="no shift"):
+        shifted(images, "upside")
 
 
 def test_fresh_tasks_choose_nothing():

@@ -101,6 +101,28 @@ def test_init_by_default_is_auto(
     assert "Auto" in (tmp_path / "a" / "lorainit.json").read_text()
 
 
+def test_compare_measures_lengths_on_sequences_held_back(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What measures a length gets the data alone, everything else the shared statistics alone."""
+    from lorainit.cli import comparing
+
+    seen = {}
+    started = comparing.get_peft_model
+
+    def watched(*arguments: object, **named: object) -> object:
+        seen[type(named["method"]).__name__] = named["statistics"], named["data"]
+        return started(*arguments, **named)
+
+    monkeypatch.setattr(comparing, "get_peft_model", watched)
+    line = "compare --model @model --data @pairs.jsonl --methods lora-da,natural --steps 1 --rank 2"
+    assert run(place, f"{line} --learning-rates 1e-3 --held-out 4 --batch-size 2 --quiet") == 0
+    assert seen["LoraDA"][0] is not None
+    assert seen["LoraDA"][1] is None
+    assert seen["Natural"][0] is None
+    assert seen["Natural"][1] is not None
+
+
 def test_shell_and_python_agree(place: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
