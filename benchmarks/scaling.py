@@ -170,7 +170,7 @@ def stretches(machine: Machine) -> Iterator[None]:
         ("finish", collecting, "finish"),
         ("solve_layers", start, "solve_layers"),
         ("install", installing, "install"),
-        ("wrap", pipeline, "_wrap"),
+        ("wrap", pipeline, "create_adapter"),
     ):
         yield
 

@@ -10,12 +10,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import is_dataclass
 from typing import Any, Literal
 
-import peft
 from peft import LoraConfig, PeftModel
 from torch import nn
 from tqdm.auto import tqdm
 
 from lorainit.adapters import install as installing
+from lorainit.adapters.create import create_adapter
 from lorainit.adapters.layers import check_not_merged, left_at_default
 from lorainit.adapters.patterns import with_ranks
 from lorainit.adapters.targets import Targets, match_targets
@@ -210,7 +210,18 @@ def get_peft_model(
     left_out = targets.left_out | start.unused
     device = input_device(model)
     with unchanged_rng_on_error(device), installing.undone_on_error(model, adapter_name):
-        wrapped = _wrap(model, config, adapter_name, existing, autocast_adapter_dtype)
+        if existing:
+            assert isinstance(model, PeftModel)
+            wrapped = model
+        else:
+            wrapped = create_adapter(
+                model,
+                config,
+                adapter_name,
+                targets,
+                start.factors,
+                autocast=autocast_adapter_dtype,
+            )
         with distributed.together():
             installing.install(
                 wrapped, adapter_name, start.factors, _settings_of(method), _measured(start)
@@ -223,29 +234,6 @@ def get_peft_model(
     elif not plain:
         left_out |= left_at_default(wrapped, adapter_name, start.factors, left_out)
     _say(_summary(method, start, left_out), progress)
-    return wrapped
-
-
-def _wrap(
-    model: nn.Module,
-    config: LoraConfig,
-    adapter_name: str,
-    existing: bool,
-    autocast_adapter_dtype: bool,
-) -> PeftModel:
-    """Let PEFT create the adapter's layers."""
-    if existing:
-        assert isinstance(model, PeftModel)
-        return model
-    if isinstance(model, PeftModel):
-        # PEFT before 0.19 always casts here, and has no such argument.
-        how = {} if autocast_adapter_dtype else {"autocast_adapter_dtype": False}
-        model.add_adapter(adapter_name, config, **how)
-        return model
-    wrapped = peft.get_peft_model(
-        model, config, adapter_name=adapter_name, autocast_adapter_dtype=autocast_adapter_dtype
-    )
-    assert isinstance(wrapped, PeftModel)
     return wrapped
 
 
