@@ -48,6 +48,19 @@ def test_leading_digits_alone_are_not_enough() -> None:
     assert off(halves.times(block), matrix.double() @ block) > 1e-4
 
 
+def test_leading_digits_by_themselves() -> None:
+    matrix, block, other = random(3, 90, 130), random(3, 130, 8, seed=1), random(3, 90, 8, seed=2)
+    halves = Halves.of(matrix.float())
+    leading = halves.leading
+    assert leading.part.data_ptr() == halves.parts.data_ptr()
+    assert 1e-5 < off(leading.times(block), matrix @ block) < 5e-4
+    assert 1e-5 < off(leading.transposed_times(other), matrix.mT @ other) < 5e-4
+    assert off(leading.gram_times(block), matrix.mT @ (matrix @ block)) < 1e-3
+    shared = Halves.of(random(2, 1, 50, 70).float().expand(2, 3, 50, 70)).leading
+    blocks = random(2, 3, 70, 4, seed=1)
+    assert off(shared.times(blocks), random(2, 1, 50, 70) @ blocks) < 5e-4
+
+
 def test_wide_range_within_a_matrix() -> None:
     """Rows a million times smaller than others keep most digits."""
     matrix = (random(1, 60, 80) * torch.logspace(0, -6, 60).unsqueeze(-1)).float()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lorainit import linalg
 from lorainit.errors import FactorizationError, NonFiniteError, RankError
-from lorainit.linalg import leading, limits, subspace
+from lorainit.linalg import leading, limits, roots, subspace
 
 N = 800
 assert N > limits.DENSE_LIMIT
@@ -299,6 +299,24 @@ def test_cholesky_goes_on_in_float64_where_float32_fails() -> None:
     factor = linalg.damped_cholesky(matrix, damping, "the test matrix")
     wanted = linalg.add_to_diagonal(matrix.double(), damping.double())
     assert float((factor.double() @ factor.double().mT - wanted).norm()) < 1e-2
+
+
+def test_cholesky_of_a_large_stack_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One by one, by columns: what a CUDA device does, on a CPU."""
+    half = torch.randn(2, 1, 40, 60, generator=torch.Generator().manual_seed(0))
+    matrix = (half @ half.mT).expand(2, 3, 40, 40)
+    before = matrix.clone()
+    damping = torch.tensor([[0.1], [0.2]], dtype=torch.float64).expand(2, 3)
+    wanted = linalg.damped_cholesky(matrix, damping, "the matrix")
+    monkeypatch.setattr(roots, "_one_by_one", lambda matrix: matrix.dim() > 2)
+    found = linalg.damped_cholesky(matrix, damping, "the matrix")
+    assert torch.allclose(found, wanted, rtol=1e-12, atol=1e-12)
+    assert torch.equal(matrix, before)
+    wide = before.double()
+    linalg.damped_cholesky(wide, damping, "the matrix")
+    assert torch.equal(wide, before.double())
+    with pytest.raises(FactorizationError, match="not positive definite"):
+        linalg.damped_cholesky(matrix - 100 * torch.eye(40), damping, "the matrix")
 
 
 def test_cholesky_that_fails_twice_is_an_error() -> None:

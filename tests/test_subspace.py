@@ -91,7 +91,7 @@ def test_small_values_beside_a_huge_one_in_float32() -> None:
     matrix = ((q * sizes) @ p.mT).float()
     found = subspace.filtered(
         lambda x: matrix.mT @ (matrix @ x),
-        subspace.gram_ritz(matrix, 3, 2e-6),
+        subspace.gram_ritz(matrix.matmul, matrix.mT.matmul, 3, 2e-6),
         start(torch.float32),
         3,
         lower=torch.zeros(()),
@@ -102,6 +102,36 @@ def test_small_values_beside_a_huge_one_in_float32() -> None:
     assert sine(found.left[:, :3].double(), q[:, :3]) < 1e-2
     # The same of the huge one alone says that the test could fail.
     assert sine(found.vectors[:, 1:3].double(), p[:, :1]) > 0.9
+
+
+@pytest.mark.parametrize("error", [0.0, 1e-4, 1.0])
+def test_coarse_products_first(error: float) -> None:
+    """They do most of the rounds where they lead near; nothing is lost where they lead astray."""
+    values, q = SPECTRA["six stand out"].double(), orthogonal()
+    matrix = (q * values) @ q.mT
+    noise = orthogonal(5)
+    counts = {"coarse": 0, "apply": 0}
+
+    def coarse(block: Tensor) -> Tensor:
+        counts["coarse"] += 1
+        return matrix @ block + error * (noise + noise.mT) @ block
+
+    def apply(block: Tensor) -> Tensor:
+        counts["apply"] += 1
+        return matrix @ block
+
+    ritz = subspace.symmetric_ritz(matrix.matmul, K, lambda v: torch.full_like(v, 1e-6))
+    found = subspace.filtered(apply, ritz, start(), K, lower=values[0] - 2, coarse=coarse)
+    assert found.converged
+    assert float(residual_of(matrix, found).max()) <= 1e-6
+    plain = subspace.filtered(matrix.matmul, ritz, start(), K, lower=values[0] - 2)
+    assert sine(found.vectors[:, :K], plain.vectors[:, :K]) < 1e-5
+    assert counts["coarse"] > 0
+    if error == 0.0:
+        assert counts["coarse"] > counts["apply"]
+    else:
+        # 1e-6 is out of reach for them.
+        assert counts["apply"] > 0
 
 
 def test_gives_up_within_its_budget() -> None:
@@ -134,6 +164,14 @@ def test_orthonormal(dtype: torch.dtype) -> None:
         inside = basis[:, :k]
         rest = block[:, :k] - inside @ (inside.mT @ block[:, :k])
         assert float(rest.norm()) < 1e-4 * float(block.norm())
+    # Columns of any condition, and a stack of a good one and a bad one.
+    for power in (0, 3, 6, 9):
+        mixed = orthogonal()[:, :WIDTH] * torch.logspace(0, -power, WIDTH, dtype=torch.float64)
+        mixed = (mixed @ orthogonal(3)[:WIDTH, :WIDTH]).to(dtype)
+        both = subspace.orthonormal(torch.stack([mixed, start(dtype)]))
+        for one in both:
+            assert torch.allclose(one.mT @ one, eye, atol=30 * torch.finfo(dtype).eps), power
+    assert bool(torch.isfinite(subspace.orthonormal(torch.zeros_like(block))).all())
     block[:, 7] = block[:, 6]
     basis = subspace.orthonormal(block)
     assert bool(torch.isfinite(basis).all())

@@ -74,9 +74,13 @@ def solve_layers(
                         silent += _without_gradient(chunk, layers)
                     pairs = _solve_chunk(chunk, weights, layers, method, precision)
                     del layers
-                    for target, weight, pair in zip(chunk, weights, pairs, strict=True):
-                        solved[target.name] = pair
-                        sizes[target.name] = relative_size(pair, weight, target.spec.scaling)
+                    found = [
+                        relative_size(pair, weight, target.spec.scaling)
+                        for target, weight, pair in zip(chunk, weights, pairs, strict=True)
+                    ]
+                    names = [target.name for target in chunk]
+                    solved |= dict(zip(names, pairs, strict=True))
+                    sizes |= dict(zip(names, torch.stack(found).tolist(), strict=True))
             except Exception as error:
                 # Others wait for this process where weights are gathered: raise when all are done.
                 failure = failure or error
@@ -132,13 +136,16 @@ def value_directions(
 
 
 def _without_gradient(chunk: Sequence[Target], layers: Sequence[LayerStatistics]) -> list[str]:
-    found = []
+    names, told = [], []
     for target, layer in zip(chunk, layers, strict=True):
         # FILet reads what gradients are like without their sum.
-        told = layer.output_second_moment_sum if layer.gradient_sum is None else layer.gradient_sum
-        if told is not None and not bool(told.any()):
-            found.append(target.name)
-    return found
+        one = layer.output_second_moment_sum if layer.gradient_sum is None else layer.gradient_sum
+        if one is not None:
+            names.append(target.name)
+            told.append(one.any())
+    # The device is waited for once.
+    said = torch.stack(told).tolist() if told else []
+    return [name for name, any_ in zip(names, said, strict=True) if not any_]
 
 
 def _weights(chunks: Sequence[list[Target]], rank: int) -> list[Tensor]:
@@ -303,10 +310,11 @@ def _for_solving(
     return layer.only(needs).to(device=device, dtype=dtype)
 
 
-def relative_size(pair: Factors, weight: Tensor, scaling: float) -> float:
-    """``|s B A|_F / |W|_F`` without forming the product."""
+def relative_size(pair: Factors, weight: Tensor, scaling: float) -> Tensor:
+    """``|s B A|_F / |W|_F``, 0-dimensional, without forming the product."""
     a, b = pair.A.float(), pair.B.float()
     square = ((b.mT @ b) * (a @ a.mT)).sum().clamp_min(0)
     wide = torch.promote_types(weight.dtype, torch.float32)
     norm = torch.linalg.vector_norm(weight, dtype=wide)
-    return float(scaling * square.sqrt() / norm.clamp_min(1e-30))
+    size: Tensor = scaling * square.sqrt() / norm.clamp_min(1e-30)
+    return size

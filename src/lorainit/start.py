@@ -302,8 +302,8 @@ def _served(targets: Targets, unused: Mapping[str, str]) -> dict[str, Target]:
 
 def _sizes(factors: Mapping[str, Factors], targets: Mapping[str, Target]) -> dict[str, float]:
     return {
-        name: relative_size(
-            pair, read_weight(targets[name].module, name), targets[name].spec.scaling
+        name: float(
+            relative_size(pair, read_weight(targets[name].module, name), targets[name].spec.scaling)
         )
         for name, pair in factors.items()
     }

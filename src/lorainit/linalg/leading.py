@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -35,6 +37,7 @@ def smallest_of_operator(
     tolerance: float | None = None,
     each: float = 0.0,
     rough: subspace.Apply | None = None,
+    coarse: subspace.Apply | None = None,
     start: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """Orthonormal eigenvectors of the ``k`` smallest eigenvalues of a matrix that is never formed.
@@ -51,6 +54,7 @@ def smallest_of_operator(
         each: the same for each eigenvalue by itself.
         rough: the same, quicker, on blocks in float32. It measures itself; what it comes to is measured
             by `apply` at the end, and mended by it where it falls short.
+        coarse: `rough` with still fewer digits, for as long as it brings the block nearer.
         start: ``(..., n, width)`` near the vectors sought, where such are known.
 
     Returns:
@@ -81,7 +85,10 @@ def smallest_of_operator(
 
     stages = [stage(apply, like.dtype, 1.0)]
     if rough is not None:
-        stages.insert(0, stage(rough, torch.float32, _HASTE))
+        first = stage(rough, torch.float32, _HASTE)
+        if coarse is not None:
+            first = replace(first, coarse=lambda block: -coarse(block))
+        stages.insert(0, first)
     block = _start_block(like, n, width) if start is None else start
     found = subspace.in_stages(stages, block, k, lower=-upper, settled=start is not None)
     if found is None or not found.converged:
@@ -103,7 +110,10 @@ def bound_of_operator(apply: subspace.Apply, like: Tensor) -> Tensor:
     n = like.shape[-2]
     block = subspace.orthonormal(_start_block(like, n, min(n, subspace.OVERSAMPLING)))
     for _ in range(_BOUND_PRODUCTS):
-        block = subspace.orthonormal(apply(block))
+        # The span is what counts, and its largest vector has not grown out of float32 by then.
+        block = apply(block)
+        block = block / torch.linalg.vector_norm(block, dim=-2, keepdim=True).clamp_min(1e-30)
+    block = subspace.orthonormal(block)
     found = subspace.symmetric_ritz(apply, 1, lambda values: values)(block)
     return found.values[..., 0] * (1 + found.error[..., 0]) * _BOUND_MARGIN
 
@@ -131,12 +141,19 @@ def largest_eigenvectors(
         tiny = torch.finfo(matrix.dtype).tiny
 
         goal, each = _tolerance(matrix, tolerance), _each(matrix, tolerance)
-        times = Halves.of(matrix).times if on_matrix_units(matrix) else matrix.matmul
+        halves = Halves.of(matrix) if on_matrix_units(matrix) else None
         ritz = subspace.symmetric_ritz(
             matrix.matmul, k, lambda v: torch.maximum(goal * v[..., :1], each * v).clamp_min(tiny)
         )
         zero = torch.zeros(matrix.shape[:-2], dtype=torch.float64, device=matrix.device)
-        pairs = subspace.filtered(times, ritz, _start_block(matrix, n, width), k, lower=zero)
+        pairs = subspace.filtered(
+            matrix.matmul if halves is None else halves.times,
+            ritz,
+            _start_block(matrix, n, width),
+            k,
+            lower=zero,
+            coarse=None if halves is None else halves.leading.times,
+        )
         if pairs.converged:
             return pairs.values[..., :k].to(matrix), fix_signs(pairs.vectors[..., :k])
     values, vectors = eigh(matrix)
@@ -220,17 +237,21 @@ def _filtered_svd(
     matrix: Tensor, k: int, tolerance: float, each: float = 0.0
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """Leading triplets by filtered subspace iteration on ``M^T M``; None without convergence."""
-    halves = Halves.of(matrix) if on_matrix_units(matrix) else None
-
-    def apply(block: Tensor) -> Tensor:
-        if halves is None:
-            return matrix.mT @ (matrix @ block)
-        return halves.transposed_times(halves.times(block))
-
-    ritz = subspace.gram_ritz(matrix, k, tolerance, each)
-    start = _start_block(matrix, matrix.shape[-1], block_width(matrix, k))
-    zero = torch.zeros(matrix.shape[:-2], dtype=torch.float64)
-    found = subspace.filtered(apply, ritz, start, k, lower=zero)
+    times: subspace.Apply = matrix.matmul
+    transposed_times: subspace.Apply = matrix.mT.matmul
+    coarse: subspace.Apply | None = None
+    if on_matrix_units(matrix):
+        halves = Halves.of(matrix)
+        times, transposed_times = halves.times, halves.transposed_times
+        coarse = halves.leading.gram_times
+    found = subspace.filtered(
+        lambda block: transposed_times(times(block)),
+        subspace.gram_ritz(times, transposed_times, k, tolerance, each),
+        _start_block(matrix, matrix.shape[-1], block_width(matrix, k)),
+        k,
+        lower=torch.zeros(matrix.shape[:-2], dtype=torch.float64),
+        coarse=coarse,
+    )
     if not found.converged or found.left is None:
         return None
     return found.left[..., :k], found.values[..., :k].sqrt().to(matrix), found.vectors[..., :k]

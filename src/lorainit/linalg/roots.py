@@ -86,14 +86,18 @@ def _one_by_one(matrix: Tensor) -> bool:
 
 def _cholesky(matrix: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
     """Of ``matrix + damping * I`` in the damping's dtype; a large stack one by one, and copied once."""
-    out = torch.empty(matrix.shape, dtype=damping.dtype, device=matrix.device).copy_(matrix)
-    out.diagonal(dim1=-2, dim2=-1).add_(damping.unsqueeze(-1))
-    if not _one_by_one(out):
+    if not _one_by_one(matrix):
+        out = matrix.to(damping.dtype, copy=True)
+        out.diagonal(dim1=-2, dim2=-1).add_(damping.unsqueeze(-1))
         factor, info = torch.linalg.cholesky_ex(out)
         return factor, info
-    infos = []
-    for one in out.flatten(0, -3):
-        factor, info = torch.linalg.cholesky_ex(one)
-        one.copy_(factor)
-        infos.append(info)
-    return out, torch.stack(infos)
+    # By columns, as LAPACK writes, so that nothing is turned; the matrix is its own transpose.
+    columns = torch.empty(matrix.shape, dtype=damping.dtype, device=matrix.device)
+    infos = torch.empty(damping.shape, dtype=torch.int32, device=matrix.device)
+    stacks = (matrix, columns, damping.unsqueeze(-1), infos.unsqueeze(-1))
+    ones = zip(*(stack.reshape(-1, *stack.shape[damping.dim() :]) for stack in stacks), strict=True)
+    for one, own_columns, value, info in ones:
+        own = one.to(damping.dtype, copy=True)
+        own.diagonal().add_(value)
+        torch.linalg.cholesky_ex(own.mT, out=(own_columns.mT, info[0]))
+    return columns.mT, infos

@@ -31,6 +31,11 @@ _LOCK = 0.3
 _LEAST_GAP = 4e-3
 _PATIENCE = 3
 _PROGRESS = 0.7
+_NEAR = 10.0
+"""Times what is allowed: from there on a round is multiplied by all digits, and mostly the last."""
+
+_INDEPENDENT = 1e-5
+"""A Cholesky factor's least diagonal entry over its largest, above which one round more is the last."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +59,11 @@ class Ritz:
         """Whether all pairs sought meet their tolerance; waits for the device."""
         return bool((self.error <= 1).all())
 
+    def on_host(self) -> tuple[Tensor, Tensor]:
+        """Values and errors, for which the device is waited for once; in the values' dtype."""
+        both = torch.cat([self.values, self.error.to(self.values)], -1).cpu()
+        return both[..., : self.values.shape[-1]], both[..., self.values.shape[-1] :]
+
 
 @dataclass(frozen=True, eq=False)
 class Stage:
@@ -64,12 +74,14 @@ class Stage:
         ritz: measures a block; rough stages measure themselves, the last one the matrix itself.
         dtype: of the block.
         hasty: whether it ends at the first round that brings nothing: a better one follows.
+        coarse: see `filtered`.
     """
 
     apply: Apply
     ritz: Callable[[Tensor], Ritz]
     dtype: torch.dtype
     hasty: bool = False
+    coarse: Apply | None = None
 
 
 def in_stages(
@@ -90,6 +102,7 @@ def in_stages(
                 lower=lower,
                 settled=settled,
                 patience=1 if stage.hasty else _PATIENCE,
+                coarse=stage.coarse,
             )
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             found = None
@@ -107,6 +120,7 @@ def filtered(
     lower: Tensor,
     settled: bool = False,
     patience: int = _PATIENCE,
+    coarse: Apply | None = None,
 ) -> Ritz:
     """Iterate until the ``k`` leading pairs meet their tolerance (`Ritz.converged`), or none gets nearer.
 
@@ -118,22 +132,31 @@ def filtered(
         lower: ``(...)``, a number that no eigenvalue is below.
         settled: `start` has been iterated on already: it is measured as it is.
         patience: how many rounds without progress end the iteration.
+        coarse: the matrix once more, with fewer digits than `apply` and quicker: what the rounds are multiplied
+            by until the block is near, or gets no nearer.
     """
+    times = apply if coarse is None else coarse
     begin = orthonormal(start)
-    found = ritz(begin if settled else orthonormal(apply(begin)))
+    found = ritz(begin if settled else orthonormal(times(begin)))
     budget, left, best = _MAX_PRODUCTS, patience, float("inf")
+    lower = lower.cpu()
     while left:
-        worst = float(found.error.max())
+        values, error = found.on_host()
+        worst = float(error.max())
         if worst <= 1:
             break
-        left = left - 1 if not worst <= _PROGRESS * best else patience
+        stalls = not worst <= _PROGRESS * best
+        if times is not apply and (stalls or worst < _NEAR):
+            times, left = apply, patience
+        else:
+            left = left - 1 if stalls else patience
         best = min(best, worst)
-        filter_ = _Filter(found, k, lower.to(found.values))
+        filter_ = _Filter(values, error, lower.to(values), found.vectors.dtype)
         budget -= filter_.highest + 2
         if budget < 0:
             break
         try:
-            found = ritz(filter_(apply, found.vectors))
+            found = ritz(filter_(times, found.vectors))
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             # Not finite: an eigenvalue below the bound has outgrown everything.
             break
@@ -141,11 +164,17 @@ def filtered(
 
 
 class _Filter:
-    """A Chebyshev polynomial for every matrix, small on ``[lower, edge]``, ``edge`` the least Ritz value."""
+    """A Chebyshev polynomial for every matrix, small on ``[lower, edge]``, ``edge`` the least Ritz value.
 
-    def __init__(self, found: Ritz, k: int, lower: Tensor) -> None:
-        values, error = found.values, found.error.to(found.values)
-        dtype = found.vectors.dtype
+    Args:
+        values: ``(..., width)`` of a `Ritz`, on the host, as all small numbers: a device is slower.
+        error: ``(..., k)``, likewise.
+        lower: ``(...)``, likewise.
+        dtype: of the block.
+    """
+
+    def __init__(self, values: Tensor, error: Tensor, lower: Tensor, dtype: torch.dtype) -> None:
+        k = error.shape[-1]
         locked = (error <= _LOCK).cumprod(-1)
         # Below the pairs sought, also where more eigenvalues are equal than the block has columns.
         sought = values[..., k - 1]
@@ -154,32 +183,35 @@ class _Filter:
         # growth beyond it would overflow.
         room = 8 * torch.finfo(dtype).eps * (values[..., 0] - lower)
         edge = torch.maximum(edge, lower + room)
-        self.centre = (edge + lower) / 2
-        self.half = ((edge - lower) / 2).clamp_min(torch.finfo(dtype).tiny ** 0.5)
+        centre = (edge + lower) / 2
+        half = ((edge - lower) / 2).clamp_min(torch.finfo(dtype).tiny ** 0.5)
 
         def growth(value: Tensor) -> Tensor:
             """Logarithm of what each degree multiplies this eigenvalue's vector by."""
-            place = (value - self.centre) / self.half
+            place = (value - centre) / half
             return torch.acosh(place.clamp_min(1 + 1e-12))
 
         first = locked.sum(-1).clamp_max(k - 1)
         largest = growth(values.gather(-1, first.unsqueeze(-1)).squeeze(-1))
-        smallest = growth(values[..., k - 1])
+        smallest = growth(sought)
         # What brings the worst pair to its tolerance, and what leaves the smallest pair sought above
         # the rounding of the largest.
         needed = ((error.amax(-1).log() + 2) / smallest.clamp_min(1e-3)).ceil()
         digits = -0.75 * math.log(torch.finfo(dtype).eps)
         possible = (digits / (largest - smallest).clamp_min(1e-6)).floor()
-        self.degrees = torch.minimum(needed, possible).clamp(2, _MAX_DEGREE)
-        ends = torch.stack([self.degrees.max(), self.degrees.min(), locked.max().to(values)])
-        self.highest, self.least, self.some = ends.int().tolist()
-        width = values.shape[-1]
-        self.locked = torch.nn.functional.pad(locked, (0, width - k)).bool().unsqueeze(-2)
+        degrees = torch.minimum(needed, possible).clamp(2, _MAX_DEGREE)
+        self.highest, self.least = int(degrees.max()), int(degrees.min())
+        self.some = bool(locked.any())
+        self.locked = (
+            torch.nn.functional.pad(locked, (0, values.shape[-1] - k)).bool().unsqueeze(-2)
+        )
+        self.numbers = torch.stack([centre, 1 / half, degrees])[..., None, None]
 
     def __call__(self, apply: Apply, vectors: Tensor) -> Tensor:
         """The block, locked vectors as they are, the others filtered; orthonormal."""
-        centre, scale = (t[..., None, None].to(vectors) for t in (self.centre, 1 / self.half))
-        kept = vectors * self.locked if self.some else vectors
+        centre, scale, degrees = self.numbers.to(vectors)
+        locked = self.locked.to(vectors.device) if self.some else None
+        kept = vectors if locked is None else vectors * locked
         before = vectors - kept if self.some else vectors
 
         def outside(block: Tensor) -> Tensor:
@@ -193,37 +225,53 @@ class _Filter:
                 before, now = now, after
                 continue
             # Matrices of one stack need different degrees: who is done waits.
-            goes_on = (degree <= self.degrees)[..., None, None]
+            goes_on = degree <= degrees
             before, now = torch.where(goes_on, now, before), torch.where(goes_on, after, now)
         tiny = torch.finfo(now.dtype).tiny
         length = torch.linalg.vector_norm(now, dim=-2, keepdim=True).clamp_min(tiny)
         now = now / length
-        return orthonormal(torch.where(self.locked, vectors, now) if self.some else now)
+        return orthonormal(now if locked is None else torch.where(locked, vectors, now))
 
 
 def orthonormal(block: Tensor) -> Tensor:
     """An orthonormal basis ``(..., n, k)`` of a block's columns, by rounds of Cholesky.
 
     The first columns span what they spanned. The first round is slightly shifted, so that it leaves
-    a block whose condition the next can bear; the last one mends what rounding was left of columns
+    a block whose condition the next can bear; a third one mends what rounding was left of columns
     that depended on one another.
     """
-    out: Tensor = block
-    for attempt in range(3):
+    out, left = block, 3
+    while left:
+        left -= 1
         wide = _wide(out)
         gram = wide.mT @ wide
-        diagonal = gram.diagonal(dim1=-2, dim2=-1)
-        if attempt == 0:
+        if out is block:
             limits = torch.finfo(gram.dtype)
+            diagonal = gram.diagonal(dim1=-2, dim2=-1)
             diagonal.add_(1e3 * limits.eps * diagonal.mean(-1, keepdim=True) + limits.tiny)
         triangle, info = torch.linalg.cholesky_ex(gram)
-        if bool(info.any()):
-            basis: Tensor = torch.linalg.qr(block).Q
-            return basis
+        if left:
+            independence = _independence(triangle, info)
+            if not independence > 0:
+                basis: Tensor = torch.linalg.qr(block).Q
+                return basis
+            if independence > _INDEPENDENT:
+                left = 1
         eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).expand_as(gram)
         inverse = torch.linalg.solve_triangular(triangle, eye, upper=False)
         out = (wide @ inverse.mT).to(block)
     return out
+
+
+def _independence(triangle: Tensor, info: Tensor) -> float:
+    """The least diagonal entry of a stack of Cholesky factors over its largest; 0 where one failed or is 0."""
+    sizes = triangle.diagonal(dim1=-2, dim2=-1)
+    # The device is waited for once.
+    told = torch.cat([sizes, info.unsqueeze(-1).to(sizes)], -1).cpu()
+    sizes, failed = told[..., :-1], told[..., -1]
+    # A block of zeros has no more than what the shift gave it.
+    failed = (failed != 0) | (sizes.amax(-1) ** 2 <= 2 * torch.finfo(sizes.dtype).tiny)
+    return 0.0 if bool(failed.any()) else float((sizes.amin(-1) / sizes.amax(-1)).min())
 
 
 def symmetric_ritz(
@@ -245,21 +293,28 @@ def symmetric_ritz(
 
 
 def gram_ritz(
-    matrix: Tensor, k: int, tolerance: float, each: float = 0.0
+    times: Apply, transposed_times: Apply, k: int, tolerance: float, each: float = 0.0
 ) -> Callable[[Tensor], Ritz]:
-    """Pairs of ``M^T M`` for ``(..., m, n)``; the error is ``|M^T u - s v|`` over what is allowed.
+    """Pairs of ``M^T M``; the error is ``|M^T u - s v|`` over what is allowed.
 
     That is ``tolerance`` times the largest singular value, or ``each`` times the pair's own.
+
+    Args:
+        times: what ``M`` ``(..., m, n)`` does to a block.
+        transposed_times: what ``M^T`` does.
+        k: how many pairs are wanted.
+        tolerance: see above.
+        each: see above.
     """
 
     def ritz(block: Tensor) -> Ritz:
-        image = _wide(matrix @ block)
+        image = _wide(times(block))
         values, turn = _eigh(image.mT @ image)
         values, turn = values.flip(-1).clamp_min(0), turn.flip(-1)
         sizes = values.sqrt().clamp_min(torch.finfo(block.dtype).tiny)
         left = (image @ turn / sizes.unsqueeze(-2)).to(block)
         vectors = (_wide(block) @ turn).to(block)
-        rest = matrix.mT @ left[..., :k] - vectors[..., :k] * sizes[..., None, :k].to(block)
+        rest = transposed_times(left[..., :k]) - vectors[..., :k] * sizes[..., None, :k].to(block)
         norms = torch.linalg.vector_norm(rest, dim=-2)
         allowed = torch.maximum(tolerance * sizes[..., :1], each * sizes[..., :k])
         return Ritz(values, vectors, norms / allowed.to(norms), left)

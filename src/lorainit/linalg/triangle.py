@@ -13,12 +13,12 @@ from torch import Tensor
 
 from lorainit.linalg.halves import (
     LARGEST,
+    accumulate,
     apart,
     beside,
     largest,
     multiply,
     narrowed,
-    subtract,
     write_digits,
 )
 
@@ -114,16 +114,13 @@ class Triangle:
             else:
                 part = right[:, first:end] / size
             if first:
-                row = lower.new_empty(2, len(lower), end - first, first, dtype=torch.float16)
+                # By columns, as the factor mostly is.
+                row = lower.new_empty(2, len(lower), first, end - first, dtype=torch.float16).mT
                 write_digits((lower[:, first:end, :first] / unit).float(), row[0], row[1])
                 before = first if right is None else columns
                 done, rest = known[:, :, :first, :before], part[..., :before]
                 for left_digits, right_digits in ((0, 0), (0, 1), (1, 0)):
-                    rest = subtract(rest, row[left_digits], done[right_digits])
-                if before == reach:
-                    part = rest
-                else:
-                    part[..., :before] = rest
+                    accumulate(rest, row[left_digits], done[right_digits], -1.0)
             solved = product((self._inverse(index) * unit).float(), part)
             out[:, first:end, :reach] = solved
             write_digits(solved, known[0, :, first:end, :reach], known[1, :, first:end, :reach])
@@ -140,7 +137,9 @@ def product(left: Tensor, right: Tensor) -> Tensor:
         sizes.append(size)
         digits.append(pair)
     (a, b), (c, d) = digits
-    found = multiply(a, c).add_(multiply(a, d)).add_(multiply(b, c))
+    found = multiply(a, c)
+    accumulate(found, a, d)
+    accumulate(found, b, c)
     return found.mul_(sizes[0] * sizes[1])
 
 
@@ -155,8 +154,8 @@ def gram_of_lower(lower: Tensor) -> Tensor:
         end = min(first + _PANEL, n)
         high, low = (d[:, first:, :end].mT for d in digits)
         panel = multiply(high, digits[0][:, first:, first:end])
-        panel += multiply(high, digits[1][:, first:, first:end])
-        panel += multiply(low, digits[0][:, first:, first:end])
+        accumulate(panel, high, digits[1][:, first:, first:end])
+        accumulate(panel, low, digits[0][:, first:, first:end])
         out[:, :end, first:end] = panel
         out[:, first:end, :first] = panel[:, :first].mT
     return out.mul_(scale.square())

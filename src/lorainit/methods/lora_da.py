@@ -30,19 +30,32 @@ EACH = 1e-3
 
 @dataclass(frozen=True, eq=False)
 class _Fisher:
-    """What both ways to solve begin with, in float64.
+    """What both ways to solve begin with, in float64 but for the gradient.
 
     Attributes:
         z_factor: ``(..., in, in)``, lower Cholesky factor of ``Z``.
-        scaled: ``(..., out, in)``, ``diag(1/y) G``.
+        gradient: ``(..., out, in)``, ``G``, as it was collected.
+        y_inverse: ``(..., out)``, ``1/y``.
         variance: ``(...)``, ``beta * sum(1/y) / N``.
         inverse_bound: ``(...)``, at least the norm of ``Z^-1``.
     """
 
     z_factor: Tensor
-    scaled: Tensor
+    gradient: Tensor
+    y_inverse: Tensor
     variance: Tensor
     inverse_bound: Tensor
+
+    def scaled(self, length: Tensor | None = None) -> Tensor:
+        """``H = diag(1/y) G``, ``(..., out, in)``, over a length ``(...)``."""
+        by_row = self.y_inverse if length is None else self.y_inverse / length.unsqueeze(-1)
+        return self.gradient * by_row.unsqueeze(-1)
+
+    def length(self) -> Tensor:
+        """The Frobenius norm of ``H``, ``(...)``, never zero; ``H`` is not formed."""
+        rows = torch.linalg.vector_norm(self.gradient, dim=-1, dtype=self.y_inverse.dtype)
+        norm: Tensor = torch.linalg.vector_norm(rows * self.y_inverse, dim=-1)
+        return norm.clamp_min(torch.finfo(norm.dtype).tiny)
 
 
 class _Products(NamedTuple):
@@ -70,8 +83,10 @@ class _Products(NamedTuple):
         return self.ratio * middle - self.inverse(self.transposed_times(self.times(middle)))
 
 
-def _with_fewer_digits(triangle: Triangle, unit: Tensor, h: Tensor, ratio: Tensor) -> _Products:
-    """Products in float32, or nearly so on matrix units.
+def _with_fewer_digits(
+    triangle: Triangle, unit: Tensor, h: Tensor, ratio: Tensor
+) -> tuple[_Products, _Products | None]:
+    """Products in float32, or nearly so on matrix units; there also with the leading digits alone.
 
     ``Z^-1`` is rounded, never ``Z``: rounding of its large entries is small beside its large
     eigenvalues, which are what is looked for, where rounding of ``Z`` would exceed the damping.
@@ -81,13 +96,17 @@ def _with_fewer_digits(triangle: Triangle, unit: Tensor, h: Tensor, ratio: Tenso
     if linalg.has_matrix_units(h):
         z = Halves.of(gram_of_lower(triangle.inverse_quickly().mul_(scale.float())))
         z, halves = z._replace(number=triangle.number), Halves.of(h)
-        return _Products(z.times, halves.times, halves.transposed_times, weight)
+        both, leading = (
+            _Products(inverse.times, change.times, change.transposed_times, weight)
+            for inverse, change in ((z, halves), (z.leading, halves.leading))
+        )
+        return both, leading
     root, low = (lower_inverse(triangle.lower) * scale).float(), h.float()
 
     def inverse(block: Tensor) -> Tensor:
         return apart(root.mT @ (root @ beside(block, triangle.number)), block)
 
-    return _Products(inverse, low.matmul, low.mT.matmul, weight)
+    return _Products(inverse, low.matmul, low.mT.matmul, weight), None
 
 
 @dataclass(frozen=True)
@@ -187,9 +206,8 @@ class LoraDA:
 
     def _fisher(self, statistics: LayerStatistics) -> _Fisher:
         gradient = linalg.check_finite(statistics.gradient, "the gradient")
-        # Damping is far below a factor's scale: what float32 factors, it may factor badly.
-        gradient = linalg.double_precision(gradient)
         second = statistics.input_second_moment
+        # Damping is far below a factor's scale: what float32 factors, it may factor badly.
         diagonal = linalg.double_precision(statistics.output_second_moment_diagonal)
         y_damping = linalg.damping_value(diagonal, self.damping, self.damping_mode)
 
@@ -204,7 +222,8 @@ class LoraDA:
         number = self._population(statistics, y_damping)
         return _Fisher(
             linalg.once(factor, second),
-            gradient * y_inverse.unsqueeze(-1),
+            gradient.to(y_inverse.device),
+            y_inverse,
             self.beta * y_inverse.sum(-1) / number,
             1 / z_damping(second),
         )
@@ -222,9 +241,8 @@ class LoraDA:
             return None
         triangle = Triangle(fisher.z_factor)
         # Units in which nothing over- or underflows in float32.
-        unit, h = fisher.inverse_bound, fisher.scaled
-        length = h.flatten(-2).norm(dim=-1).clamp_min(torch.finfo(h.dtype).tiny)
-        h = h / length[..., None, None]
+        unit, length = fisher.inverse_bound, fisher.length()
+        h = fisher.scaled(length)
         ratio = fisher.variance / (unit * length.square()) / self.bias_weight
 
         def inverse(block: Tensor) -> Tensor:
@@ -232,11 +250,15 @@ class LoraDA:
             return whole / unit[..., None, None]
 
         exactly = _Products(inverse, h.matmul, h.mT.matmul, ratio[..., None, None])
-        rough = None if exact else _with_fewer_digits(triangle, unit, h, ratio)
+        rough, coarse = (None, None) if exact else _with_fewer_digits(triangle, unit, h, ratio)
         # Few inputs come near the damping: the variance term is far smaller than it allows, and the
         # longer the spectrum is thought to be, the higher is the polynomial.
-        quickest = (inverse, h) if rough is None else (rough.inverse, h.float())
-        largest = linalg.bound_of_operator(quickest[0], quickest[1].mT).to(ratio)
+        like, quickest = h.mT[..., :1], coarse or rough
+        largest = (
+            linalg.bound_of_operator(inverse, like)
+            if quickest is None
+            else linalg.bound_of_operator(quickest.inverse, like.float())
+        ).to(ratio)
         found = linalg.smallest_of_operator(
             exactly.omega,
             h.mT,
@@ -245,6 +267,7 @@ class LoraDA:
             tolerance=1e-10 if exact else 1e-8,
             each=0.0 if exact else EACH,
             rough=None if rough is None else rough.omega,
+            coarse=None if coarse is None else coarse.omega,
         )
         if found is None:
             return None
@@ -256,6 +279,7 @@ class LoraDA:
             upper=torch.zeros_like(ratio),
             tolerance=1e-6 if exact else 3e-3,
             rough=None if rough is None else rough.missed,
+            coarse=None if coarse is None else coarse.missed,
             start=found[1],
         )
         if longest is None:
@@ -268,7 +292,7 @@ class LoraDA:
 
     def _dense(self, fisher: _Fisher, rank: int) -> tuple[Tensor, Tensor]:
         """``A0`` and ``D^T A0`` from dense decompositions of ``Omega``, or of ``D`` without variance."""
-        change = -torch.cholesky_solve(fisher.scaled.mT, fisher.z_factor)
+        change = -torch.cholesky_solve(fisher.scaled().mT, fisher.z_factor)
         if self.beta == 0:
             subspace = linalg.top_singular(change, rank)[0]
         # Omega times sigma squared has Omega's eigenvectors.

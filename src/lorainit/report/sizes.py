@@ -25,7 +25,7 @@ def sizes_of(model: PeftModel, adapter_name: str = "default") -> dict[str, float
                 continue
             a, b = (_trained(f[adapter_name]).detach() for f in (layer.lora_A, layer.lora_B))
             weight = read_weight(layer.get_base_layer(), name)
-            found[name] = relative_size(Factors(a, b), weight, layer.scaling[adapter_name])
+            found[name] = float(relative_size(Factors(a, b), weight, layer.scaling[adapter_name]))
     return found
 
 
