@@ -197,6 +197,24 @@ def test_largest_eigenvectors_by_iteration(dtype: torch.dtype) -> None:
     assert sine(vectors, q[:, :6]) < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("units", [False, True])
+def test_less_rank_than_is_sought(units: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By iteration in float32, with and without halves: orthonormal vectors also where values are rounding."""
+    for place in (limits, leading):
+        monkeypatch.setattr(place, "on_matrix_units", lambda matrix: units)
+    monkeypatch.setattr(limits, "DENSE_LIMIT", 50)
+    left, right = orthogonal(200, 5), orthogonal(160, 5, seed=1)
+    sizes = torch.logspace(0, -2, 5, dtype=torch.float64) * 1e-9
+    matrix = torch.stack([(left * sizes) @ right.mT, torch.zeros(200, 160).double()]).float()
+    u, s, v = linalg.top_singular(matrix, 12)
+    assert torch.allclose(s[0, :5].double(), sizes, rtol=1e-4)
+    assert torch.allclose((u[0] * s[0]) @ v[0].mT, matrix[0], atol=1e-4 * float(s[0, 0]))
+    assert float(s[0, 5:].max()) < 1e-5 * float(s[0, 0])
+    for basis in (u, v):
+        eye = torch.eye(12).expand(2, 12, 12)
+        assert torch.allclose(basis.mT @ basis, eye, atol=1e-4)
+
+
 @pytest.mark.parametrize("which", ["smallest", "largest", "singular"])
 def test_dense_finishes_what_does_not_converge(which: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One product is never enough for a flat spectrum; the answer is right all the same."""

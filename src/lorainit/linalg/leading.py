@@ -24,6 +24,9 @@ EACH = 3e-4
 """In float32 a pair has converged when its residual is below this times its own value: where the spectrum is
 flat that is a sine of a few thousandths, and 1e-7 of what the subspace holds (docs/performance.md)."""
 
+_NOISE = 1e-2
+"""How far products of left singular vectors may be from those of orthonormal ones."""
+
 _HASTE = 0.7
 """Of what is allowed: where a rough stage ends, so that the last one has only to measure."""
 
@@ -254,4 +257,18 @@ def _filtered_svd(
     )
     if not found.converged or found.left is None:
         return None
-    return found.left[..., :k], found.values[..., :k].sqrt().to(matrix), found.vectors[..., :k]
+    left = _completed(found.left[..., :k])
+    return left, found.values[..., :k].sqrt().to(matrix), found.vectors[..., :k]
+
+
+def _completed(left: Tensor) -> Tensor:
+    """Left vectors ``(..., m, k)`` made orthonormal where a value is rounding, and its vector noise."""
+    gram = left.mT @ left
+    eye = torch.eye(left.shape[-1], dtype=left.dtype, device=left.device)
+    if not bool((gram - eye).abs().max() > _NOISE):
+        return left
+    q, r = torch.linalg.qr(left)
+    # Those that were orthonormal stay as they were.
+    signs = r.diagonal(dim1=-2, dim2=-1).sign()
+    whole: Tensor = q * torch.where(signs == 0, 1.0, signs).unsqueeze(-2)
+    return whole

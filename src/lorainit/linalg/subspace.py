@@ -34,8 +34,8 @@ _PROGRESS = 0.7
 _NEAR = 10.0
 """Times what is allowed: from there on a round is multiplied by all digits, and mostly the last."""
 
-_INDEPENDENT = 1e-5
-"""A Cholesky factor's least diagonal entry over its largest, above which one round more is the last."""
+_INDEPENDENT = 0.5
+"""A Cholesky factor's least diagonal entry over its largest, above which a round leaves rounding alone."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,7 +143,8 @@ def filtered(
     while left:
         values, error = found.on_host()
         worst = float(error.max())
-        if worst <= 1:
+        if not worst > 1:
+            # Met, or not a number: a matrix of less rank than is sought, for a dense solver.
             break
         stalls = not worst <= _PROGRESS * best
         if times is not apply and (stalls or worst < _NEAR):
@@ -240,26 +241,24 @@ def orthonormal(block: Tensor) -> Tensor:
     a block whose condition the next can bear; a third one mends what rounding was left of columns
     that depended on one another.
     """
-    out, left = block, 3
-    while left:
-        left -= 1
+    out: Tensor = block
+    for attempt in range(3):
         wide = _wide(out)
         gram = wide.mT @ wide
-        if out is block:
+        if attempt == 0:
             limits = torch.finfo(gram.dtype)
             diagonal = gram.diagonal(dim1=-2, dim2=-1)
             diagonal.add_(1e3 * limits.eps * diagonal.mean(-1, keepdim=True) + limits.tiny)
         triangle, info = torch.linalg.cholesky_ex(gram)
-        if left:
-            independence = _independence(triangle, info)
-            if not independence > 0:
-                basis: Tensor = torch.linalg.qr(block).Q
-                return basis
-            if independence > _INDEPENDENT:
-                left = 1
+        independence = _independence(triangle, info)
+        if not independence > 0:
+            basis: Tensor = torch.linalg.qr(block).Q
+            return basis
         eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).expand_as(gram)
         inverse = torch.linalg.solve_triangular(triangle, eye, upper=False)
         out = (wide @ inverse.mT).to(block)
+        if attempt and independence > _INDEPENDENT:
+            break
     return out
 
 
