@@ -95,6 +95,9 @@ def big_plan(
         replace(small, name="floor, 64 x 256", kind="floor"),
         replace(small, name="LoRA-DA, 64 x 256", kind="start"),
         replace(small, name="LoRA-DA, 64 x 256, Zipf", kind="start", zipf=True),
+        # A process's first solves load the device's libraries: measured first above, and here after others.
+        replace(base, name="LoRA-DA, after others", kind="start", limit=90),
+        replace(small, name="LoRA-DA, 64 x 256, after others", kind="start"),
         replace(one, name="profile floor", kind="profile_floor", layers=4),
         replace(one, name="profile LoRA-DA", kind="profile", layers=4),
         replace(one, name="profile Natural", kind="profile", method="natural", layers=4),

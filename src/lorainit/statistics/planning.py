@@ -129,11 +129,12 @@ def _batch_sizes(batches: Sequence[Mapping[str, Any]], position: float) -> list[
             strict=True,
         )
     )
-    sizes = [BatchSize(None, whole, int(whole * position))]
-    while most > 1 and not apart:
-        most = -(-most // 2)
-        sizes.append(BatchSize(most, int(most * row), int(most * row * position)))
-    return sizes
+    # In two parts, three, four: every number of rows that makes fewer batches than the next one.
+    cut = [] if apart else list(dict.fromkeys(-(-most // parts) for parts in range(2, most + 1)))
+    return [
+        BatchSize(None, whole, int(whole * position)),
+        *(BatchSize(rows, int(rows * row), int(rows * row * position)) for rows in cut),
+    ]
 
 
 def _shape(module: nn.Module) -> tuple[int, int] | None:
