@@ -4,6 +4,7 @@ from peft import LoraConfig, PeftModel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lorainit
+from lorainit import chunks, solving
 
 
 def tiny():
@@ -54,6 +55,27 @@ def test_ranks_move_within_the_budget_at_one_scaling(method, rslora, tmp_path):
     again = PeftModel.from_pretrained(tiny(), tmp_path)(ids).logits
     torch.testing.assert_close(again, live, rtol=0, atol=1e-6)
     assert config.rank_pattern == {}
+
+
+def test_solves_keep_to_the_memory_that_was_allowed(monkeypatch):
+    """Where all layers' statistics come before the first solve, too."""
+    allowed = []
+
+    def spy(targets, max_memory=None):
+        allowed.append(max_memory)
+        return 1 << 20
+
+    for place in (chunks, solving):
+        monkeypatch.setattr(place, "chunk_bytes", spy)
+    lorainit.get_peft_model(
+        tiny(),
+        configuration(),
+        method=lorainit.EVA(rho=2.0),
+        data=batches(),
+        max_memory="1GiB",
+        progress=False,
+    )
+    assert allowed == [2**30, 2**30]
 
 
 def test_rho_of_one_keeps_every_rank():

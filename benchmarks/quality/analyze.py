@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.quality.experiment import CURVE_PERCENT, Experiment
-from benchmarks.quality.follows import followed
 from benchmarks.quality.kinds import FRESH_TASKS, defaults
 from benchmarks.quality.records import RESULTS, Record, read_records
 from benchmarks.quality.stages import BASELINE, best_rates
@@ -386,23 +385,10 @@ def report(records: Iterable[Record]) -> str:
 
     records = list(records)
     parts = ["# Quality: what the records say", f"{len(records)} runs."]
-    copies = followed(records)
-    if copies:
-        parts += [_whose(copies)]
-        records += copies
     parts += ["## The default, by the rule of benchmarks/README.md", rule_table(chosen_on(records))]
     for model, mine in by_model(records).items():
         parts += [f"## {model}", *_part(mine)]
     return "\n\n".join(parts) + "\n"
-
-
-def _whose(copies: Sequence[Record]) -> str:
-    """Which tasks' lines of Auto are other lines' (`benchmarks.quality.follows`)."""
-    tasks: dict[str, set[str]] = defaultdict(set)
-    for record in copies:
-        tasks[record["follows"]].add(record["task"])
-    said = "; ".join(f"{label}'s on {', '.join(sorted(t))}" for label, t in sorted(tasks.items()))
-    return f"Runs of `auto` that are not its own, because it does the same there: {said}. All others are."
 
 
 def _part(records: Sequence[Record]) -> list[str]:
@@ -504,7 +490,6 @@ def main() -> None:
     picture = arguments.picture or (PICTURE if here else arguments.out / PICTURE.name)
     records = list(read_records(arguments.records).values())
     text = report(records)
-    records += followed(records)
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "tables.md").write_text(text, encoding="utf-8")
     print(text)

@@ -110,6 +110,7 @@ def value_directions(
     statistics: Statistics,
     method: RanksDirections,
     limits: Mapping[str, int],
+    max_memory: int | None = None,
 ) -> dict[str, Tensor]:
     """What each layer's leading directions are worth, ``(limit,)`` by name, the same everywhere."""
     rank, _ = distributed.world()
@@ -119,7 +120,7 @@ def value_directions(
     for name, target in targets.items():
         if owners[name] == rank:
             by_limit.setdefault(limits[name], {})[name] = target
-    budget = chunk_bytes(targets)
+    budget = chunk_bytes(targets, max_memory)
     with torch.no_grad(), distributed.together():
         for limit, members in by_limit.items():
             for chunk in chunks_of(members, budget, method.needs):

@@ -89,6 +89,11 @@ class Measured:
         """Base layers by target name."""
         return {name: target.module for name, target in self.targets.layers.items()}
 
+    @property
+    def budget(self) -> int | None:
+        """Bytes that everything on a device may take; None where the user did not say."""
+        return None if self.settings is None else parse_bytes(self.settings.max_memory)
+
     def statistics(
         self,
         data: Iterable[Any],
@@ -148,7 +153,7 @@ class Measured:
             n: min(t.spec.out_features, t.spec.in_features) // share for n, t in served.items()
         }
         limits = rank_limits(configured, possible, method.rho)
-        values = value_directions(served, statistics, method, limits)
+        values = value_directions(served, statistics, method, limits, self.budget)
         return replace(self, targets=self.with_ranks(allocate_ranks(values, configured)))
 
     def capped(self) -> Measured:
@@ -231,7 +236,7 @@ def _streamed(
 ) -> Start:
     """Solve each pass's layers before the next pass, and forget what is solved."""
     assert measured.settings is not None
-    budget = parse_bytes(measured.settings.max_memory)
+    budget = measured.budget
     device = input_device(measured.model)
     factors: dict[str, Factors] = {}
     sizes: dict[str, float] = {}
@@ -271,7 +276,12 @@ def _solved(
     unused = {} if statistics is None else unused_targets(statistics, measured.targets)
     served = _served(measured.targets, unused)
     factors, sizes = solve_layers(
-        served, statistics, method, precision=precision, progress=measured.progress
+        served,
+        statistics,
+        method,
+        precision=precision,
+        progress=measured.progress,
+        max_memory=measured.budget,
     )
     if unmeasured:
         terms = {n: LowRank(f.B * served[n].spec.scaling, f.A) for n, f in factors.items()}

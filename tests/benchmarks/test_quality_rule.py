@@ -1,4 +1,4 @@
-"""Auto's line where it follows from others, and the rule by which a default is chosen."""
+"""The rule by which a default is chosen."""
 
 from __future__ import annotations
 
@@ -6,14 +6,10 @@ import numpy as np
 import pytest
 from benchmarks.quality.analyze import chosen_on, report
 from benchmarks.quality.claims import against_best, family
-from benchmarks.quality.follows import followed, gains
 from benchmarks.quality.labelled import shifted
 from benchmarks.quality.rule import rule_table
 
-import lorainit
 from tests.benchmarks.test_quality_analyze import record
-
-LEAST = lorainit.Auto().least_gain
 
 
 def runs(method: str, exact: float, losses: list[float], count: int = 4) -> list[dict]:
@@ -21,38 +17,6 @@ def runs(method: str, exact: float, losses: list[float], count: int = 4) -> list
     found = [record(method, s, 1e-3, exact + 0.001 * s, losses) for s in range(count)]
     good = {1e-4: 0.2, 1e-3: exact, 1e-2: 0.2}
     return found + [record(method, 0, rate, e, losses, "search") for rate, e in good.items()]
-
-
-@pytest.mark.parametrize(
-    ("share", "whose"),
-    [(0.9, "natural"), (0.02, "vanilla"), (1.2 * LEAST, None), (0.8 * LEAST, None)],
-)
-def test_auto_follows_the_line_that_it_would_be(share, whose):
-    plain = runs("vanilla", 0.5, [4.0, 2.0, 1.0])
-    natural = runs("natural", 0.6, [4.0 * (1 - share), 1.5, 0.5])
-    for r in natural:
-        # Sweeps and the search may start from fewer sequences.
-        r["init_seconds"] = 7.0 if r["stage"] == "seeds" else 1.5
-    assert gains(plain + natural) == pytest.approx([share] * 4)
-    found = followed(plain + natural)
-    if whose is None:
-        assert found == []
-        return
-    source = natural if whose == "natural" else plain
-    assert len(found) == len(source)
-    for copy, original in zip(found, source, strict=True):
-        assert (copy["label"], copy["follows"]) == ("auto", whose)
-        assert copy["test"] == original["test"]
-        # A start that is refused was looked for all the same.
-        assert copy["init_seconds"] == (7.0 if whose == "vanilla" else original["init_seconds"])
-    assert f"{whose}'s on chain_sum" in report(plain + natural)
-
-
-def test_runs_of_its_own_go_first():
-    plain = runs("vanilla", 0.5, [4.0, 2.0, 1.0])
-    natural, own = runs("natural", 0.6, [0.4, 1.5, 0.5]), runs("auto", 0.6, [0.4, 1.5, 0.5])
-    assert followed(plain + natural + own) == []
-    assert followed(plain) == []
 
 
 def test_auto_and_natural_are_one_method_to_the_others():

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import lorainit
 from lorainit.adapters.targets import match_targets
 from lorainit.errors import MemoryPlanError
-from lorainit.statistics import CollectSettings, collect
+from lorainit.statistics import CollectSettings, collect, planning
 from lorainit.statistics.accumulators import FOLD_FROM, add_gram, panels, unfold
 from lorainit.statistics.batches import is_splittable, one_row, split_rows
 from lorainit.statistics.collect import prepare
@@ -241,3 +241,14 @@ def test_a_budget_is_bytes_or_a_text() -> None:
     for wrong in (0, -1, "much", "1..5GB", "", True):
         with pytest.raises(ValueError, match="max_memory"):
             CollectSettings(NEEDS, max_memory=wrong)
+
+
+@pytest.mark.parametrize(
+    ("rows", "wanted"), [(8, [8, 4, 3, 2, 1]), (5, [5, 3, 2, 1]), (1, [1]), (2, [2, 1])]
+)
+def test_a_batch_is_cut_in_every_useful_number_of_parts(rows: int, wanted: list[int]) -> None:
+    """Parts of eight rows in two, three, four and eight: of other numbers one part is as large as of these."""
+    batch = {"input_ids": torch.zeros(rows, 6, dtype=torch.long)}
+    sizes = planning._batch_sizes([batch], 10.0)
+    assert [size.rows or rows for size in sizes] == wanted
+    assert [size.nbytes for size in sizes] == [60 * n for n in wanted]
