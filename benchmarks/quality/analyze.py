@@ -399,23 +399,7 @@ def _part(records: Sequence[Record]) -> list[str]:
     for record in records:
         by_stage[record["stage"]].append(record)
     final = by_stage["seeds"]
-    swept: dict[str, list[Record]] = {}
-    for over in ("rank", "train_samples", "statistics_samples"):
-        mine = [r for r in by_stage["sweep"] if _swept(r) == over]
-        # The standard value was run before, as part of the final tables.
-        tasks, labels = {r["task"] for r in mine}, {r["label"] for r in mine}
-        same = [r for r in final if r["task"] in tasks and r["label"] in labels]
-        if mine and over == "statistics_samples":
-            # Plain LoRA reads none: its runs stand beside every number.
-            plain = [r for r in final if r["task"] in tasks and r["label"] == BASELINE]
-            numbers = {r["experiment"][over] for r in mine + plain}
-            same += [
-                r | {"experiment": r["experiment"] | {over: count}}
-                for count in numbers
-                for r in plain
-            ]
-        if mine:
-            swept[over] = mine + same
+    swept = sweeps_of(records)
     few_shot = [r for r in by_stage["sweep"] if r["experiment"]["train_samples"] == FEW]
     parts = []
     if final:
@@ -450,6 +434,29 @@ def _part(records: Sequence[Record]) -> list[str]:
         labels = sorted({f"{r['label']} at {r['learning_rate']:.2g}" for r in diverged})
         parts += [f"### Diverged: {len(diverged)} runs", ", ".join(labels)]
     return parts
+
+
+def sweeps_of(records: Iterable[Record]) -> dict[str, list[Record]]:
+    """By the budget that was changed: its runs, and those of the final tables at the standard value."""
+    records = list(records)
+    final = [r for r in records if r["stage"] == "seeds"]
+    swept: dict[str, list[Record]] = {}
+    for over in ("rank", "train_samples", "statistics_samples"):
+        mine = [r for r in records if r["stage"] == "sweep" and _swept(r) == over]
+        tasks, labels = {r["task"] for r in mine}, {r["label"] for r in mine}
+        same = [r for r in final if r["task"] in tasks and r["label"] in labels]
+        if mine and over == "statistics_samples":
+            # Plain LoRA reads none: its runs stand beside every number.
+            plain = [r for r in final if r["task"] in tasks and r["label"] == BASELINE]
+            numbers = {r["experiment"][over] for r in mine + plain}
+            same += [
+                r | {"experiment": r["experiment"] | {over: count}}
+                for count in numbers
+                for r in plain
+            ]
+        if mine:
+            swept[over] = mine + same
+    return swept
 
 
 def by_model(records: Iterable[Record]) -> dict[str, list[Record]]:
@@ -494,6 +501,7 @@ def main() -> None:
     (arguments.out / "tables.md").write_text(text, encoding="utf-8")
     print(text)
     from benchmarks.quality.figures import differences, figures
+    from benchmarks.quality.panels import beside, sweeps
 
     final = [r for r in records if r["stage"] == "seeds"]
     print(differences({m: collect_lines(v) for m, v in chosen_on(final).items()}, picture))
@@ -501,8 +509,12 @@ def main() -> None:
         mine = [r for r in records if _model(r) == model]
         final = [r for r in mine if r["stage"] == "seeds"]
         search = [r for r in mine if r["stage"] == "search"]
-        for path in figures(collect_lines(final), search, arguments.out, model):
+        lines = collect_lines(final)
+        for path in figures(lines, search, arguments.out, model):
             print(path)
+        if swept := sweeps_of(mine):
+            print(sweeps(swept, arguments.out / f"budgets-{model}.png"))
+        print(beside(lines, final, arguments.out / f"speed-{model}.png"))
 
 
 if __name__ == "__main__":

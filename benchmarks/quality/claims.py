@@ -70,8 +70,8 @@ def claims_table(lines: Lines, rank_records: Iterable[Record] = ()) -> str:
     return table(header, rows)
 
 
-def forgetting_table(lines: Lines, records: Iterable[Record]) -> str:
-    """Rise of the loss on another task, from the base's to that after fine-tuning."""
+def rises(lines: Lines, records: Iterable[Record]) -> dict[tuple[str, str], list[float]]:
+    """By task and method, over seeds: what fine-tuning adds to the loss on another task, from the base's."""
     chosen: dict[tuple[str, str], list[Record]] = defaultdict(list)
     base: dict[tuple[str, int], float] = {}
     for record in records:
@@ -82,18 +82,24 @@ def forgetting_table(lines: Lines, records: Iterable[Record]) -> str:
         line = lines.get((record["task"], record["label"]))
         if line is not None and record["learning_rate"] == line.rate:
             chosen[record["task"], record["label"]].append(record)
-    tasks = sorted({task for task, _ in chosen})
-    rows = []
-    for label in ordered({label for _, label in chosen}):
-        row = [label]
-        for task in tasks:
-            rises = [
-                finite(r["other"]["loss"]) - base[task, r["seed"]]
-                for r in chosen.get((task, label), [])
-                if (task, r["seed"]) in base
-            ]
-            row.append(f"{mean(rises):+.2f}" if rises else "–")
-        rows.append(row)
+    return {
+        (task, label): [
+            finite(r["other"]["loss"]) - base[task, r["seed"]]
+            for r in mine
+            if (task, r["seed"]) in base
+        ]
+        for (task, label), mine in chosen.items()
+    }
+
+
+def forgetting_table(lines: Lines, records: Iterable[Record]) -> str:
+    """Rise of the loss on another task, from the base's to that after fine-tuning."""
+    found = rises(lines, records)
+    tasks = sorted({task for task, _ in found})
+    rows = [
+        [label, *(f"{mean(v):+.2f}" if (v := found.get((task, label))) else "–" for task in tasks)]
+        for label in ordered({label for _, label in found})
+    ]
     return table(["method", *tasks], rows)
 
 

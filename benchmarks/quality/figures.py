@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,40 +74,44 @@ def figures(
     The files are called after `name`.
     """
     made = []
-    palette = pyplot.get_cmap("tab20")
     if lines:
         tasks, labels = axes_of(lines)
         figure, axes = _grid(len(tasks))
         for axis, task in zip(axes, tasks, strict=False):
-            for i, label in enumerate(labels):
+            for label in labels:
                 line = lines.get((task, label))
                 if line is None:
                     continue
                 steps = line.heldout[0][0]
                 values = np.array([c[1] for c in line.heldout if c[0] == steps])
-                style = {"color": "black", "lw": 2} if label == BASELINE else {"color": palette(i)}
-                axis.plot(steps, values.mean(0), label=label, **style)
+                axis.plot(steps, values.mean(0), label=label, **style_of(label, labels))
             axis.set(title=task, xlabel="step", ylabel="held-out loss", xscale="symlog")
             axis.set_yscale("log")
-        made.append(_save(figure, axes, out / f"curves-{name}.png"))
+        made.append(save_with_legend(figure, axes, out / f"curves-{name}.png"))
     if search:
         tasks = sorted({r["task"] for r in search})
         labels = ordered({r["label"] for r in search})
         figure, axes = _grid(len(tasks))
         for axis, task in zip(axes, tasks, strict=False):
-            for i, label in enumerate(labels):
+            for label in labels:
                 points: dict[float, list[float]] = defaultdict(list)
                 for record in search:
                     if record["task"] == task and record["label"] == label:
                         value = finite(record["validation"]["exact"])
                         points[record["learning_rate"]].append(100 * value)
                 rates = sorted(points)
-                style = {"color": "black", "lw": 2} if label == BASELINE else {"color": palette(i)}
                 scores = [mean(points[rate]) for rate in rates]
-                axis.plot(rates, scores, marker=".", label=label, **style)
+                axis.plot(rates, scores, marker=".", label=label, **style_of(label, labels))
             axis.set(title=task, xlabel="learning rate", ylabel="exact match, %", xscale="log")
-        made.append(_save(figure, axes, out / f"learning-rates-{name}.png"))
+        made.append(save_with_legend(figure, axes, out / f"learning-rates-{name}.png"))
     return made
+
+
+def style_of(label: str, labels: Sequence[str]) -> dict[str, Any]:
+    """How a method is drawn among others: plain LoRA in black, the default in bold blue."""
+    if label in (BASELINE, DEFAULT):
+        return {"color": "black" if label == BASELINE else "blue", "lw": 2}
+    return {"color": pyplot.get_cmap("tab20")(list(labels).index(label) % 20)}
 
 
 def _grid(count: int) -> tuple[Figure, Any]:
@@ -117,7 +121,7 @@ def _grid(count: int) -> tuple[Figure, Any]:
     return figure, np.atleast_1d(axes).ravel()
 
 
-def _save(figure: Figure, axes: Any, path: Path) -> Path:
+def save_with_legend(figure: Figure, axes: Any, path: Path) -> Path:
     """One legend for all panels, below them."""
     known = {}
     for axis in axes:
