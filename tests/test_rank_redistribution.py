@@ -57,8 +57,8 @@ def test_ranks_move_within_the_budget_at_one_scaling(method, rslora, tmp_path):
     assert config.rank_pattern == {}
 
 
-def test_solves_keep_to_the_memory_that_was_allowed(monkeypatch):
-    """Where all layers' statistics come before the first solve, too."""
+def test_solves_are_told_the_memory_that_is_allowed(monkeypatch):
+    """How large stacks are follows from it, also where all layers' statistics come before the first solve."""
     allowed = []
 
     def spy(targets, max_memory=None):

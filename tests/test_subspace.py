@@ -134,6 +134,26 @@ def test_coarse_products_first(error: float) -> None:
         assert counts["apply"] > 0
 
 
+def test_what_is_not_a_number_ends_the_iteration() -> None:
+    """One member of a stack that is not finite leaves all to a dense solver, at once."""
+    matrix = torch.stack([torch.eye(N, dtype=torch.float64)] * 2)
+    rounds = 0
+
+    def ritz(block: Tensor) -> subspace.Ritz:
+        nonlocal rounds
+        rounds += 1
+        found = subspace.symmetric_ritz(matrix.matmul, K, lambda v: torch.full_like(v, 1e-12))(
+            block
+        )
+        error = found.error.clone()
+        error[1, 2] = float("nan")
+        return subspace.Ritz(found.values, found.vectors, error)
+
+    found = subspace.filtered(matrix.matmul, ritz, start(), K, lower=torch.zeros(2))
+    assert not found.converged
+    assert rounds == 1
+
+
 def test_gives_up_within_its_budget() -> None:
     """Residuals below rounding are out of reach; nothing is returned, and it ends."""
     q = orthogonal()

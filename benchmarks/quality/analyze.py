@@ -381,11 +381,14 @@ def ordered(labels: Iterable[str]) -> list[str]:
 
 def report(records: Iterable[Record]) -> str:
     """All tables that the records allow, in Markdown, one part a model."""
-    from benchmarks.quality.rule import rule_table
+    from benchmarks.quality.rule import fresh_table, rule_table
 
     records = list(records)
     parts = ["# Quality: what the records say", f"{len(records)} runs."]
     parts += ["## The default, by the rule of benchmarks/README.md", rule_table(chosen_on(records))]
+    if any(r["task"] in FRESH_TASKS for r in records):
+        parts += ["### Where choices were made, and where not"]
+        parts += [fresh_table(by_model(records), FRESH_TASKS)]
     for model, mine in by_model(records).items():
         parts += [f"## {model}", *_part(mine)]
     return "\n\n".join(parts) + "\n"

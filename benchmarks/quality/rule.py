@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -79,6 +79,37 @@ def rule_table(models: Mapping[str, Sequence[Record]]) -> str:
         "points above plain LoRA over all tasks, 95%, p",
     ]  # fmt: skip
     return table(header, rows)
+
+
+def fresh_table(models: Mapping[str, Sequence[Record]], fresh: Collection[str]) -> str:
+    """Points above plain LoRA over the tasks of choice, the fresh ones, and all: of methods that all have.
+
+    Args:
+        models: the records of each model, fresh tasks by themselves or not.
+        fresh: names of the tasks that no choice was made on.
+    """
+    found = {
+        model: collect_lines([r for r in records if r["stage"] == "seeds"])
+        for model, records in models.items()
+    }
+    tasks = {task for lines in found.values() for task, name in lines if name == BASELINE}
+    rows = []
+    for label in ordered({name for lines in found.values() for _, name in lines} - {BASELINE}):
+        known = {task for lines in found.values() for task, name in lines if name == label}
+        if not tasks <= known:
+            continue
+        parts = (tasks - set(fresh), tasks & set(fresh), tasks)
+        cells = [
+            _above(
+                {m: {k: v for k, v in x.items() if k[0] in part} for m, x in found.items()}, label
+            )
+            for part in parts
+        ]
+        rows.append([label, *cells])
+    sizes = (len(tasks - set(fresh)), len(tasks & set(fresh)), len(tasks))
+    names = ("tasks of choice", "fresh tasks", "all tasks")
+    header = [f"{name} ({size}): points, 95%, p" for name, size in zip(names, sizes, strict=True)]
+    return table(["method", *header], rows)
 
 
 def _above(found: Mapping[str, Lines], label: str) -> str:

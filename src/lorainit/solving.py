@@ -144,9 +144,8 @@ def _without_gradient(chunk: Sequence[Target], layers: Sequence[LayerStatistics]
         if one is not None:
             names.append(target.name)
             told.append(one.any())
-    # The device is waited for once.
-    said = torch.stack(told).tolist() if told else []
-    return [name for name, any_ in zip(names, said, strict=True) if not any_]
+    # All are asked before the first is waited for; some may lie on the host.
+    return [name for name, one in zip(names, told, strict=True) if not bool(one)]
 
 
 def _weights(chunks: Sequence[list[Target]], rank: int) -> list[Tensor]:

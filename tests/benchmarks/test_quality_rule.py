@@ -7,7 +7,7 @@ import pytest
 from benchmarks.quality.analyze import chosen_on, report
 from benchmarks.quality.claims import against_best, family
 from benchmarks.quality.labelled import shifted
-from benchmarks.quality.rule import rule_table
+from benchmarks.quality.rule import fresh_table, rule_table
 
 from tests.benchmarks.test_quality_analyze import record
 
@@ -126,3 +126,21 @@ def test_full_fine_tuning_is_nobodys_other():
     assert against_best(lines, "natural") == (1, 0, 1)
     assert "full" not in aims_table(lines)
     assert "| full |" in report(records)
+
+
+def test_points_where_choices_were_made_and_where_not():
+    """Means over either kind of task, of methods that have all of them."""
+    records = []
+    for task, gain in (("chain_sum", 0.1), ("letter_counting", 0.3), ("syllogism", -0.2)):
+        for method, extra in (("vanilla", 0.0), ("natural", gain), ("eva", 0.4)):
+            if method == "eva" and task == "syllogism":
+                continue
+            records += [
+                r | {"task": task} for r in runs(method, 0.5 + extra, [3.0, 2.0, 1.0], count=5)
+            ]
+    text = fresh_table({"model": records}, ["syllogism"])
+    assert "tasks of choice (2)" in text
+    (row,) = (line for line in text.splitlines() if line.startswith("| natural"))
+    cells = [cell.strip().split()[0] for cell in row.split("|")[2:5]]
+    assert cells == ["+20.00", "-20.00", "+6.67"]
+    assert "eva" not in text

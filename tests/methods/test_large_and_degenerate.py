@@ -13,6 +13,7 @@ from lorainit.linalg import leading, limits
 from lorainit.linalg.halves import Halves
 from lorainit.linalg.leading import EACH
 from lorainit.methods import METHODS, LoraDA
+from lorainit.types import LayerStatistics
 from tests.methods.common import OUT, RANK, angle, layer, product, relative, solve
 
 
@@ -132,3 +133,20 @@ def test_layer_without_any_gradient(name: str, dtype: torch.dtype) -> None:
     assert float(found.A.norm()) > 0
     if not found.anchored:
         assert float(product(found).norm()) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_silent_layer_spoils_no_other_of_its_stack(dtype: torch.dtype) -> None:
+    """800 inputs: the layer with a gradient gets what it gets alone."""
+    weight, statistics = layer(out=40, inner=800, dtype=dtype)
+    silent = dataclasses.replace(
+        statistics,
+        gradient_sum=torch.zeros_like(statistics.gradient_sum),  # type: ignore[arg-type]
+    )
+    alone = solve("lora-da", weight, statistics)
+    stack = LayerStatistics.stack([statistics, silent])
+    found = LoraDA().solve(torch.stack([weight, weight]), stack, RANK, 1.0)
+    tolerance = 1e-7 if dtype == torch.float64 else 1e-3
+    assert angle(found.A[0].mT, alone.A.mT) < tolerance
+    assert bool(found.A.isfinite().all())
+    assert float(found.B[1].norm()) == 0

@@ -189,7 +189,8 @@ def top_singular(
 
     Dense up to `dense_limit` (in the smaller dimension). Above it by filtered subspace iteration
     (`lorainit.linalg.subspace`), until every residual ``|M^T u - s v|`` is below ``tolerance * S[0]`` (in
-    float32 by default also `EACH` times its own value); a dense SVD finishes what does not converge.
+    float32 by default also `EACH` times its own value); a dense SVD finishes what does not converge. On
+    matrix units residuals are measured by products in `Halves`, some 1e-7 of ``S[0]`` off.
 
     Returns:
         ``(..., m, k)``, ``(..., k)`` descending, ``(..., n, k)``.
@@ -265,10 +266,12 @@ def _completed(left: Tensor) -> Tensor:
     """Left vectors ``(..., m, k)`` made orthonormal where a value is rounding, and its vector noise."""
     gram = left.mT @ left
     eye = torch.eye(left.shape[-1], dtype=left.dtype, device=left.device)
-    if not bool((gram - eye).abs().max() > _NOISE):
+    # Small values' vectors have fewer digits than the matrix: a hundredth, or all the digits of a root.
+    allowed = min(_NOISE, torch.finfo(left.dtype).eps ** 0.5 * 100)
+    noisy = (gram - eye).abs().amax((-2, -1), keepdim=True) > allowed
+    if not bool(noisy.any()):
         return left
     q, r = torch.linalg.qr(left)
-    # Those that were orthonormal stay as they were.
+    # Columns that were orthonormal stay as they were.
     signs = r.diagonal(dim1=-2, dim2=-1).sign()
-    whole: Tensor = q * torch.where(signs == 0, 1.0, signs).unsqueeze(-2)
-    return whole
+    return torch.where(noisy, q * torch.where(signs == 0, 1.0, signs).unsqueeze(-2), left)

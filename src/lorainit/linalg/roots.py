@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import torch
 from torch import Tensor
 
@@ -94,10 +96,8 @@ def _cholesky(matrix: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
     # By columns, as LAPACK writes, so that nothing is turned; the matrix is its own transpose.
     columns = torch.empty(matrix.shape, dtype=damping.dtype, device=matrix.device)
     infos = torch.empty(damping.shape, dtype=torch.int32, device=matrix.device)
-    stacks = (matrix, columns, damping.unsqueeze(-1), infos.unsqueeze(-1))
-    ones = zip(*(stack.reshape(-1, *stack.shape[damping.dim() :]) for stack in stacks), strict=True)
-    for one, own_columns, value, info in ones:
-        own = one.to(damping.dtype, copy=True)
-        own.diagonal().add_(value)
-        torch.linalg.cholesky_ex(own.mT, out=(own_columns.mT, info[0]))
+    for index in product(*map(range, damping.shape)):
+        own = matrix[index].to(damping.dtype, copy=True)
+        own.diagonal().add_(damping[index])
+        torch.linalg.cholesky_ex(own.mT, out=(columns[index].mT, infos[index]))
     return columns.mT, infos

@@ -144,7 +144,7 @@ def filtered(
         values, error = found.on_host()
         worst = float(error.max())
         if not worst > 1:
-            # Met, or not a number: a matrix of less rank than is sought, for a dense solver.
+            # Met, or not a number: then the stack is left to a dense solver.
             break
         stalls = not worst <= _PROGRESS * best
         if times is not apply and (stalls or worst < _NEAR):

@@ -52,10 +52,10 @@ class _Fisher:
         return self.gradient * by_row.unsqueeze(-1)
 
     def length(self) -> Tensor:
-        """The Frobenius norm of ``H``, ``(...)``, never zero; ``H`` is not formed."""
+        """The Frobenius norm of ``H``, ``(...)``, one where it is zero; ``H`` is not formed."""
         rows = torch.linalg.vector_norm(self.gradient, dim=-1, dtype=self.y_inverse.dtype)
         norm: Tensor = torch.linalg.vector_norm(rows * self.y_inverse, dim=-1)
-        return norm.clamp_min(torch.finfo(norm.dtype).tiny)
+        return torch.where(norm > 0, norm, torch.ones_like(norm))
 
 
 class _Products(NamedTuple):
