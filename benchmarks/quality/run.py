@@ -48,6 +48,7 @@ from benchmarks.quality.records import (
 from benchmarks.quality.stacked import Base, Start
 from benchmarks.quality.trainer import Job, Outcome, StackTrainer
 
+ROOT = Path(__file__).resolve().parents[2]
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CURVE_ROWS = 128
 STACK_LENGTH = 80
@@ -315,7 +316,8 @@ class Bench:
         return self._bases[model, precision]
 
     def _fail(self, experiment: Experiment, error: Exception) -> None:
-        text = "".join(traceback.format_exception(error)[-3:])
+        # Places in the checkout, not on the machine.
+        text = "".join(traceback.format_exception(error)[-3:]).replace(f"{ROOT}/", "")
         record = head(experiment, self.stage) | self.provenance
         record |= {"error": f"{type(error).__name__}: {error}", "traceback": text[-2000:]}
         append(self.out, record, "failures")

@@ -11,7 +11,7 @@ from benchmarks.quality import data as quality_data
 from benchmarks.quality.analyze import PICTURE
 from benchmarks.quality.experiment import Experiment, percent_steps
 from benchmarks.quality.records import read_records, write_single
-from benchmarks.quality.run import Bench, Clock, OutOfTime
+from benchmarks.quality.run import ROOT, Bench, Clock, OutOfTime
 from benchmarks.quality.stages import best_rates, parse_method, search, seeds
 
 from tests.benchmarks.test_quality_trainer import PAD, base_model, examples
@@ -115,6 +115,8 @@ def test_failures_stand_apart_and_time_ends_cleanly(folder, tmp_path):
     (failure,) = read_records([tmp_path], "failures").values()
     assert failure["id"] == too_much.id
     assert "RankError" in failure["error"]
+    assert 'File "src/lorainit/' in failure["traceback"]
+    assert str(ROOT) not in failure["traceback"]
     with pytest.raises(OutOfTime):
         bench(folder, tmp_path, clock=Clock(0.0)).run([fine.at(seed=1)], set())
 
