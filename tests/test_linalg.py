@@ -81,8 +81,8 @@ def test_rough_products_are_measured_exactly(name: str) -> None:
     def times(which: str) -> Callable[[Tensor], Tensor]:
         def apply(block: Tensor) -> Tensor:
             products[which] += 1
-            assert block.dtype == (torch.float32 if which == "rough" else torch.float64)
-            return (rough if which == "rough" else matrix) @ block
+            assert block.dtype == (torch.float64 if which == "exact" else torch.float32)
+            return (matrix if which == "exact" else rough) @ block
 
         return apply
 
@@ -102,6 +102,20 @@ def test_rough_products_are_measured_exactly(name: str) -> None:
         assert name == "clustered" or sine(found[1], q[:, :6]) < angle
         if tolerance == 1e-5:
             assert 0 < products["exact"] <= products["rough"] / 2
+            # Coarse products that are the rough ones take their place, and no more rounds.
+            before = products["rough"]
+            products.update(rough=0, exact=0, coarse=0)
+            linalg.smallest_of_operator(
+                times("exact"),
+                matrix,
+                6,
+                upper=values[-1] * 1.001,
+                tolerance=tolerance,
+                rough=times("rough"),
+                coarse=times("coarse"),
+            )
+            assert products["coarse"] > 0
+            assert products["coarse"] + products["rough"] <= before
         else:
             assert products["exact"] > 2
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from benchmarks.quality import rule
 from benchmarks.quality.analyze import chosen_on, report
 from benchmarks.quality.claims import against_best, family
 from benchmarks.quality.labelled import shifted
@@ -144,3 +145,12 @@ def test_points_where_choices_were_made_and_where_not():
     cells = [cell.strip().split()[0] for cell in row.split("|")[2:5]]
     assert cells == ["+20.00", "-20.00", "+6.67"]
     assert "eva" not in text
+
+
+@pytest.mark.parametrize(("narrower", "out"), [(0.01, False), (0.03, True)])
+def test_ranges_as_wide_as_the_same_start_searched_twice_are_equal(narrower, out, monkeypatch):
+    widths = {"vanilla": 0.5, "natural": 0.5 - narrower}
+    monkeypatch.setattr(rule, "good_ranges", lambda records: widths)
+    records = runs("vanilla", 0.5, [3.0, 2.0, 1.0]) + runs("natural", 0.6, [2.0, 1.0, 0.5])
+    (row,) = (x for x in rule_table({"model": records}).splitlines() if x.startswith("| natural"))
+    assert ("narrower range on model" in row) is out

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lorainit import linalg
-from lorainit.linalg import leading, limits
-from lorainit.linalg.halves import Halves
+from lorainit.linalg import leading, limits, subspace
+from lorainit.linalg.halves import Halves, Leading
 from lorainit.linalg.leading import EACH
 from lorainit.methods import METHODS, LoraDA
 from lorainit.types import LayerStatistics
@@ -84,6 +84,55 @@ def test_products_in_halves_change_nothing(name: str, monkeypatch: pytest.Monkey
     assert angle(found.A.mT, plain.A.mT) < tolerance
     if name != "eva":
         assert relative(product(found), product(plain)) < tolerance
+
+
+@pytest.mark.parametrize("name", ["natural", "eva"])
+def test_leading_digits_do_most_of_the_rounds(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they would not if they were of another matrix: they would lead astray."""
+    weight, statistics = layer(out=400, inner=450, dtype=torch.float32)
+    monkeypatch.setattr(limits, "DENSE_LIMIT", 100)
+    for place in (linalg, limits):
+        monkeypatch.setattr(place, "has_matrix_units", lambda like: True)
+    blocks: dict[str, int] = {"first": 0, "all": 0}
+    rounds = subspace._Filter.__call__
+
+    def spy(self: subspace._Filter, apply: subspace.Apply, vectors: Tensor) -> Tensor:
+        before = products["leading"]
+        found = rounds(self, apply, vectors)
+        blocks["first"] += products["leading"] > before
+        blocks["all"] += 1
+        return found
+
+    products = {"leading": 0}
+    times = Leading.times
+
+    def counted(self: Leading, block: Tensor) -> Tensor:
+        products["leading"] += 1
+        return times(self, block)
+
+    monkeypatch.setattr(Leading, "times", counted)
+    monkeypatch.setattr(subspace._Filter, "__call__", spy)
+    solve(name, weight, statistics)
+    assert blocks["first"] >= blocks["all"] / 2 > 0
+
+
+def test_lora_das_coarse_products_are_its_rough_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of ``Omega`` and of ``D D^T``, but for their last digits."""
+    weight, statistics = layer(out=400, inner=450, dtype=torch.float32)
+    monkeypatch.setattr(limits, "DENSE_LIMIT", 100)
+    for place in (linalg, limits):
+        monkeypatch.setattr(place, "has_matrix_units", lambda like: True)
+    iterate, errors = linalg.smallest_of_operator, []
+
+    def spy(*args: object, **kwargs: object) -> object:
+        block = torch.randn(450, 5, generator=torch.Generator().manual_seed(0))
+        errors.append(relative(kwargs["coarse"](block), kwargs["rough"](block)))  # type: ignore[operator]
+        return iterate(*args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(linalg, "smallest_of_operator", spy)
+    solve("lora-da", weight, statistics)
+    assert len(errors) == 2
+    assert all(1e-6 < error < 2e-2 for error in errors)
 
 
 @pytest.mark.parametrize("method", [LoraDA(), LoraDA.paper()], ids=str)

@@ -57,7 +57,7 @@ def smallest_of_operator(
         each: the same for each eigenvalue by itself.
         rough: the same, quicker, on blocks in float32. It measures itself; what it comes to is measured
             by `apply` at the end, and mended by it where it falls short.
-        coarse: `rough` with still fewer digits, for as long as it brings the block nearer.
+        coarse: `rough` with still fewer digits, until the block is near (`subspace.filtered`).
         start: ``(..., n, width)`` near the vectors sought, where such are known.
 
     Returns:
@@ -111,7 +111,7 @@ def bound_of_operator(apply: subspace.Apply, like: Tensor) -> Tensor:
         like: any ``(..., n, m)`` tensor of the matrix's batch, size, dtype and device.
     """
     n = like.shape[-2]
-    block = subspace.orthonormal(_start_block(like, n, min(n, subspace.OVERSAMPLING)))
+    block = _start_block(like, n, min(n, subspace.OVERSAMPLING))
     for _ in range(_BOUND_PRODUCTS):
         # The span is what counts, and its largest vector has not grown out of float32 by then.
         block = apply(block)
