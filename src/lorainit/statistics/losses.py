@@ -17,11 +17,9 @@ from torch import Tensor, nn
 
 from lorainit.errors import DataError
 from lorainit.statistics.anatomy import innermost
+from lorainit.statistics.cross_entropy import IGNORED, token_losses
 from lorainit.statistics.packing import packed_segments
 from lorainit.types import LossReduction
-
-IGNORED = -100
-"""The label that counts for nothing, as everywhere in transformers."""
 
 ALL_MASKED = (
     "every label is masked: not one that the loss counts differs from -100, so there is no "
@@ -290,6 +288,13 @@ def _widened(logits: Tensor) -> Tensor:
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
+def _next(entries: Tensor, last: int) -> Tensor:
+    """Every position's ``(rows, length)`` entry of the position after it; `last` at the end."""
+    moved = torch.full_like(entries, last)
+    moved[:, :-1] = entries[:, 1:]
+    return moved
+
+
 def _token_loss(
     logits: Tensor,
     labels: Tensor,
@@ -305,13 +310,12 @@ def _token_loss(
     # From the host without waiting for the forward to end.
     segments = segments.to(labels.device, non_blocking=True)
     if kind == "causal":
-        # A sequence's first token has nothing before it in its own sequence to be predicted from.
+        # A sequence's first token has nothing before it in its own sequence to be predicted from, and
+        # the last one predicts nothing. Logits stay whole: a part of them would be a copy.
         labels = labels.masked_fill(starts.to(labels.device, non_blocking=True), IGNORED)
-        logits, labels, segments = logits[:, :-1], labels[:, 1:], segments[:, 1:]
+        labels, segments = _next(labels, IGNORED), _next(segments, 0)
     flat = labels.reshape(-1)
-    losses = F.cross_entropy(
-        _widened(logits.flatten(0, 1)), flat, ignore_index=IGNORED, reduction="none"
-    )
+    losses = token_losses(logits.flatten(0, 1), flat)
     counted = (flat != IGNORED).to(losses.dtype)
     index = segments.reshape(-1)
     sums = losses.new_zeros(count).index_add(0, index, losses)

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from lorainit.errors import DataError
 from lorainit.statistics.anatomy import innermost
-from lorainit.statistics.losses import IGNORED, label_kind
+from lorainit.statistics.cross_entropy import IGNORED
+from lorainit.statistics.losses import label_kind
 from lorainit.statistics.packing import packed_segments
 from lorainit.types import TokenMask
 
