@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from lorainit.linalg import halves
 from lorainit.linalg.halves import Halves
 from lorainit.linalg.triangle import Triangle, gram_of_lower, lower_inverse
+from lorainit.statistics.footprint import LiveBytes
 
 FLOAT32 = 4e-7
 """What a product in float32 is off by, relative, with sums of some hundred terms."""
@@ -136,3 +138,34 @@ def test_gram_of_lower(panel: int, monkeypatch: pytest.MonkeyPatch) -> None:
     found = gram_of_lower(inverse.float())
     assert off(found, inverse.mT @ inverse) < 1e-6
     assert off(found, found.mT.double()) < 1e-6
+
+
+@pytest.mark.parametrize("slab", [1, 500, 4000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_slabs_change_nothing(
+    slab: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    matrix = random(5, 30, 40).to(dtype)
+    whole = Halves.of(matrix)
+    monkeypatch.setattr(halves, "_SLAB", slab)
+    parts = Halves.of(matrix)
+    assert torch.equal(parts.parts, whole.parts)
+    assert torch.equal(parts.scale, whole.scale)
+    high, low = whole.parts.unflatten(1, (2, 30)).unbind(1)
+    held = (high.double() + low.double()) * whole.scale
+    assert off(held, matrix.double()) < 2**-22
+
+
+def test_splitting_needs_no_copy_of_the_stack(monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix = random(4, 100, 100).float()
+    nbytes = matrix.numel() * 4
+
+    def peak() -> float:
+        with LiveBytes() as meter:
+            Halves.of(matrix)
+        return meter.peak / nbytes
+
+    monkeypatch.setattr(halves, "_SLAB", 1000)
+    assert peak() < 1.2
+    monkeypatch.setattr(halves, "_SLAB", 2**24)
+    assert peak() > 1.8

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
 from lorainit.errors import NonFiniteError, RankError
 
 
-def compute_dtype(*tensors: Tensor) -> torch.dtype:
+class _Typed(Protocol):
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+
+def compute_dtype(*tensors: _Typed) -> torch.dtype:
     """float64 if any of the tensors is, else float32: half precision is never solved in."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 

@@ -17,6 +17,9 @@ from torch import Tensor
 LARGEST = 1024.0
 """Of a matrix's entries, where it is split."""
 
+_SLAB = 2**24
+"""Numbers that are split at once."""
+
 
 class Halves(NamedTuple):
     """A stack of matrices in two parts.
@@ -35,14 +38,12 @@ class Halves(NamedTuple):
     def of(cls, matrix: Tensor) -> Halves:
         """Of ``(..., m, n)``; of one only, where it is expanded over the last leading dimension."""
         narrow, number = narrowed(matrix)
-        wide = narrow.float()
-        scale = largest(wide, (-2, -1)) / LARGEST
+        wide = torch.promote_types(narrow.dtype, torch.float32)
+        scale = largest(narrow, (-2, -1)).to(wide) / LARGEST
         batch, rows, columns = narrow.shape
         parts = narrow.new_empty(batch, 2, rows, columns, dtype=torch.float16)
-        # What was rounded here is nobody else's.
-        scaled = wide / scale if wide is narrow else wide.div_(scale)
-        write_digits(scaled, parts[:, 0], parts[:, 1])
-        return cls(parts.flatten(1, 2), scale, number)
+        write_digits(narrow, scale.reciprocal(), parts[:, 0], parts[:, 1])
+        return cls(parts.flatten(1, 2), scale.float(), number)
 
     @property
     def leading(self) -> Leading:
@@ -55,7 +56,7 @@ class Halves(NamedTuple):
         batch, rows, width = right.shape
         size = largest(right, (-2,)) / LARGEST
         digits = right.new_empty(batch, rows, 2, width, dtype=torch.float16)
-        write_digits(right / size, digits[:, :, 0], digits[:, :, 1])
+        write_digits(right, size.reciprocal(), digits[:, :, 0], digits[:, :, 1])
         found = multiply(self.parts, digits.flatten(2))
         found = found.reshape(batch, 2, -1, 2, width).sum((1, 3))
         return apart(found.mul_(size * self.scale), block)
@@ -66,7 +67,8 @@ class Halves(NamedTuple):
         batch, rows, width = right.shape
         size = largest(right, (-2,)) / LARGEST
         digits = right.new_empty(batch, 2, rows, 2, width, dtype=torch.float16)
-        write_digits((right / size).unsqueeze(1), digits[:, :, :, 0], digits[:, :, :, 1])
+        write_digits(right, size.reciprocal(), digits[:, 0, :, 0], digits[:, 0, :, 1])
+        digits[:, 1] = digits[:, 0]
         found = multiply(self.parts.mT, digits.flatten(3).flatten(1, 2))
         found = found.reshape(batch, -1, 2, width).sum(2)
         return apart(found.mul_(size * self.scale), block)
@@ -104,10 +106,28 @@ class Leading(NamedTuple):
         return apart(found.mul_(size * self.scale), block)
 
 
-def write_digits(matrix: Tensor, high: Tensor, low: Tensor) -> None:
-    """Leading and remaining digits of a float32 tensor into float16 ones of its shape, or a broadcast one."""
-    high.copy_(matrix)
-    torch.sub(matrix, high, out=low)
+def write_digits(matrix: Tensor, factor: Tensor, high: Tensor, low: Tensor) -> None:
+    """Leading and remaining digits of ``matrix * factor`` into float16 tensors of its shape.
+
+    Slab by slab, so that a large stack needs no other float32 copy.
+
+    Args:
+        matrix: ``(batch, rows, columns)``, of any floating dtype.
+        factor: ``(batch, 1, 1)`` or ``(batch, 1, columns)``.
+        high: as `matrix`, float16.
+        low: as `matrix`, float16.
+    """
+    batch, rows, columns = matrix.shape
+    step = max(1, _SLAB // max(1, columns))
+    together = max(1, step // max(1, rows))
+    for first in range(0, batch, together):
+        own = slice(first, first + together)
+        for top in range(0, rows, step):
+            place = own, slice(top, top + step)
+            scaled = matrix[place] * factor[own]
+            high[place] = scaled
+            # One dtype in, one out: a device's mixed arithmetic is several times slower.
+            low[place] = scaled.sub_(high[place].to(scaled.dtype))
 
 
 def multiply(left: Tensor, right: Tensor) -> Tensor:

@@ -144,18 +144,13 @@ def largest_eigenvectors(
         tiny = torch.finfo(matrix.dtype).tiny
 
         goal, each = _tolerance(matrix, tolerance), _each(matrix, tolerance)
-        halves = Halves.of(matrix) if on_matrix_units(matrix) else None
         ritz = subspace.symmetric_ritz(
             matrix.matmul, k, lambda v: torch.maximum(goal * v[..., :1], each * v).clamp_min(tiny)
         )
         zero = torch.zeros(matrix.shape[:-2], dtype=torch.float64, device=matrix.device)
+        # Of a matrix of many rows and columns the thin products alone take as long as its bytes: no halves.
         pairs = subspace.filtered(
-            matrix.matmul if halves is None else halves.times,
-            ritz,
-            _start_block(matrix, n, width),
-            k,
-            lower=zero,
-            coarse=None if halves is None else halves.leading.times,
+            matrix.matmul, ritz, _start_block(matrix, n, width), k, lower=zero
         )
         if pairs.converged:
             return pairs.values[..., :k].to(matrix), fix_signs(pairs.vectors[..., :k])

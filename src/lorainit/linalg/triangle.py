@@ -116,14 +116,17 @@ class Triangle:
             if first:
                 # By columns, as the factor mostly is.
                 row = lower.new_empty(2, len(lower), first, end - first, dtype=torch.float16).mT
-                write_digits((lower[:, first:end, :first] / unit).float(), row[0], row[1])
+                write_digits(lower[:, first:end, :first], unit.reciprocal(), row[0], row[1])
                 before = first if right is None else columns
                 done, rest = known[:, :, :first, :before], part[..., :before]
                 for left_digits, right_digits in ((0, 0), (0, 1), (1, 0)):
                     accumulate(rest, row[left_digits], done[right_digits], -1.0)
             solved = product((self._inverse(index) * unit).float(), part)
             out[:, first:end, :reach] = solved
-            write_digits(solved, known[0, :, first:end, :reach], known[1, :, first:end, :reach])
+            one = torch.ones_like(size)
+            write_digits(
+                solved, one, known[0, :, first:end, :reach], known[1, :, first:end, :reach]
+            )
         return out.mul_(size / unit.float())
 
 
@@ -133,7 +136,7 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     for matrix in (left, right):
         size = largest(matrix, (-2, -1)) / LARGEST
         pair = matrix.new_empty(2, *matrix.shape, dtype=torch.float16)
-        write_digits(matrix / size, pair[0], pair[1])
+        write_digits(matrix, size.reciprocal(), pair[0], pair[1])
         sizes.append(size)
         digits.append(pair)
     (a, b), (c, d) = digits
@@ -148,7 +151,7 @@ def gram_of_lower(lower: Tensor) -> Tensor:
     n = lower.shape[-1]
     scale = largest(lower, (-2, -1)) / LARGEST
     digits = lower.new_empty(2, *lower.shape, dtype=torch.float16)
-    write_digits(lower / scale, digits[0], digits[1])
+    write_digits(lower, scale.reciprocal(), digits[0], digits[1])
     out = torch.empty_like(lower)
     for first in range(0, n, _PANEL):
         end = min(first + _PANEL, n)

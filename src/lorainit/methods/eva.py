@@ -8,6 +8,8 @@ directions by incremental PCA, batch after batch.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -40,6 +42,9 @@ class EVA:
 
     centered: bool = True
     rho: float = 2.0
+
+    workspace: ClassVar[int] = 3
+    """A solve takes so many times the bytes of a stack's statistics and gradient in float32, beside them."""
 
     def __post_init__(self) -> None:
         require_number("rho", self.rho, above=1.0)
@@ -108,4 +113,9 @@ class EVA:
         if not self.centered:
             return second
         mean = linalg.check_finite(statistics.input_mean, "the input mean")
-        return second - mean.unsqueeze(-1) * mean.unsqueeze(-2)
+        # A mean is nobody else's tensor; layers that share an input share it too, and are served once.
+        shared = second.dim() == 4 and second.stride(1) == 0
+        own, means = (second[:, :1], mean[:, :1]) if shared else (second, mean)
+        for index in product(*map(range, own.shape[:-2])):
+            own[index].addr_(means[index], means[index], alpha=-1)
+        return second
