@@ -1,0 +1,106 @@
+"""Libraries loaded beside the first pass: once, quietly, and without a trace."""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+import pytest
+import torch
+from peft import LoraConfig
+
+import lorainit
+from lorainit import pipeline, warming
+from lorainit.methods import EVA, CorDA, FILet, LoraDA, LoraGA, LoraOne, Natural
+from lorainit.types import Factors, LayerStatistics
+from lorainit.warming import libraries_loading
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is loaded yet, and what would be on a device is on the host."""
+    monkeypatch.setattr(warming, "_loaded", set())
+    monkeypatch.setattr(warming, "_SIZE", 64)
+
+
+class Recording:
+    """A method that notes where it is asked to solve."""
+
+    needs = frozenset({"gradient"})
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.threads: list[str] = []
+        self.error = error
+
+    def solve(
+        self, weight: torch.Tensor, statistics: LayerStatistics, rank: int, scaling: float
+    ) -> Factors:
+        self.threads.append(threading.current_thread().name)
+        if self.error is not None:
+            raise self.error
+        return Factors(weight[..., :rank, :], weight[..., :rank])
+
+
+@pytest.mark.parametrize("method", [LoraDA, FILet, Natural, EVA, CorDA, LoraGA, LoraOne])
+def test_every_method_can_solve_what_is_made_up(
+    method: type, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = torch.get_rng_state()
+    with caplog.at_level(logging.DEBUG, "lorainit"):
+        warming._solve_one(method(), CPU)
+    assert "not loaded" not in caplog.text
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_once_in_a_process_and_beside_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    work = warming._solve_one
+    monkeypatch.setattr(warming, "_solve_one", lambda method, device: work(method, CPU))
+    method = Recording()
+    for _ in range(2):
+        with libraries_loading(method, CUDA):
+            pass
+    assert method.threads == ["lorainit-warming"]
+    assert "lorainit-warming" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_a_processor_has_nothing_to_load() -> None:
+    method = Recording()
+    with libraries_loading(method, CPU):
+        pass
+    assert not method.threads
+
+
+def test_what_goes_wrong_there_is_told_where_it_matters(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.DEBUG, "lorainit"):
+        warming._solve_one(Recording(ValueError("broken")), CPU)
+    assert "broken" in caplog.text
+    assert not [record for record in caplog.records if record.levelno > logging.DEBUG]
+
+
+def test_a_start_asks_for_it_where_a_pass_follows(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[torch.device] = []
+    monkeypatch.setattr(
+        pipeline,
+        "libraries_loading",
+        lambda method, device: asked.append(device) or libraries_loading(method, device),
+    )
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+
+    def loss(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return model(batch["x"]).square().sum(-1)
+
+    config = LoraConfig(r=2, target_modules=["0"])
+    data = [{"x": torch.randn(4, 8)}]
+    wrapped = lorainit.get_peft_model(
+        model, config, method=LoraGA(), data=data, loss_fn=loss, progress=False
+    )
+    assert asked == [CPU]
+    statistics = lorainit.collect_statistics(
+        wrapped.unload(), config, data=data, needs={"gradient"}, loss_fn=loss, progress=False
+    )
+    lorainit.get_peft_model(model, config, method=LoraGA(), statistics=statistics, progress=False)
+    assert asked == [CPU]
