@@ -12,13 +12,16 @@ from lorainit.adapters.targets import Target
 from lorainit.division import device_of
 from lorainit.statistics import Statistics, distributed
 from lorainit.statistics.plan import statistic_bytes
-from lorainit.types import LayerStatistics
+from lorainit.types import OF_INPUT, LayerStatistics, Method
 
 _CHUNK_BYTES = 1 << 30
 
-_CUDA_SHARE = 16
+_CUDA_SHARE = 10
 """Of the memory that is free, one part in this many goes into a stack's statistics in float32: a
-solve holds them in float64, and intermediates beside them."""
+solve holds them in float64, and intermediates beside them. A method that says what its solves take
+(``workspace``, times those bytes) gets as much of a budget as that allows, up to `_ENOUGH_BYTES`."""
+
+_ENOUGH_BYTES = 1 << 32
 
 _WORKSPACE = 9
 """A solve of one layer takes so many times its statistics' bytes in float32, beside them."""
@@ -29,15 +32,15 @@ def rounds(
     owners: Mapping[str, int],
     size: int,
     statistics: Statistics | None,
-    needs: frozenset[str],
+    method: Method,
     max_memory: int | None = None,
 ) -> Iterator[list[list[Target]]]:
     """Rounds of one chunk for each process, so that all solve at once between two gathers."""
-    budget = chunk_bytes(targets, max_memory)
+    budget = chunk_bytes(targets, method, max_memory)
     mine: list[dict[str, Target]] = [{} for _ in range(size)]
     for name, target in targets.items():
         mine[owners[name]][name] = target
-    chunks = [chunks_of(members, budget, needs, statistics) for members in mine]
+    chunks = [chunks_of(members, budget, method.needs, statistics) for members in mine]
     yield from (list(turn) for turn in zip_longest(*chunks, fillvalue=[]))
 
 
@@ -64,18 +67,21 @@ def chunks_of(
         groups.setdefault(key, {}).setdefault(source, []).append(target)
     for (rows, columns, *_), sources in groups.items():
         sizes = statistic_bytes((rows, columns), needs - {"gradient"})
-        step = max(1, budget // (4 * rows * columns + sum(sizes.values())))
+        once = sum(size for name, size in sizes.items() if name in OF_INPUT)
+        each = 4 * rows * columns + sum(sizes.values()) - once
         by_number: dict[int, list[Target]] = {}
         for members in sources.values():
-            number = len(members) if statistics is not None and len(members) <= step else 1
-            by_number.setdefault(number, []).extend(members)
+            together = statistics is not None and len(members) * each + once <= budget
+            by_number.setdefault(len(members) if together else 1, []).extend(members)
         for number, members in by_number.items():
-            whole = step - step % number
+            whole = number * max(1, budget // (number * each + once))
             for first in range(0, len(members), whole):
                 yield members[first : first + whole]
 
 
-def chunk_bytes(targets: Mapping[str, Target], max_memory: int | None = None) -> int:
+def chunk_bytes(
+    targets: Mapping[str, Target], method: Method, max_memory: int | None = None
+) -> int:
     """How large a stack may be, in bytes of its statistics; the same on every process."""
     budget = None
     for device in {device_of(target) for target in targets.values()}:
@@ -86,7 +92,9 @@ def chunk_bytes(targets: Mapping[str, Target], max_memory: int | None = None) ->
             if max_memory is None:
                 size = max(size, free // _CUDA_SHARE)
             else:
-                size = max(1, min(free, max_memory - held) // _CUDA_SHARE)
+                share = getattr(method, "workspace", _CUDA_SHARE)
+                size = max(1, min(free, max_memory - held) // share)
+                size = min(size, max(_ENOUGH_BYTES, free // _CUDA_SHARE))
         budget = size if budget is None else min(budget, size)
     # What is free differs between processes, and all must cut the same.
     return -distributed.largest(-(budget or _CHUNK_BYTES))

@@ -7,6 +7,7 @@ import logging
 import statistics as stats
 import sys
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import is_dataclass
 from typing import Any, Literal
 
@@ -32,7 +33,8 @@ from lorainit.start import Measured, Start, adapters_off, find_start
 from lorainit.statistics import CollectSettings, LossFunction, Statistics, distributed
 from lorainit.statistics.anatomy import input_device
 from lorainit.statistics.guard import unchanged_rng, unchanged_rng_on_error
-from lorainit.types import LossReduction, Method, TokenMask, settings_of
+from lorainit.types import GradientDtype, LossReduction, Method, TokenMask, settings_of
+from lorainit.warming import libraries_loading
 
 logger = logging.getLogger("lorainit")
 
@@ -51,6 +53,7 @@ def collect_statistics(
     on_unused: Literal["raise", "default"] = "raise",
     gather: bool = True,
     max_memory: int | str | None = None,
+    gradient_dtype: GradientDtype = "float32",
     progress: bool = True,
 ) -> Statistics:
     """Collect what methods read, in one pass over a few batches of target data.
@@ -80,6 +83,8 @@ def collect_statistics(
             in bytes or as ``"24GiB"``. Default: what is free there; no limit on a CPU. Where that is
             too little for one pass, batches are cut to fewer rows, and layers are collected in several
             passes, each moved to the host; the log says which.
+        gradient_dtype: what gradients are added up in: ``"float32"`` (float64 where the model computes in
+            it), or ``"bfloat16"``, half the bytes, rounded once a batch as a model's own ``.grad`` is.
         progress: show a progress bar.
 
     Returns:
@@ -99,6 +104,7 @@ def collect_statistics(
         on_nonfinite=on_nonfinite,
         on_unused=on_unused,
         max_memory=max_memory,
+        gradient_dtype=gradient_dtype,
         progress=progress,
         gather=gather,
     )
@@ -125,6 +131,7 @@ def get_peft_model(
     calibration_share: float = 0.2,
     precision: Literal["fast", "exact"] = "fast",
     max_memory: int | str | None = None,
+    gradient_dtype: GradientDtype = "float32",
     autocast_adapter_dtype: bool = True,
     progress: bool = True,
 ) -> PeftModel:
@@ -150,6 +157,7 @@ def get_peft_model(
         precision: ``"fast"``: solve in float32 (float64 where that fails), to residuals of a thousandth or
             less; ``"exact"``: in float64, to 1e-10.
         max_memory: see `collect_statistics`; each pass's layers are solved before the next pass.
+        gradient_dtype: see `collect_statistics`.
         autocast_adapter_dtype: as in PEFT: adapters of half-precision models are kept in float32.
         progress: show progress bars.
 
@@ -182,6 +190,7 @@ def get_peft_model(
                 on_nonfinite=on_nonfinite,
                 on_unused=on_unused,
                 max_memory=max_memory,
+                gradient_dtype=gradient_dtype,
                 progress=progress,
                 gather=False,
             )
@@ -202,7 +211,10 @@ def get_peft_model(
             # The layers of an adapter that exists have their ranks already.
             None if existing else reallocate,
         )
-        with adapters_off(model), unchanged_rng(input_device(model)):
+        device = input_device(model)
+        with adapters_off(model), unchanged_rng(device), ExitStack() as stack:
+            if data is not None and max_memory is None:
+                stack.enter_context(libraries_loading(method, device))
             start = find_start(method, measured, data, statistics, precision)
         if start.plain:
             # Ranks were perhaps redistributed for the start that is not taken.

@@ -61,7 +61,7 @@ def solve_layers(
         disable=None if progress else True,
     )
     with bar, torch.no_grad():
-        for chunks in rounds(targets, owners, size, statistics, method.needs, max_memory):
+        for chunks in rounds(targets, owners, size, statistics, method, max_memory):
             try:
                 weights = _weights(chunks, rank)
                 if chunks[rank] and failure is None:
@@ -120,7 +120,7 @@ def value_directions(
     for name, target in targets.items():
         if owners[name] == rank:
             by_limit.setdefault(limits[name], {})[name] = target
-    budget = chunk_bytes(targets, max_memory)
+    budget = chunk_bytes(targets, method, max_memory)
     with torch.no_grad(), distributed.together():
         for limit, members in by_limit.items():
             for chunk in chunks_of(members, budget, method.needs):

@@ -17,6 +17,7 @@ from lorainit.errors import MissingStatisticError
 
 LossReduction = Literal["sequence", "token"]
 TokenMask = Literal["attention", "labels"]
+GradientDtype = Literal["float32", "bfloat16"]
 DampingMode = Literal["relative", "absolute"]
 
 STATISTICS: frozenset[str] = frozenset(
@@ -58,7 +59,8 @@ class LayerStatistics:
             the gradient is divided by all label tokens.
         population: number of samples that will be fine-tuned on (LoRA-DA's ``N``), where known.
 
-    All tensors of one object share device and floating dtype. Counts are numbers, or ``(...)`` tensors
+    All tensors of one object share device and floating dtype, but for a gradient that was added up in
+    bfloat16; means are float32 at least. Counts are numbers, or ``(...)`` tensors
     in a stack.
     """
 
@@ -134,6 +136,15 @@ class LayerStatistics:
             have.add("output_second_moment_diagonal")
         return frozenset(have)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the means: float32, or wider where sums are."""
+        found = torch.float32
+        for name in self.TENSORS:
+            tensor = getattr(self, name)
+            found = found if tensor is None else torch.promote_types(found, tensor.dtype)
+        return found
+
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> LayerStatistics:
@@ -181,7 +192,7 @@ class LayerStatistics:
         for name in cls.TENSORS:
             once = sharing > 1 and name in cls.OF_INPUT
             tensors = [getattr(layer, name) for layer in layers[:: sharing if once else 1]]
-            stacked = None if any(t is None for t in tensors) else torch.stack(tensors)
+            stacked = None if any(t is None for t in tensors) else _stacked(tensors)
             if stacked is not None and once:
                 stacked = stacked.unsqueeze(1).expand(-1, sharing, *stacked.shape[1:])
             elif stacked is not None and sharing > 1:
@@ -232,6 +243,11 @@ class LayerStatistics:
         return tensor
 
 
+def _stacked(tensors: list[Tensor]) -> Tensor:
+    """With a leading dimension; a single one is not copied."""
+    return torch.stack(tensors) if len(tensors) > 1 else tensors[0].unsqueeze(0)
+
+
 def _missing(name: str, available: frozenset[str]) -> MissingStatisticError:
     have = ", ".join(sorted(available)) or "nothing"
     return MissingStatisticError(
@@ -241,7 +257,12 @@ def _missing(name: str, available: frozenset[str]) -> MissingStatisticError:
 
 
 def _mean(total: Tensor, count: float | Tensor, trailing: int) -> Tensor:
-    """Divide a sum by its count, the count broadcast over the statistic's own dimensions."""
+    """Divide a sum by its count, the count broadcast over the statistic's own dimensions.
+
+    A new tensor; of a sum in half precision, in float32.
+    """
+    if total.dtype in (torch.float16, torch.bfloat16):
+        return _mean(total.float(), count, trailing)
     if isinstance(count, Tensor):
         shaped = count.to(device=total.device, dtype=total.dtype)
         if total.dim() == trailing + 2 and total.stride(1) == 0:

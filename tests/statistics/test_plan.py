@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -252,3 +254,80 @@ def test_a_batch_is_cut_in_every_useful_number_of_parts(rows: int, wanted: list[
     sizes = planning._batch_sizes([batch], 10.0)
     assert [size.rows or rows for size in sizes] == wanted
     assert [size.nbytes for size in sizes] == [60 * n for n in wanted]
+
+
+def test_what_is_handed_over_is_held_by_nobody_else() -> None:
+    """A pass needs the memory of the statistics before it."""
+    model, modules = model_and_modules()
+    most = max(sum(statistic_bytes(s, NEEDS).values()) for s in shapes_of(modules).values())
+    prepared = prepare(model, modules, batches(), CollectSettings(NEEDS, progress=False))
+    plan = make_plan(shapes_of(modules), NEEDS, most)
+    assert len(plan.passes) > 2
+    before: list[weakref.ref[object]] = []
+    for part in replace(prepared, plan=plan).parts():
+        assert [kept() for kept in before] == [None] * len(before)
+        before.append(weakref.ref(part[part.names[0]]))
+        del part
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_gradients_added_up_in_bfloat16_take_half_the_bytes(dtype: torch.dtype) -> None:
+    model, modules = model_and_modules()
+    model.to(dtype)
+    data = batches(count=5)
+    settings = CollectSettings(LORA_DA, progress=False, max_memory="1GiB")
+    wide = collect(model, modules, data, settings)
+    narrow = collect(model, modules, data, replace(settings, gradient_dtype="bfloat16"))
+    planned = prepare(model, modules, data, replace(settings, gradient_dtype="bfloat16")).plan
+    assert planned.nbytes == narrow.nbytes
+    assert narrow.metadata["gradient_dtype"] == "bfloat16"
+    for name in wide:
+        one, other = wide[name], narrow[name]
+        assert one.gradient_sum is not None
+        assert other.gradient_sum is not None
+        assert other.gradient_sum.dtype == torch.bfloat16
+        # Means are what they are of any sum; the moments do not change by a bit.
+        assert other.gradient.dtype == torch.float32
+        assert torch.equal(one.input_second_moment, other.input_second_moment)
+        off = torch.linalg.norm(other.gradient - one.gradient) / torch.linalg.norm(one.gradient)
+        assert 1e-4 < off < 5 * 2**-8
+    assert wide.nbytes - narrow.nbytes == sum(
+        layer.gradient_sum.numel() * (layer.gradient_sum.element_size() - 2)
+        for layer in (wide[name] for name in wide)
+        if layer.gradient_sum is not None
+    )
+
+
+def test_a_start_from_gradients_in_bfloat16_is_nearly_the_same(tmp_path: Path) -> None:
+    """Rounding is noise in all directions, little of it in those looked for; files keep the dtype."""
+    model, modules = model_and_modules()
+    config = LoraConfig(r=2, target_modules="all-linear")
+    data = batches(count=5)
+    found = {
+        dtype: lorainit.collect_statistics(
+            model,
+            config,
+            data=data,
+            needs=STATISTICS,
+            gradient_dtype=dtype,  # type: ignore[arg-type]
+            progress=False,
+        )
+        for dtype in ("float32", "bfloat16")
+    }
+    found["bfloat16"].save(tmp_path / "narrow.safetensors")
+    again = lorainit.Statistics.load(tmp_path / "narrow.safetensors")
+    method = lorainit.LoraGA()
+    for name in modules:
+        one, other = (
+            method.solve(modules[name].weight, statistics[name], 2, 1.0)
+            for statistics in (found["float32"], again)
+        )
+        assert again[name].gradient_sum.dtype == torch.bfloat16
+        basis, near = (torch.linalg.qr(f.A.mT)[0] for f in (one, other))
+        sine = torch.linalg.matrix_norm(near - basis @ (basis.mT @ near), 2)
+        assert 0 < sine < 0.1
+
+
+def test_another_dtype_of_gradients_is_refused() -> None:
+    with pytest.raises(ValueError, match="gradient_dtype must be one of"):
+        CollectSettings(NEEDS, gradient_dtype="float16")  # type: ignore[arg-type]

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lorainit.adapters.targets import weight_shape
 from lorainit.errors import AdapterError, NonFiniteError
+from lorainit.linalg import all_finite
 
 FINGERPRINT_SIZE = 32
 _SIMILAR = 0.9
@@ -35,7 +36,7 @@ def read_weight(module: nn.Module, name: str) -> Tensor:
             f"layer '{name}' ({type(module).__name__}) stores its weight as {tuple(weight.shape)}, "
             f"which cannot be read as {expected}. Leave it out with exclude_modules."
         )
-    if not bool(torch.isfinite(weight).all()):
+    if not bool(all_finite(weight)):
         raise NonFiniteError(_not_finite(name))
     return weight
 

@@ -64,6 +64,10 @@ LossReduction = Annotated[
     Literal["sequence", "token"],
     Option("each sequence's loss a mean over its label tokens, or a sum", "statistics"),
 ]
+GradientDtype = Annotated[
+    Literal["float32", "bfloat16"],
+    Option("what gradients are added up in; bfloat16 takes half the memory", "statistics"),
+]
 MaxMemory = Annotated[
     str | None,
     Option(

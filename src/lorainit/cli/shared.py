@@ -227,6 +227,7 @@ def sample_arguments(options: argparse.Namespace) -> dict[str, Any]:
         "loss_reduction": options.loss_reduction,
         "max_sequences": options.max_sequences,
         "max_memory": options.max_memory,
+        "gradient_dtype": options.gradient_dtype,
         "progress": not options.quiet,
     }
 

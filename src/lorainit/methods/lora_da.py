@@ -193,7 +193,7 @@ class LoraDA:
         """
         del scaling
         linalg.check_rank(rank, *weight.shape[-2:])
-        dtype = linalg.compute_dtype(weight, statistics.gradient)
+        dtype = linalg.compute_dtype(weight, statistics)
         fisher = self._fisher(statistics)
         found = self._iterated(fisher, rank, exact=dtype == torch.float64)
         subspace, content = self._dense(fisher, rank) if found is None else found

@@ -59,6 +59,9 @@ class LoraGA:
     rank_factor: ClassVar[int] = 2
     """A layer's rank times this must not exceed ``min(out, in)``."""
 
+    workspace: ClassVar[int] = 4
+    """A solve takes so many times the bytes of a stack's statistics and gradient in float32, beside them."""
+
     def __post_init__(self) -> None:
         require_choice("direction", self.direction, _DIRECTIONS)
         require_choice("scale", self.scale, _SCALES)
@@ -88,11 +91,11 @@ class LoraGA:
             RankError: ``2 rank`` is above ``min(out, in)``.
         """
         linalg.check_rank(rank, *weight.shape[-2:], factor=self.rank_factor)
-        dtype = linalg.compute_dtype(weight, statistics.gradient)
+        dtype = linalg.compute_dtype(weight, statistics)
         gradient = linalg.check_finite(statistics.gradient.to(dtype), "the gradient")
         u, _, v = linalg.top_singular(gradient, 2 * rank)
         for_a, for_b = self._indices(rank)
-        size = self._size(weight.to(dtype), rank, scaling)[..., None, None]
+        size = self._size(weight, dtype, rank, scaling)[..., None, None]
         a = v[..., for_a.to(v.device)].mT * size
         b = u[..., for_b.to(u.device)] * size
         return Factors(a.contiguous().to(weight.device), b.to(weight.device), anchored=True)
@@ -109,9 +112,9 @@ class LoraGA:
         drawn = torch.randperm(2 * rank, generator=torch.Generator().manual_seed(self.seed))
         return drawn[:rank], drawn[rank:]
 
-    def _size(self, weight: Tensor, rank: int, scaling: float) -> Tensor:
+    def _size(self, weight: Tensor, dtype: torch.dtype, rank: int, scaling: float) -> Tensor:
         """``c`` of the class docstring, ``(...)``."""
-        one: Tensor = torch.ones(weight.shape[:-2], dtype=weight.dtype, device=weight.device)
+        one: Tensor = torch.ones(weight.shape[:-2], dtype=dtype, device=weight.device)
         if self.scale == "unit":
             return one
         if self.scale == "stable":
@@ -119,5 +122,6 @@ class LoraGA:
         require_number("scaling", scaling, inclusive=False)
         if self.scale == "gd":
             return one / scaling
-        values = linalg.top_singular(linalg.check_finite(weight, "the weight"), rank)[1]
+        wide = linalg.check_finite(weight.to(dtype), "the weight")
+        values = linalg.top_singular(wide, rank)[1]
         return one * (values / scaling).sqrt().mean(-1)

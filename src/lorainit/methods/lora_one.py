@@ -50,6 +50,9 @@ class LoraOne:
 
     needs: ClassVar[frozenset[str]] = frozenset({"gradient"})
 
+    workspace: ClassVar[int] = 5
+    """A solve takes so many times the bytes of a stack's statistics and gradient in float32, beside them."""
+
     def __post_init__(self) -> None:
         require_number("gamma", self.gamma, inclusive=False)
         require_choice("scale", self.scale, ("paper", "calibrated"))
@@ -81,7 +84,7 @@ class LoraOne:
         del scaling
         rows, columns = weight.shape[-2:]
         linalg.check_rank(rank, rows, columns)
-        dtype = linalg.compute_dtype(weight, statistics.gradient)
+        dtype = linalg.compute_dtype(weight, statistics)
         gradient = linalg.check_finite(statistics.gradient.to(dtype), "the gradient")
         u, s, v = linalg.top_singular(-gradient, rank)
         first = s[..., :1]

@@ -126,7 +126,7 @@ class Natural:
         """
         linalg.check_rank(rank, *weight.shape[-2:])
         require_number("scaling", scaling, inclusive=False)
-        dtype = linalg.compute_dtype(weight, statistics.gradient)
+        dtype = linalg.compute_dtype(weight, statistics)
         left, right = self.step(statistics, rank)[1]
         left = left if self.length is None else left * self.length
         a, b = self.factors(left, right, scaling, statistics)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lorainit.statistics.triangles import mirror
-from lorainit.types import LayerStatistics, LossReduction
+from lorainit.types import GradientDtype, LayerStatistics, LossReduction
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -46,6 +46,16 @@ def panels(width: int) -> list[tuple[int, int]]:
     step = -(-width // _PANELS)
     step = -(-step // 128) * 128 if step > 128 else step
     return [(low, min(low + step, width)) for low in range(0, width, step)]
+
+
+def add_rounded_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    """`add_product` with a sum in bfloat16: rounded once a call, as what an optimizer is given is."""
+    if left.dtype == torch.bfloat16 and left.is_cuda:
+        if total is None:
+            return left.mT @ right
+        return torch.addmm(total, left.mT, right, out=total)
+    new = add_product(None, left, right)
+    return new.bfloat16() if total is None else total.add_(new)
 
 
 def add_gram(total: Tensor | None, rows: Tensor) -> Tensor:
@@ -129,9 +139,10 @@ class LayerSums:
     calls: int = 0
     inputs: InputSums = field(default_factory=InputSums)
 
-    def add_gradient(self, g: Tensor, x: Tensor) -> None:
+    def add_gradient(self, g: Tensor, x: Tensor, dtype: GradientDtype = "float32") -> None:
         """Add one call's ``sum_t g_t x_t^T`` from ``(all positions, out)`` and ``(.., in)``."""
-        self.gradient = add_product(self.gradient, g, x)
+        add = add_rounded_product if dtype == "bfloat16" else add_product
+        self.gradient = add(self.gradient, g, x)
 
     def add_output(self, g: Tensor, needs: frozenset[str]) -> None:
         """Add ``(counted positions, out)`` output gradients."""

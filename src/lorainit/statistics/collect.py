@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -64,13 +64,15 @@ class Prepared:
     def parts(self) -> Iterator[Statistics]:
         """Each pass's statistics, in the layers' order; a pass begins when its part is asked for."""
         for group in self.plan.passes:
-            some = {name: self.subject.modules[name] for name in group}
-            subject = replace(self.subject, modules=some)
-            with measuring(subject.model):
-                run = run_batches(subject, self.batches, self.plan.batch.rows)
-            part = finish(run, subject, self.population, whole=len(self.plan.passes) == 1)
-            del run
-            yield part
+            # Held by nobody here: the next pass needs the memory of what was handed over.
+            yield self._part(group)
+
+    def _part(self, group: Collection[str]) -> Statistics:
+        some = {name: self.subject.modules[name] for name in group}
+        subject = replace(self.subject, modules=some)
+        with measuring(subject.model):
+            run = run_batches(subject, self.batches, self.plan.batch.rows)
+        return finish(run, subject, self.population, whole=len(self.plan.passes) == 1)
 
 
 def prepare(

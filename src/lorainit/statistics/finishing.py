@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from torch import Tensor
+
 from lorainit.errors import DataError, NonFiniteError, TargetError
 from lorainit.linalg import all_finite
 from lorainit.statistics import distributed
@@ -59,6 +61,7 @@ def finish(run: Run, subject: Subject, population: float | None, *, whole: bool)
         "needs": sorted(settings.needs),
         "token_mask": settings.token_mask,
         "loss_reduction": settings.loss_reduction,
+        "gradient_dtype": settings.gradient_dtype,
         "sequences": sequences,
         "label_tokens": tokens,
         "skipped_sequences": skipped,
@@ -90,16 +93,18 @@ def check_unused(unused: list[str], reached: Collection[str], settings: CollectS
 
 def _check_layers(layers: Mapping[str, LayerStatistics]) -> None:
     """Name the first layer whose sums are not finite."""
-    checked: dict[int, bool] = {}
+    checked: dict[int, Tensor] = {}
+    for layer in layers.values():
+        for field in LayerStatistics.TENSORS:
+            tensor = getattr(layer, field)
+            if tensor is not None and id(tensor) not in checked:
+                checked[id(tensor)] = all_finite(tensor)
+    # All are asked before the first is waited for.
+    finite = {key: bool(flag) for key, flag in checked.items()}
     for name, layer in layers.items():
         for field in LayerStatistics.TENSORS:
             tensor = getattr(layer, field)
-            if tensor is None:
-                continue
-            key = id(tensor)
-            if key not in checked:
-                checked[key] = bool(all_finite(tensor))
-            if not checked[key]:
+            if tensor is not None and not finite[id(tensor)]:
                 raise NonFiniteError(
                     f"layer '{name}': {field} is not finite. Its activations or gradients "
                     "overflow in "

@@ -102,7 +102,7 @@ def parse_bytes(size: int | str | None, name: str = "max_memory") -> int | None:
 
 
 def statistic_bytes(
-    shape: tuple[int, int], needs: Collection[str], *, element: int = 4
+    shape: tuple[int, int], needs: Collection[str], *, element: int = 4, gradient: int | None = None
 ) -> dict[str, int]:
     """Bytes of each statistic of one ``(out, in)`` layer, by name.
 
@@ -110,6 +110,7 @@ def statistic_bytes(
         shape: of the weight.
         needs: names of the statistics.
         element: bytes of a number: 4, or 8 where the model computes in float64.
+        gradient: bytes of a number of the gradient, where that is another.
     """
     out, inner = shape
     sizes = {
@@ -122,7 +123,8 @@ def statistic_bytes(
     if "output_second_moment" in needs:
         # The full matrix serves the diagonal too.
         sizes["output_second_moment_diagonal"] = 0
-    return {name: size * element for name, size in sizes.items() if name in needs}
+    widths = {"gradient": gradient or element}
+    return {name: size * widths.get(name, element) for name, size in sizes.items() if name in needs}
 
 
 def total_bytes(
@@ -131,9 +133,10 @@ def total_bytes(
     *,
     shared: Sequence[Collection[str]] = (),
     element: int = 4,
+    gradient: int | None = None,
 ) -> int:
     """Bytes of all layers' statistics; each group of `shared` layers reads one input."""
-    weigher = _Weigher(shapes, needs, shared, element)
+    weigher = _Weigher(shapes, needs, shared, element, gradient)
     return sum(weigher.added(name) for name in shapes)
 
 
@@ -146,8 +149,12 @@ class _Weigher:
         needs: Collection[str],
         shared: Sequence[Collection[str]],
         element: int,
+        gradient: int | None,
     ) -> None:
-        self.sizes = {n: statistic_bytes(s, needs, element=element) for n, s in shapes.items()}
+        self.sizes = {
+            name: statistic_bytes(shape, needs, element=element, gradient=gradient)
+            for name, shape in shapes.items()
+        }
         self.group = {name: index for index, group in enumerate(shared) for name in group}
         self.met: set[int] = set()
 
@@ -174,6 +181,7 @@ def make_plan(
     *,
     shared: Sequence[Collection[str]] = (),
     element: int = 4,
+    gradient: int | None = None,
     held: int = 0,
     batches: Sequence[BatchSize] = (BatchSize(),),
     strict: bool = False,
@@ -189,6 +197,7 @@ def make_plan(
         budget: bytes for everything; None for no limit.
         shared: groups of layers that read one input.
         element: bytes of a number.
+        gradient: bytes of a number of the gradient, where that is another.
         held: bytes that are there before.
         batches: ways to run the batches.
         strict: the budget is a promise, not a guess.
@@ -196,13 +205,14 @@ def make_plan(
     Raises:
         MemoryPlanError: a strict budget is too small even for one layer a pass and the smallest batch.
     """
-    nbytes = total_bytes(shapes, needs, shared=shared, element=element)
+    weigher = _Weigher(shapes, needs, shared, element, gradient)
+    nbytes = sum(map(weigher.added, shapes))
     if budget is None or not shapes:
         return Plan((tuple(shapes),), nbytes, nbytes, None, held, batches[0])
     best: tuple[float, int, Plan] | None = None
     for batch in batches:
         room = budget - held - batch.nbytes
-        groups, largest = _packed(_Weigher(shapes, needs, shared, element), shapes, room)
+        groups, largest = _packed(weigher, shapes, room)
         if largest > room:
             continue
         cost = len(groups) * (1 + _FIXED_POSITIONS / batch.positions)
@@ -212,7 +222,7 @@ def make_plan(
     if best is not None:
         return best[2]
     smallest = min(batches, key=lambda batch: batch.nbytes)
-    groups, largest = _packed(_Weigher(shapes, needs, shared, element), shapes, 0)
+    groups, largest = _packed(weigher, shapes, 0)
     plan = Plan(groups, nbytes, largest, budget, held, smallest)
     if strict:
         raise MemoryPlanError(
@@ -229,6 +239,7 @@ def _packed(
     """Groups of layers, each of at most `room` bytes or of one layer, and the heaviest's bytes."""
     groups: list[list[str]] = [[]]
     weights = [0]
+    weigher.restart()
     for name in names:
         size = weigher.added(name)
         if groups[-1] and weights[-1] + size > room:

@@ -50,9 +50,10 @@ def plan_passes(subject: Subject, batches: Sequence[Mapping[str, Any]]) -> Plan:
     room = [b - h for b, h in distributed.gather_objects((budget or 0, held)) if b]
     if budget is not None and room:
         budget = held + min(room)
-    nbytes = total_bytes(shapes, needs, element=element)
+    gradient = 2 if settings.gradient_dtype == "bfloat16" else element
+    nbytes = total_bytes(shapes, needs, element=element, gradient=gradient)
     if budget is None or (own is None and is_easy(nbytes, budget, held)) or None in found.values():
-        return make_plan(shapes, needs, None, element=element)
+        return make_plan(shapes, needs, None, element=element, gradient=gradient)
     shared, position = _footprint(subject, batches, device)
     return make_plan(
         shapes,
@@ -60,6 +61,7 @@ def plan_passes(subject: Subject, batches: Sequence[Mapping[str, Any]]) -> Plan:
         budget,
         shared=shared,
         element=element,
+        gradient=gradient,
         held=held,
         batches=_batch_sizes(batches, position),
         strict=own is not None,

@@ -123,7 +123,12 @@ class _Pass:
         self.device = subject.device
         self.sharded = is_sharded(subject.model)
         self.scale = _FP16_LOSS_SCALE if model_dtype(subject.model) == torch.float16 else 1.0
-        self.state = TapState(needs, {name: LayerSums() for name in subject.modules}, share_inputs)
+        self.state = TapState(
+            needs,
+            {name: LayerSums() for name in subject.modules},
+            share_inputs,
+            gradient_dtype=subject.settings.gradient_dtype,
+        )
         self.glances = glances
         self.sequences: list[Tensor] = []
         self.tokens: list[Tensor] = []

@@ -12,7 +12,7 @@ from torch import nn
 from lorainit.statistics.anatomy import input_device
 from lorainit.statistics.losses import LossFunction
 from lorainit.statistics.plan import parse_bytes
-from lorainit.types import STATISTICS, LossReduction, TokenMask
+from lorainit.types import STATISTICS, GradientDtype, LossReduction, TokenMask
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class CollectSettings:
     progress: bool = True
     max_memory: int | str | None = None
     gather: bool = True
+    gradient_dtype: GradientDtype = "float32"
 
     def __post_init__(self) -> None:
         if not self.needs:
@@ -44,6 +45,7 @@ class CollectSettings:
         for name, choices in (
             ("token_mask", get_args(TokenMask)),
             ("loss_reduction", get_args(LossReduction)),
+            ("gradient_dtype", get_args(GradientDtype)),
             ("on_nonfinite", ("raise", "skip")),
             ("on_unused", ("raise", "default")),
         ):

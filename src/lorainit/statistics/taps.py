@@ -22,7 +22,7 @@ from lorainit.experts import ExpertLayer, routed
 from lorainit.linalg import all_finite
 from lorainit.statistics.accumulators import InputSums, LayerSums
 from lorainit.statistics.positions import BatchPositions
-from lorainit.types import GRADIENT_STATISTICS
+from lorainit.types import GRADIENT_STATISTICS, GradientDtype
 
 
 @dataclass(eq=False)
@@ -51,6 +51,7 @@ class TapState:
         counts: whether the batch counts at all; if not, it only keeps other processes company.
         encoder_layers: names of the layers inside an encoder, whose mask is not the decoder's.
         unknown: shapes of inputs by layer, where the batch is padded and no mask says where.
+        gradient_dtype: what gradients are added up in.
     """
 
     needs: frozenset[str]
@@ -62,6 +63,7 @@ class TapState:
     _met: set[str] = field(default_factory=set)
     encoder_layers: frozenset[str] = frozenset()
     unknown: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    gradient_dtype: GradientDtype = "float32"
     _encoder_outputs: set[int] = field(default_factory=set)
 
     @property
@@ -124,7 +126,7 @@ class TapState:
         flat_x = None if x is None else x.reshape(-1, x.shape[-1])
         flat_g = None if g is None else g.reshape(-1, g.shape[-1])
         if "gradient" in self.needs and flat_g is not None and flat_x is not None:
-            layer.add_gradient(flat_g, flat_x.to(flat_g.device))
+            layer.add_gradient(flat_g, flat_x.to(flat_g.device), self.gradient_dtype)
         positions = leading.numel() if indices is None else indices.numel()
         layer.positions += positions
         if flat_g is not None:
