@@ -106,7 +106,9 @@ def capped(case: Case, records: list[dict[str, Any]]) -> Case:
         if record["name"] == case.cap_of and "error" not in record:
             peak = record.get("whole_peak_gib")
             return (
-                case if peak is None else replace(case, options={"max_memory": int(peak * 2**30)})
+                case
+                if peak is None
+                else replace(case, options=case.options | {"max_memory": int(peak * 2**30)})
             )
     raise LookupError(f"'{case.cap_of}' was not measured")
 

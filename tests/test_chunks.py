@@ -1,0 +1,96 @@
+"""Which layers are solved together, in what memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from lorainit import chunks
+from lorainit.adapters.targets import Target
+from lorainit.chunks import chunks_of
+from lorainit.linalg import halves, leading, limits
+from lorainit.linalg.halves import Halves, Leading
+from lorainit.methods import EVA, LoraDA, LoraGA, LoraOne
+from lorainit.statistics import Statistics
+from lorainit.statistics.footprint import LiveBytes
+from lorainit.types import LayerSpec, LayerStatistics
+
+OUT, INNER = 32, 16
+ONCE, EACH = 4 * INNER * INNER, 4 * OUT * INNER
+"""Bytes of the second moment of an input, and of a layer's weight or gradient."""
+
+SIX = [f"{block}.{name}" for block in "01" for name in "qkv"]
+
+
+def targets_of(names: list[str]) -> dict[str, Target]:
+    return {
+        name: Target(LayerSpec(name, OUT, INNER, 2, 1.0), nn.Linear(INNER, OUT)) for name in names
+    }
+
+
+def shared_by_three() -> Statistics:
+    """Two blocks of three layers that read one input."""
+    layers = {}
+    for block in "01":
+        moment = torch.eye(INNER)
+        for name in "qkv":
+            layers[f"{block}.{name}"] = LayerStatistics(input_second_moment_sum=moment)
+    return Statistics(layers, {})
+
+
+@pytest.mark.parametrize(
+    ("budget", "sizes"),
+    [
+        # The input's moment counts once for all that read it.
+        (3 * EACH + ONCE, [3, 3]),
+        (3 * EACH + ONCE - 1, [2, 2, 2]),
+        (2 * (3 * EACH + ONCE), [6]),
+        (1, [1] * 6),
+    ],
+)
+def test_what_is_shared_counts_once(budget: int, sizes: list[int]) -> None:
+    needs = frozenset({"input_second_moment"})
+    found = list(chunks_of(targets_of(SIX), budget, needs, shared_by_three()))
+    assert [len(chunk) for chunk in found] == sizes
+    assert [target.name for chunk in found for target in chunk] == SIX
+
+
+def test_layers_that_share_nothing_count_each() -> None:
+    needs = frozenset({"input_second_moment"})
+    found = list(chunks_of(targets_of(SIX), 2 * (EACH + ONCE), needs))
+    assert [len(chunk) for chunk in found] == [2, 2, 2]
+
+
+@pytest.mark.parametrize("method", [LoraGA(), LoraOne(), EVA()], ids=lambda m: type(m).__name__)
+def test_a_solve_takes_what_the_method_says(
+    method: LoraGA | LoraOne | EVA, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside its statistics, counted from before they are stacked; the split of matrix units included."""
+    for place in (leading, limits):
+        monkeypatch.setattr(place, "on_matrix_units", lambda matrix: True, raising=False)
+    # On an accelerator halves are multiplied as they are.
+    monkeypatch.setattr(Halves, "times", lambda self, block: dense @ block)
+    monkeypatch.setattr(Halves, "transposed_times", lambda self, block: dense.mT @ block)
+    monkeypatch.setattr(Leading, "gram_times", lambda self, block: dense.mT @ (dense @ block))
+    # A slab is small beside a real stack.
+    monkeypatch.setattr(halves, "_SLAB", 2**14)
+    n, count = 1024, 2
+    rng = torch.Generator().manual_seed(0)
+    fall = torch.arange(1, n + 1).reciprocal()
+    gradient = torch.randn(n, n, generator=rng) * fall
+    dense = gradient.expand(count, n, n).clone()
+    layer = LayerStatistics.from_means(
+        gradient=gradient, input_second_moment=torch.diag(fall), input_mean=fall.sqrt() / n
+    ).only(method.needs)
+    weight = torch.zeros(count, n, n, dtype=torch.bfloat16)
+    unit = sum(chunks.statistic_bytes((n, n), method.needs - {"gradient"}).values()) + 4 * n * n
+    with LiveBytes() as meter:
+        method.solve(weight, LayerStatistics.stack([layer] * count), 8, 1.0)
+    # The stack of the weights, in half precision, stands outside.
+    assert meter.peak + weight.numel() * 2 < method.workspace * unit * count
+
+
+def test_a_method_that_says_nothing_gets_a_small_share() -> None:
+    assert not hasattr(LoraDA, "workspace")
+    assert 2 * max(m.workspace for m in (LoraGA, LoraOne, EVA)) <= chunks._CUDA_SHARE
