@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import product
+from itertools import cycle, product
 
 import torch
 from torch import Tensor
@@ -10,9 +10,12 @@ from torch import Tensor
 from lorainit.errors import FactorizationError
 from lorainit.linalg.checks import all_finite, check_finite
 from lorainit.linalg.stacks import double_precision
+from lorainit.linalg.streams import side_by_side
 from lorainit.types import DampingMode
 
 _LOOP_FROM = 256
+_AT_ONCE = 2
+"""Factorizations on a CUDA device: more of them are no quicker."""
 
 
 def damping_value(diagonal: Tensor, damping: float, mode: DampingMode) -> Tensor:
@@ -96,8 +99,11 @@ def _cholesky(matrix: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
     # By columns, as LAPACK writes, so that nothing is turned; the matrix is its own transpose.
     columns = torch.empty(matrix.shape, dtype=damping.dtype, device=matrix.device)
     infos = torch.empty(damping.shape, dtype=torch.int32, device=matrix.device)
-    for index in product(*map(range, damping.shape)):
-        own = matrix[index].to(damping.dtype, copy=True)
-        own.diagonal().add_(damping[index])
-        torch.linalg.cholesky_ex(own.mT, out=(columns[index].mT, infos[index]))
+    # A factorization is a few threads at work on its panels, then all on a product: several at a time.
+    with side_by_side(matrix.device, min(_AT_ONCE, damping.numel())) as lanes:
+        for lane, index in zip(cycle(lanes), product(*map(range, damping.shape))):
+            with lane():
+                own = columns[index].copy_(matrix[index])
+                own.diagonal().add_(damping[index])
+                torch.linalg.cholesky_ex(own.mT, out=(own.mT, infos[index]))
     return columns.mT, infos

@@ -1,0 +1,32 @@
+"""Work of one thread on several of a CUDA device's streams."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+
+import torch
+
+
+@contextmanager
+def side_by_side(
+    device: torch.device, number: int
+) -> Iterator[list[Callable[[], AbstractContextManager[object]]]]:
+    """Contexts whose work need not wait for one another's.
+
+    Their work begins after all that the current stream was given before, and what it is given next begins
+    after theirs. On another device, or one alone, they do nothing.
+    """
+    if device.type != "cuda" or number < 2:
+        yield [nullcontext]
+        return
+    here = torch.cuda.current_stream(device)
+    streams = [torch.cuda.Stream(device) for _ in range(number)]  # type: ignore[no-untyped-call]
+    for stream in streams:
+        stream.wait_stream(here)
+    try:
+        yield [partial(torch.cuda.stream, stream) for stream in streams]
+    finally:
+        for stream in streams:
+            here.wait_stream(stream)
