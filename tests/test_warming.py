@@ -54,20 +54,48 @@ def test_every_method_can_solve_what_is_made_up(
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_once_in_a_process_and_beside_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def first_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Which thread asks PyTorch for a decomposition first; what is for a device is done on the host."""
+    threads: list[str] = []
+
+    def asked(*args: object, **kwargs: object) -> None:
+        threads.append(threading.current_thread().name)
+
     work = warming._solve_one
     monkeypatch.setattr(warming, "_solve_one", lambda method, device: work(method, CPU))
+    monkeypatch.setattr(torch, "ones", lambda *args, device: None)
+    monkeypatch.setattr(torch.linalg, "solve_triangular", asked)
+    return threads
+
+
+def test_once_in_a_process_and_beside_the_work(first_calls: list[str]) -> None:
     method = Recording()
     for _ in range(2):
         with libraries_loading(method, CUDA):
             pass
     assert method.threads == ["lorainit-warming"]
+    # Two threads at PyTorch's first decomposition are an error in one of them.
+    assert first_calls == ["MainThread"]
     assert "lorainit-warming" not in {thread.name for thread in threading.enumerate()}
 
 
 def test_a_processor_has_nothing_to_load() -> None:
     method = Recording()
     with libraries_loading(method, CPU):
+        pass
+    assert not method.threads
+
+
+def test_a_device_that_cannot_is_left_alone(
+    first_calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("no library")
+
+    monkeypatch.setattr(torch.linalg, "solve_triangular", refused)
+    method = Recording()
+    with libraries_loading(method, CUDA):
         pass
     assert not method.threads
 

@@ -144,6 +144,11 @@ def _peers(known: Mapping[str, Record]) -> str:
             r = known.get(name)
             row += [seconds(r["seconds"]["total"]), gib(r.get("peak_gib"))] if r else ["–", "–"]
         rows.append([*row, theirs["measured_layers"]])
+        same = known.get(f"{own}, PEFT's memory and sums")
+        if same is not None:
+            spent = seconds(same["seconds"]["total"]), gib(same.get("peak_gib"))
+            kept = f"{own}, gradients added up in bfloat16"
+            rows.append([kept, *row[1:3], "–", "–", *spent, theirs["measured_layers"]])
     return table(
         ["method", "PEFT s", "GiB", "here s", "GiB", "within PEFT's memory s", "GiB", "layers measured"],
         rows,

@@ -35,6 +35,15 @@ def libraries_loading(method: Method, device: torch.device) -> Iterator[None]:
         yield
         return
     _loaded.add(key)
+    try:
+        # PyTorch loads its library of decompositions at their first use, and raises where two threads come
+        # to that at once: here, before there are two.
+        one = torch.ones(1, 1, device=device)
+        torch.linalg.solve_triangular(one, one, upper=False)
+    except RuntimeError as error:
+        logger.debug("libraries were not loaded ahead: %s", error)
+        yield
+        return
     thread = Thread(target=_solve_one, args=(method, device), name="lorainit-warming", daemon=True)
     thread.start()
     try:
