@@ -1,10 +1,10 @@
 """What an earlier end of the iterations saves and costs, and ``precision="fast"`` beside ``"exact"``.
 
-    python -m benchmarks.precision_study --out precision.jsonl        on a CPU, about three minutes
+    python -m benchmarks.precision_study --out precision.jsonl        on a CPU, about five minutes
 
 Made-up matrices of three spectra, solved to several goals against dense float64; then twelve layers of
-SmolLM2-135M from sequences of its own tokenizer's English (the project's documentation). Random numbers are
-seeded. What came out stands in docs/performance.md.
+SmolLM2-135M from sequences of its own tokenizer's English (the project's documentation), also with
+gradients added up in bfloat16. Random numbers are seeded. What came out stands in docs/performance.md.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from benchmarks.quality.initialise import start_of
 from benchmarks.timing.clock import provenance
 from benchmarks.timing.parts import sine_between
 from lorainit.linalg import leading, subspace
-from lorainit.methods import FILet, LoraDA, Natural, lora_da
+from lorainit.methods import FILet, LoraDA, LoraGA, LoraOne, Natural, lora_da
 from lorainit.types import LayerStatistics
 
 RANK = 8
@@ -106,7 +106,7 @@ def objective() -> Iterator[dict[str, Any]]:
         fisher = method._fisher(made_up(kind))
         least = method._dense(fisher, RANK)[0]
         inverse = torch.cholesky_inverse(fisher.z_factor)
-        change = -(inverse @ fisher.scaled.mT)
+        change = -(inverse @ fisher.scaled().mT)
         omega = fisher.variance * inverse - change @ change.mT
 
         def value(basis: Tensor, omega: Tensor = omega) -> float:
@@ -124,20 +124,40 @@ def objective() -> Iterator[dict[str, Any]]:
             }  # fmt: skip
 
 
-def layers() -> Iterator[dict[str, Any]]:
-    """Twelve layers of SmolLM2 from 16 sequences of 128 tokens, fast beside exact."""
-    model, tokenizer, length = load_smollm2(), load_smollm2_tokenizer(), 128
+def sequences(tokenizer: Any, count: int, length: int = 128) -> Tensor:
+    """``(count, length)`` tokens of English prose."""
     root = Path(__file__).resolve().parents[1]
     text = "".join((root / name).read_text(encoding="utf-8") for name in DOCUMENTS)
-    ids = torch.tensor(tokenizer(text)["input_ids"][: 16 * length]).reshape(16, length)
+    return torch.tensor(tokenizer(text)["input_ids"][: count * length]).reshape(count, length)
+
+
+def config() -> LoraConfig:
+    """Twelve layers."""
+    return LoraConfig(
+        r=RANK, lora_alpha=16, use_rslora=True, layers_to_transform=[2, 15, 28],
+        target_modules=["q_proj", "o_proj", "gate_proj", "down_proj"],
+    )  # fmt: skip
+
+
+def apart(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """How far two starts of the same layers are from each other: largest, and median."""
+    sines, changes = [], []
+    for name, pair in one.items():
+        (a, b), (c, d) = ([x.double() for x in p] for p in (pair, other[name]))
+        sines.append(sine_between(a.mT, c.mT))
+        changes.append(float((b @ a - d @ c).norm() / (d @ c).norm()))
+    middle = len(sines) // 2
+    return {
+        "layers": len(sines), "sine": max(sines), "sine_median": sorted(sines)[middle],
+        "product": max(changes), "product_median": sorted(changes)[middle],
+    }  # fmt: skip
+
+
+def layers() -> Iterator[dict[str, Any]]:
+    """Twelve layers of SmolLM2 from 16 sequences of 128 tokens, fast beside exact."""
+    model = load_smollm2()
+    ids = sequences(load_smollm2_tokenizer(), 16)
     data = [{"input_ids": part, "labels": part} for part in ids.split(8)]
-
-    def config() -> LoraConfig:
-        return LoraConfig(
-            r=RANK, lora_alpha=16, use_rslora=True, layers_to_transform=[2, 15, 28],
-            target_modules=["q_proj", "o_proj", "gate_proj", "down_proj"],
-        )  # fmt: skip
-
     needs = Natural().needs | LoraDA().needs
     statistics = lorainit.collect_statistics(
         model, config(), data=data, needs=needs, progress=False
@@ -153,18 +173,43 @@ def layers() -> Iterator[dict[str, Any]]:
             seconds[precision] = time.process_time() - began
             found[precision] = start_of(wrapped).factors
             model = wrapped.unload()
-        sines, apart = [], []
-        for name, pair in found["fast"].items():
-            (a, b), (c, d) = ([x.double() for x in p] for p in (pair, found["exact"][name]))
-            sines.append(sine_between(a.mT, c.mT))
-            apart.append(float((b @ a - d @ c).norm() / (d @ c).norm()))
-        middle = len(sines) // 2
-        yield {
-            "name": f"SmolLM2, {type(method).__name__}", "layers": len(sines),
-            "sine": max(sines), "sine_median": sorted(sines)[middle],
-            "product": max(apart), "product_median": sorted(apart)[middle],
-            "cpu_seconds": seconds,
-        }  # fmt: skip
+        name = f"SmolLM2, {type(method).__name__}"
+        yield {"name": name, **apart(found["fast"], found["exact"]), "cpu_seconds": seconds}
+
+
+def sums() -> Iterator[dict[str, Any]]:
+    """The same layers from 32 sequences, gradients added up in bfloat16 beside float32: few batches, and many.
+
+    And from the same sequences in a model that computes in bfloat16, which is what rounds without them.
+    """
+    model = load_smollm2()
+    ids = sequences(load_smollm2_tokenizer(), 32)
+
+    def statistics(rows: int, dtype: str) -> lorainit.Statistics:
+        return lorainit.collect_statistics(
+            model, config(), data=[{"input_ids": x, "labels": x} for x in ids.split(rows)],
+            needs=LoraDA().needs, gradient_dtype=dtype, progress=False,  # type: ignore[arg-type]
+        )  # fmt: skip
+
+    def started(method: Any, found: lorainit.Statistics) -> dict[str, Any]:
+        nonlocal model
+        wrapped = lorainit.get_peft_model(
+            model, config(), method=method, statistics=found, precision="exact", progress=False
+        )
+        factors = start_of(wrapped).factors
+        model = wrapped.unload()
+        return factors
+
+    kinds = {"float32": statistics(8, "float32")}
+    kinds |= {f"bfloat16, {32 // rows} batches": statistics(rows, "bfloat16") for rows in (8, 1)}
+    model = model.to(torch.bfloat16)
+    kinds["float32, model in bfloat16"] = statistics(8, "float32")
+    model = load_smollm2()
+    for method in (LoraGA(), LoraOne(), LoraDA()):
+        wide = started(method, kinds["float32"])
+        for kind, found in list(kinds.items())[1:]:
+            name = f"sums in {kind}, {type(method).__name__}"
+            yield {"name": name, **apart(started(method, found), wide)}
 
 
 def main() -> None:
@@ -181,7 +226,7 @@ def main() -> None:
             file.write(line + "\n")
 
         say(provenance(torch.device("cpu")))
-        for part in (singular, objective, layers):
+        for part in (singular, objective, layers, sums):
             for record in part():
                 say(record)
 
