@@ -84,7 +84,8 @@ def collect_statistics(
             too little for one pass, batches are cut to fewer rows, and layers are collected in several
             passes, each moved to the host; the log says which.
         gradient_dtype: what gradients are added up in: ``"float32"`` (float64 where the model computes in
-            it), or ``"bfloat16"``, half the bytes, rounded once a batch as a model's own ``.grad`` is.
+            it), or ``"bfloat16"``, half the bytes, rounded once a batch as a model's own ``.grad`` is; for methods
+            that follow the gradient itself, LoRA-GA and LoRA-One.
         progress: show a progress bar.
 
     Returns:

@@ -328,6 +328,26 @@ def test_a_start_from_gradients_in_bfloat16_is_nearly_the_same(tmp_path: Path) -
         assert 0 < sine < 0.1
 
 
+@pytest.mark.parametrize(
+    ("needs", "warned"),
+    [({"gradient"}, False), ({"gradient", "output_second_moment"}, False), (LORA_DA, True)],
+    ids=["LoRA-GA", "outputs alone", "LoRA-DA"],
+)
+def test_rounding_that_a_method_makes_large_is_said(
+    needs: set[str], warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, modules = model_and_modules()
+    for dtype in ("bfloat16", "float32"):
+        caplog.clear()
+        settings = CollectSettings(
+            frozenset(needs),
+            gradient_dtype=dtype,  # type: ignore[arg-type]
+            progress=False,
+        )
+        prepare(model, modules, batches(), settings)
+        assert ("divides it by the inputs'" in caplog.text) == (warned and dtype == "bfloat16")
+
+
 def test_another_dtype_of_gradients_is_refused() -> None:
     with pytest.raises(ValueError, match="gradient_dtype must be one of"):
         CollectSettings(NEEDS, gradient_dtype="float16")  # type: ignore[arg-type]

@@ -66,7 +66,10 @@ LossReduction = Annotated[
 ]
 GradientDtype = Annotated[
     Literal["float32", "bfloat16"],
-    Option("what gradients are added up in; bfloat16 takes half the memory", "statistics"),
+    Option(
+        "what gradients are added up in; bfloat16 takes half the memory, for LoRA-GA and LoRA-One",
+        "statistics",
+    ),
 ]
 MaxMemory = Annotated[
     str | None,

@@ -86,6 +86,15 @@ def prepare(
 ) -> Prepared:
     """Check the data and plan the passes; the random state may be drawn from."""
     subject = Subject(model, modules, settings, loss_fn)
+    if settings.gradient_dtype == "bfloat16" and settings.needs >= {
+        "gradient",
+        "input_second_moment",
+    }:
+        logger.warning(
+            "gradient_dtype='bfloat16' rounds the gradient's sum, and a method that divides it by the inputs' "
+            "second moment makes that rounding large where the data hardly go: it is meant for LoRA-GA and "
+            "LoRA-One. Leave it at 'float32' here, or give few large batches."
+        )
     population = shared_population(data) if population is None else population
     batches = sample(data, settings.max_sequences)
     if loss_fn is None and settings.needs & GRADIENT_STATISTICS:
