@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -63,10 +65,11 @@ def test_layers_that_share_nothing_count_each() -> None:
 
 
 @pytest.mark.parametrize("method", [LoraGA(), LoraOne(), EVA()], ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_a_solve_takes_what_the_method_says(
-    method: LoraGA | LoraOne | EVA, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, method: LoraGA | LoraOne | EVA, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Beside its statistics, counted from before they are stacked; the split of matrix units included."""
+    """Statistics that come from the host, their stack, and the split of matrix units included."""
     for place in (leading, limits):
         monkeypatch.setattr(place, "on_matrix_units", lambda matrix: True, raising=False)
     # On an accelerator halves are multiplied as they are.
@@ -83,14 +86,34 @@ def test_a_solve_takes_what_the_method_says(
     layer = LayerStatistics.from_means(
         gradient=gradient, input_second_moment=torch.diag(fall), input_mean=fall.sqrt() / n
     ).only(method.needs)
-    weight = torch.zeros(count, n, n, dtype=torch.bfloat16)
+    weight = torch.zeros(count, n, n, dtype=dtype)
     unit = sum(chunks.statistic_bytes((n, n), method.needs - {"gradient"}).values()) + 4 * n * n
+    fields = {f: t for f in LayerStatistics.TENSORS if (t := getattr(layer, f)) is not None}
     with LiveBytes() as meter:
-        method.solve(weight, LayerStatistics.stack([layer] * count), 8, 1.0)
-    # The stack of the weights, in half precision, stands outside.
-    assert meter.peak + weight.numel() * 2 < method.workspace * unit * count
+        moved = [replace(layer, **{f: t.clone() for f, t in fields.items()}) for _ in range(count)]
+        method.solve(weight, LayerStatistics.stack(moved), 8, 1.0)
+    taken = meter.peak + weight.numel() * weight.element_size()
+    assert 0.3 < taken / (method.workspace * unit * count) < 0.95
+
+
+def test_float64_and_what_says_nothing_get_a_small_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a budget; within none, what is free decides."""
+    free = 160 * 2**30
+    monkeypatch.setattr(chunks, "device_of", lambda target: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2**30)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2**30)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, free))
+    targets, room = targets_of(SIX), 16 * 2**30
+
+    def size(method: object, *, exact: bool = False) -> int:
+        return chunks.chunk_bytes(targets, method, room + 2**30, exact=exact)  # type: ignore[arg-type]
+
+    assert size(LoraGA()) == room // LoraGA.workspace
+    assert size(EVA()) == min(room // EVA.workspace, chunks._ENOUGH_BYTES)
+    assert size(LoraGA(), exact=True) == size(LoraDA()) == room // chunks._SHARE_OF_BUDGET
+    assert chunks.chunk_bytes(targets, LoraGA()) == free // chunks._SHARE_OF_FREE
 
 
 def test_a_method_that_says_nothing_gets_a_small_share() -> None:
     assert not hasattr(LoraDA, "workspace")
-    assert 2 * max(m.workspace for m in (LoraGA, LoraOne, EVA)) <= chunks._CUDA_SHARE
+    assert 2 * max(m.workspace for m in (LoraGA, LoraOne, EVA)) <= chunks._SHARE_OF_BUDGET

@@ -61,7 +61,7 @@ def test_solves_are_told_the_memory_that_is_allowed(monkeypatch):
     """How large stacks are follows from it, also where all layers' statistics come before the first solve."""
     allowed = []
 
-    def spy(targets, method, max_memory=None):
+    def spy(targets, method, max_memory=None, *, exact=False):
         allowed.append(max_memory)
         return 1 << 20
 

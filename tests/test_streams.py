@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from lorainit.linalg import streams
 from lorainit.linalg.streams import side_by_side
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -27,6 +28,7 @@ class Stream:
 def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     said: list[str] = []
     made = iter("abcdef")
+    monkeypatch.setattr(streams, "_made", {})
     here = Stream(said, "here")
 
     @contextmanager
@@ -52,6 +54,14 @@ def test_each_begins_after_what_was_and_ends_before_what_comes(log: list[str]) -
         "here waits for a",
         "here waits for b",
     ]
+
+
+def test_streams_are_made_once(log: list[str]) -> None:
+    for _ in range(2):
+        with side_by_side(CUDA, 2):
+            pass
+    assert len(log) == 8
+    assert {line.split()[0] for line in log} == {"a", "b", "here"}
 
 
 def test_an_error_leaves_nothing_under_way(log: list[str]) -> None:

@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig
 
 import lorainit
-from lorainit import pipeline, warming
+from lorainit import pipeline, start, warming
 from lorainit.methods import EVA, CorDA, FILet, LoraDA, LoraGA, LoraOne, Natural
 from lorainit.types import Factors, LayerStatistics
 from lorainit.warming import libraries_loading
@@ -29,6 +29,7 @@ class Recording:
     """A method that notes where it is asked to solve."""
 
     needs = frozenset({"gradient"})
+    __module__ = "lorainit.methods.recording"
 
     def __init__(self, error: Exception | None = None) -> None:
         self.threads: list[str] = []
@@ -80,6 +81,16 @@ def test_once_in_a_process_and_beside_the_work(first_calls: list[str]) -> None:
     assert "lorainit-warming" not in {thread.name for thread in threading.enumerate()}
 
 
+def test_a_method_of_the_users_own_solves_what_was_collected_alone(first_calls: list[str]) -> None:
+    class Own(Recording):
+        __module__ = "somewhere.else"
+
+    method = Own()
+    with libraries_loading(method, CUDA):
+        pass
+    assert not method.threads
+
+
 def test_a_processor_has_nothing_to_load() -> None:
     method = Recording()
     with libraries_loading(method, CPU):
@@ -110,12 +121,14 @@ def test_what_goes_wrong_there_is_told_where_it_matters(
 
 
 def test_a_start_asks_for_it_where_a_pass_follows(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[torch.device] = []
+    asked: list[object] = []
     monkeypatch.setattr(
         pipeline,
         "libraries_loading",
         lambda method, device: asked.append(device) or libraries_loading(method, device),
     )
+    plan = start.prepare
+    monkeypatch.setattr(start, "prepare", lambda *args: asked.append("plan") or plan(*args))
     model = torch.nn.Sequential(torch.nn.Linear(8, 8))
 
     def loss(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -126,9 +139,22 @@ def test_a_start_asks_for_it_where_a_pass_follows(monkeypatch: pytest.MonkeyPatc
     wrapped = lorainit.get_peft_model(
         model, config, method=LoraGA(), data=data, loss_fn=loss, progress=False
     )
-    assert asked == [CPU]
+    # What a batch takes is measured before anything else takes memory.
+    assert asked == ["plan", CPU]
     statistics = lorainit.collect_statistics(
         wrapped.unload(), config, data=data, needs={"gradient"}, loss_fn=loss, progress=False
     )
     lorainit.get_peft_model(model, config, method=LoraGA(), statistics=statistics, progress=False)
-    assert asked == [CPU]
+    assert asked == ["plan", CPU]
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    lorainit.get_peft_model(
+        model,
+        config,
+        method=LoraGA(),
+        data=data,
+        loss_fn=loss,
+        max_memory="1GiB",
+        progress=False,
+    )
+    # Within a budget nothing is there that was not planned.
+    assert asked == ["plan", CPU, "plan"]

@@ -16,10 +16,12 @@ from lorainit.types import OF_INPUT, LayerStatistics, Method
 
 _CHUNK_BYTES = 1 << 30
 
-_CUDA_SHARE = 10
-"""Of the memory that is free, one part in this many goes into a stack's statistics in float32: a
-solve holds them in float64, and intermediates beside them. A method that says what its solves take
-(``workspace``, times those bytes) gets as much of a budget as that allows, up to `_ENOUGH_BYTES`."""
+_SHARE_OF_FREE = 10
+_SHARE_OF_BUDGET = 16
+"""Of the memory that is free, or that the user allows, one part in this many goes into a stack's statistics
+in float32: a solve holds them in float64, and intermediates beside them. A method that says what its solves
+in float32 take (``workspace``, times those bytes) gets as much of a budget as that allows, up to
+`_ENOUGH_BYTES`."""
 
 _ENOUGH_BYTES = 1 << 32
 
@@ -34,9 +36,11 @@ def rounds(
     statistics: Statistics | None,
     method: Method,
     max_memory: int | None = None,
+    *,
+    exact: bool = False,
 ) -> Iterator[list[list[Target]]]:
     """Rounds of one chunk for each process, so that all solve at once between two gathers."""
-    budget = chunk_bytes(targets, method, max_memory)
+    budget = chunk_bytes(targets, method, max_memory, exact=exact)
     mine: list[dict[str, Target]] = [{} for _ in range(size)]
     for name, target in targets.items():
         mine[owners[name]][name] = target
@@ -80,9 +84,20 @@ def chunks_of(
 
 
 def chunk_bytes(
-    targets: Mapping[str, Target], method: Method, max_memory: int | None = None
+    targets: Mapping[str, Target],
+    method: Method,
+    max_memory: int | None = None,
+    *,
+    exact: bool = False,
 ) -> int:
-    """How large a stack may be, in bytes of its statistics; the same on every process."""
+    """How large a stack may be, in bytes of its statistics; the same on every process.
+
+    Args:
+        targets: the layers.
+        method: what they are solved by.
+        max_memory: what everything on a device may take, in bytes; None: what is free.
+        exact: whether all is in float64.
+    """
     budget = None
     for device in {device_of(target) for target in targets.values()}:
         size = _CHUNK_BYTES
@@ -90,11 +105,11 @@ def chunk_bytes(
             held = torch.cuda.memory_allocated(device)
             free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - held
             if max_memory is None:
-                size = max(size, free // _CUDA_SHARE)
+                size = max(size, free // _SHARE_OF_FREE)
             else:
-                share = getattr(method, "workspace", _CUDA_SHARE)
-                size = max(1, min(free, max_memory - held) // share)
-                size = min(size, max(_ENOUGH_BYTES, free // _CUDA_SHARE))
+                own = None if exact else getattr(method, "workspace", None)
+                size = max(1, min(free, max_memory - held) // (own or _SHARE_OF_BUDGET))
+                size = min(size, _ENOUGH_BYTES)
         budget = size if budget is None else min(budget, size)
     # What is free differs between processes, and all must cut the same.
     return -distributed.largest(-(budget or _CHUNK_BYTES))

@@ -7,8 +7,9 @@ import logging
 import statistics as stats
 import sys
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import is_dataclass
+from functools import partial
 from typing import Any, Literal
 
 from peft import LoraConfig, PeftModel
@@ -84,8 +85,8 @@ def collect_statistics(
             too little for one pass, batches are cut to fewer rows, and layers are collected in several
             passes, each moved to the host; the log says which.
         gradient_dtype: what gradients are added up in: ``"float32"`` (float64 where the model computes in
-            it), or ``"bfloat16"``, half the bytes, rounded once a batch as a model's own ``.grad`` is; for methods
-            that follow the gradient itself, LoRA-GA and LoRA-One.
+            it), or ``"bfloat16"``, half the bytes, rounded once a batch (or part of one) as a model's own
+            ``.grad`` is; for methods that follow the gradient itself, LoRA-GA and LoRA-One.
         progress: show a progress bar.
 
     Returns:
@@ -211,11 +212,12 @@ def get_peft_model(
             progress,
             # The layers of an adapter that exists have their ranks already.
             None if existing else reallocate,
+            # Within a budget nothing is there that was not planned.
+            nullcontext
+            if max_memory is not None
+            else partial(libraries_loading, method, input_device(model)),
         )
-        device = input_device(model)
-        with adapters_off(model), unchanged_rng(device), ExitStack() as stack:
-            if data is not None and max_memory is None:
-                stack.enter_context(libraries_loading(method, device))
+        with adapters_off(model), unchanged_rng(input_device(model)):
             start = find_start(method, measured, data, statistics, precision)
         if start.plain:
             # Ranks were perhaps redistributed for the start that is not taken.

@@ -61,7 +61,8 @@ def solve_layers(
         disable=None if progress else True,
     )
     with bar, torch.no_grad():
-        for chunks in rounds(targets, owners, size, statistics, method, max_memory):
+        exact = precision == "exact"
+        for chunks in rounds(targets, owners, size, statistics, method, max_memory, exact=exact):
             try:
                 weights = _weights(chunks, rank)
                 if chunks[rank] and failure is None:

@@ -83,6 +83,8 @@ class Measured:
     calibration_share: float
     progress: bool
     with_ranks: Callable[[Mapping[str, int]], Targets] | None = None
+    beside: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+    """What goes on while passes run, once they are planned."""
 
     @property
     def modules(self) -> dict[str, nn.Module]:
@@ -106,7 +108,13 @@ class Measured:
         known = self._fingerprints(modules)
         with displaced(modules, at) if at else contextlib.nullcontext():
             found = collect(
-                self.model, modules, data, self.settings, self.loss_fn, population=population
+                self.model,
+                modules,
+                data,
+                self.settings,
+                self.loss_fn,
+                population=population,
+                beside=self.beside,
             )
         found.fingerprints = {name: known[name] for name in found.names}
         return found
@@ -116,7 +124,8 @@ class Measured:
         assert self.settings is not None
         self._fingerprints(self.modules)
         prepared = prepare(self.model, self.modules, data, self.settings, self.loss_fn)
-        return prepared.parts()
+        with self.beside():
+            yield from prepared.parts()
 
     @staticmethod
     def _fingerprints(modules: Mapping[str, nn.Module]) -> dict[str, torch.Tensor]:

@@ -31,7 +31,9 @@ _loaded: set[tuple[torch.device, type]] = set()
 def libraries_loading(method: Method, device: torch.device) -> Iterator[None]:
     """Load what `method` solves with on `device` while the context's work goes on; once in a process."""
     key = device, type(method)
-    if device.type != "cuda" or not method.needs or key in _loaded:
+    ours = type(method).__module__.startswith("lorainit.")
+    if device.type != "cuda" or not method.needs or not ours or key in _loaded:
+        # A method of the user's own is asked for what was collected, and nothing else.
         yield
         return
     _loaded.add(key)

@@ -82,6 +82,23 @@ def test_a_vocabulary_takes_little_more_than_its_gradient() -> None:
     assert peak(lambda x, y: F.cross_entropy(x.float(), y, reduction="none")) > 4
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_does_not_count_need_not_be_finite(bad: float) -> None:
+    """A sequence's last position predicts nothing, and an ignored one is nobody's."""
+    logits, targets, weights = some()
+    spoiled = logits.clone()
+    spoiled[::5] = bad
+    found = []
+    for one in (logits, spoiled):
+        leaf = one.requires_grad_()
+        losses = token_losses(leaf, targets)
+        (losses * weights).sum().backward()
+        assert leaf.grad is not None
+        found.append((losses.detach(), leaf.grad))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+
+
 def test_no_positions_have_no_losses() -> None:
     logits = torch.zeros(0, VOCABULARY, requires_grad=True)
     assert token_losses(logits, torch.zeros(0, dtype=torch.long)).shape == (0,)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lorainit.errors import DataError
+from lorainit.statistics import accumulators
 from lorainit.statistics.accumulators import (
     InputSums,
     LayerSums,
@@ -20,6 +21,7 @@ from lorainit.statistics.accumulators import (
     sum_dtype,
 )
 from lorainit.statistics.batches import row_sequences, take, to_device
+from lorainit.statistics.footprint import LiveBytes
 from lorainit.statistics.positions import CountedPositions, batch_positions
 from tests.statistics import models
 
@@ -107,6 +109,42 @@ def test_a_copy_of_input_sums_is_its_own() -> None:
     assert copy.positions == 2
     assert copy.second_moment is not None
     assert copy.second_moment.tolist() == [[2.0] * 3] * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_a_sum_in_bfloat16_needs_no_wide_one(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A few rows of a product are there at a time; the sum is right to its own digits."""
+    rng = torch.Generator().manual_seed(0)
+    pairs = [
+        (
+            torch.randn(16, 256, generator=rng).to(dtype),
+            torch.randn(16, 512, generator=rng).to(dtype),
+        )
+        for _ in range(3)
+    ]
+    wanted = sum(g.double().mT @ x.double() for g, x in pairs)
+
+    def added() -> tuple[LayerSums, float]:
+        sums = LayerSums()
+        with LiveBytes() as meter:
+            for g, x in pairs:
+                sums.add_gradient(g, x, "bfloat16")
+        assert sums.gradient is not None
+        return sums, meter.peak / (sums.gradient.numel() * 2)
+
+    monkeypatch.setattr(accumulators, "_ROUNDED_AT_ONCE", 4096)
+    sums, peak = added()
+    assert sums.gradient is not None
+    assert sums.gradient.dtype == torch.bfloat16
+    off = torch.linalg.norm(sums.gradient.double() - wanted) / torch.linalg.norm(wanted)
+    assert 1e-4 < off < 2**-8
+    assert peak < 1.6
+    monkeypatch.setattr(accumulators, "_ROUNDED_AT_ONCE", 2**20)
+    whole, peak = added()
+    assert peak > 2.5
+    torch.testing.assert_close(whole.gradient, sums.gradient, rtol=2**-7, atol=1e-2)
 
 
 def test_half_precision_operands_are_summed_wide() -> None:

@@ -36,7 +36,9 @@ def read_weight(module: nn.Module, name: str) -> Tensor:
             f"layer '{name}' ({type(module).__name__}) stores its weight as {tuple(weight.shape)}, "
             f"which cannot be read as {expected}. Leave it out with exclude_modules."
         )
-    if not bool(all_finite(weight)):
+    # Eight bits have no norm.
+    finite = all_finite(weight) if weight.element_size() > 1 else torch.isfinite(weight).all()
+    if not bool(finite):
         raise NonFiniteError(_not_finite(name))
     return weight
 

@@ -8,6 +8,9 @@ from functools import partial
 
 import torch
 
+_made: dict[torch.device, list[torch.cuda.Stream]] = {}
+"""The same ones every time: memory that was used on a stream is kept for it."""
+
 
 @contextmanager
 def side_by_side(
@@ -22,7 +25,10 @@ def side_by_side(
         yield [nullcontext]
         return
     here = torch.cuda.current_stream(device)
-    streams = [torch.cuda.Stream(device) for _ in range(number)]  # type: ignore[no-untyped-call]
+    made = _made.setdefault(device, [])
+    while len(made) < number:
+        made.append(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
+    streams = made[:number]
     for stream in streams:
         stream.wait_stream(here)
     try:

@@ -44,7 +44,7 @@ class EVA:
     rho: float = 2.0
 
     workspace: ClassVar[int] = 3
-    """A solve takes so many times the bytes of a stack's statistics and gradient in float32, beside them."""
+    """A solve in float32 takes so many times the bytes of a stack's statistics and gradient, beside them."""
 
     def __post_init__(self) -> None:
         require_number("rho", self.rho, above=1.0)

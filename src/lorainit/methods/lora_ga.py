@@ -59,8 +59,8 @@ class LoraGA:
     rank_factor: ClassVar[int] = 2
     """A layer's rank times this must not exceed ``min(out, in)``."""
 
-    workspace: ClassVar[int] = 4
-    """A solve takes so many times the bytes of a stack's statistics and gradient in float32, beside them."""
+    workspace: ClassVar[int] = 6
+    """A solve in float32 takes so many times the bytes of a stack's statistics and gradient, beside them."""
 
     def __post_init__(self) -> None:
         require_choice("direction", self.direction, _DIRECTIONS)

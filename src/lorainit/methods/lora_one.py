@@ -50,8 +50,8 @@ class LoraOne:
 
     needs: ClassVar[frozenset[str]] = frozenset({"gradient"})
 
-    workspace: ClassVar[int] = 5
-    """A solve takes so many times the bytes of a stack's statistics and gradient in float32, beside them."""
+    workspace: ClassVar[int] = 7
+    """A solve in float32 takes so many times the bytes of a stack's statistics and gradient, beside them."""
 
     def __post_init__(self) -> None:
         require_number("gamma", self.gamma, inclusive=False)

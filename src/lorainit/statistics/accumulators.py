@@ -16,6 +16,9 @@ from lorainit.types import GradientDtype, LayerStatistics, LossReduction
 
 HALF = (torch.float16, torch.bfloat16)
 
+_ROUNDED_AT_ONCE = 2**20
+"""Numbers of a product that is rounded to bfloat16."""
+
 
 def sum_dtype(operand: torch.dtype) -> torch.dtype:
     """Dtype of a sum of products of operands of this dtype."""
@@ -54,8 +57,15 @@ def add_rounded_product(total: Tensor | None, left: Tensor, right: Tensor) -> Te
         if total is None:
             return left.mT @ right
         return torch.addmm(total, left.mT, right, out=total)
-    new = add_product(None, left, right)
-    return new.bfloat16() if total is None else total.add_(new)
+    if total is None:
+        total = left.new_zeros(left.shape[1], right.shape[1], dtype=torch.bfloat16)
+    wide = right.to(sum_dtype(right.dtype))
+    # A few rows at a time: the whole product would be twice as large as the sum.
+    step = max(1, _ROUNDED_AT_ONCE // max(1, right.shape[1]))
+    for first in range(0, left.shape[1], step):
+        own = slice(first, first + step)
+        total[own] += left[:, own].to(wide.dtype).mT @ wide
+    return total
 
 
 def add_gram(total: Tensor | None, rows: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,10 +35,12 @@ def collect(
     loss_fn: LossFunction | None = None,
     *,
     population: float | None = None,
+    beside: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Statistics:
     """Collect the statistics of `modules` (base layers by target name) from `data`.
 
-    `population` is the size of the fine-tuning set, where `data` does not know it.
+    `population` is the size of the fine-tuning set, where `data` does not know it; the passes run inside
+    the context that `beside` gives once they are planned.
 
     Hooks are gone, and ``requires_grad``, modes, ``.grad`` and the random state are as they were,
     when this returns or raises.
@@ -45,10 +48,11 @@ def collect(
     with unchanged_rng(input_device(model)):
         prepared = prepare(model, modules, data, settings, loss_fn, population=population)
         parts = []
-        for part in prepared.parts():
-            # What is kept of one pass makes room for the next.
-            parts.append(part.to("cpu") if len(prepared.plan.passes) > 1 else part)
-            del part
+        with beside():
+            for part in prepared.parts():
+                # What is kept of one pass makes room for the next.
+                parts.append(part.to("cpu") if len(prepared.plan.passes) > 1 else part)
+                del part
     return _merged(parts, modules, settings)
 
 

@@ -58,7 +58,9 @@ class _TokenLosses(torch.autograd.Function):
         for own in _pieces(logits):
             # d loss / d logits = softmax - one at the target.
             piece = torch.softmax(logits[own], -1, dtype=weights.dtype).mul_(weights[own])
-            gradient[own] = piece.scatter_add_(-1, labels[own], -weights[own])
+            piece.scatter_add_(-1, labels[own], -weights[own])
+            # Nothing comes of a position that does not count, not even of one that is not finite.
+            gradient[own] = piece.masked_fill_(~counted[own].unsqueeze(-1), 0)
         return gradient, None
 
 
