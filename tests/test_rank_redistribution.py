@@ -78,6 +78,27 @@ def test_solves_are_told_the_memory_that_is_allowed(monkeypatch):
     assert allowed == [2**30, 2**30]
 
 
+@pytest.mark.parametrize("precision", ["fast", "exact"])
+def test_solves_in_float64_are_told_apart(precision, monkeypatch):
+    """They take twice the memory of those in float32."""
+    exact = []
+
+    def spy(targets, method, max_memory=None, *, exact=False, told=exact):
+        told.append(exact)
+        return 1 << 20
+
+    monkeypatch.setattr(chunks, "chunk_bytes", spy)
+    lorainit.get_peft_model(
+        tiny(),
+        configuration(),
+        method=lorainit.LoraDA(),
+        data=batches(),
+        precision=precision,
+        progress=False,
+    )
+    assert exact == [precision == "exact"]
+
+
 def test_rho_of_one_keeps_every_rank():
     """The control: nothing moves where it was not asked for."""
     model = lorainit.get_peft_model(

@@ -141,6 +141,10 @@ def test_a_start_asks_for_it_where_a_pass_follows(monkeypatch: pytest.MonkeyPatc
     )
     # What a batch takes is measured before anything else takes memory.
     assert asked == ["plan", CPU]
+    # Where ranks follow from all layers' statistics, too.
+    other = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    lorainit.get_peft_model(other, config, method=EVA(), data=data, loss_fn=loss, progress=False)
+    assert asked.pop() == CPU
     statistics = lorainit.collect_statistics(
         wrapped.unload(), config, data=data, needs={"gradient"}, loss_fn=loss, progress=False
     )

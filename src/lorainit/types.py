@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import reduce
 from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
@@ -60,8 +61,7 @@ class LayerStatistics:
         population: number of samples that will be fine-tuned on (LoRA-DA's ``N``), where known.
 
     All tensors of one object share device and floating dtype, but for a gradient that was added up in
-    bfloat16; means are float32 at least. Counts are numbers, or ``(...)`` tensors
-    in a stack.
+    bfloat16; means are float32 at least. Counts are numbers, or ``(...)`` tensors in a stack.
     """
 
     gradient_sum: Tensor | None = None
@@ -139,11 +139,10 @@ class LayerStatistics:
     @property
     def dtype(self) -> torch.dtype:
         """Of the means: float32, or wider where sums are."""
-        found = torch.float32
-        for name in self.TENSORS:
-            tensor = getattr(self, name)
-            found = found if tensor is None else torch.promote_types(found, tensor.dtype)
-        return found
+        held = (
+            tensor.dtype for name in self.TENSORS if (tensor := getattr(self, name)) is not None
+        )
+        return reduce(torch.promote_types, held, torch.float32)
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -192,7 +191,10 @@ class LayerStatistics:
         for name in cls.TENSORS:
             once = sharing > 1 and name in cls.OF_INPUT
             tensors = [getattr(layer, name) for layer in layers[:: sharing if once else 1]]
-            stacked = None if any(t is None for t in tensors) else _stacked(tensors)
+            stacked = None
+            if all(t is not None for t in tensors):
+                # A single one is not copied.
+                stacked = torch.stack(tensors) if len(tensors) > 1 else tensors[0].unsqueeze(0)
             if stacked is not None and once:
                 stacked = stacked.unsqueeze(1).expand(-1, sharing, *stacked.shape[1:])
             elif stacked is not None and sharing > 1:
@@ -241,11 +243,6 @@ class LayerStatistics:
         if tensor is None:
             raise _missing(name, self.available)
         return tensor
-
-
-def _stacked(tensors: list[Tensor]) -> Tensor:
-    """With a leading dimension; a single one is not copied."""
-    return torch.stack(tensors) if len(tensors) > 1 else tensors[0].unsqueeze(0)
 
 
 def _missing(name: str, available: frozenset[str]) -> MissingStatisticError:

@@ -37,13 +37,7 @@ def libraries_loading(method: Method, device: torch.device) -> Iterator[None]:
         yield
         return
     _loaded.add(key)
-    try:
-        # PyTorch loads its library of decompositions at their first use, and raises where two threads come
-        # to that at once: here, before there are two.
-        one = torch.ones(1, 1, device=device)
-        torch.linalg.solve_triangular(one, one, upper=False)
-    except RuntimeError as error:
-        logger.debug("libraries were not loaded ahead: %s", error)
+    if not _begun(device):
         yield
         return
     thread = Thread(target=_solve_one, args=(method, device), name="lorainit-warming", daemon=True)
@@ -52,6 +46,17 @@ def libraries_loading(method: Method, device: torch.device) -> Iterator[None]:
         yield
     finally:
         thread.join()
+
+
+def _begun(device: torch.device) -> bool:
+    """PyTorch's library of decompositions, loaded by this thread: two at its first use are an error in one."""
+    try:
+        one = torch.ones(1, 1, device=device)
+        torch.linalg.solve_triangular(one, one, upper=False)
+    except RuntimeError as error:
+        logger.debug("libraries were not loaded ahead: %s", error)
+        return False
+    return True
 
 
 def _solve_one(method: Method, device: torch.device) -> None:

@@ -258,6 +258,16 @@ def test_every_long_command_has_a_plan(
     assert not (tmp_path / "o").exists()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_are_added_up_as_the_shell_says(dtype: str, place: Path, tmp_path: Path) -> None:
+    out = tmp_path / "s.safetensors"
+    line = f"collect --model @model --data @pairs.jsonl --method lora-ga --output {out}"
+    assert run(place, f"{line} --gradient-dtype {dtype}") == 0
+    found = lorainit.Statistics.load(out)
+    assert found.metadata["gradient_dtype"] == dtype
+    assert {str(layer.gradient_sum.dtype) for _, layer in found.items()} == {f"torch.{dtype}"}
+
+
 def test_report_from_the_shell(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -351,3 +351,24 @@ def test_rounding_that_a_method_makes_large_is_said(
 def test_another_dtype_of_gradients_is_refused() -> None:
     with pytest.raises(ValueError, match="gradient_dtype must be one of"):
         CollectSettings(NEEDS, gradient_dtype="float16")  # type: ignore[arg-type]
+
+
+def test_a_start_adds_gradients_up_as_it_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    factors = {}
+    for dtype in ("float32", "bfloat16"):
+        model, _ = model_and_modules()
+        wrapped = lorainit.get_peft_model(
+            model,
+            LoraConfig(r=2, target_modules="all-linear"),
+            method=lorainit.LoraOne(),
+            data=batches(count=5),
+            gradient_dtype=dtype,  # type: ignore[arg-type]
+            progress=False,
+        )
+        factors[dtype] = {n: p for n, p in wrapped.named_parameters() if "lora_B" in n}
+    assert "divides it" not in caplog.text
+    off = [
+        torch.linalg.norm(b - factors["bfloat16"][name]) / torch.linalg.norm(b)
+        for name, b in factors["float32"].items()
+    ]
+    assert all(0 < one < 0.2 for one in off)

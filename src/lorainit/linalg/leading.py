@@ -148,7 +148,7 @@ def largest_eigenvectors(
             matrix.matmul, k, lambda v: torch.maximum(goal * v[..., :1], each * v).clamp_min(tiny)
         )
         zero = torch.zeros(matrix.shape[:-2], dtype=torch.float64, device=matrix.device)
-        # Of a matrix of many rows and columns the thin products alone take as long as its bytes: no halves.
+        # In plain float32: halves are no quicker here, and as many bytes again (docs/performance.md).
         pairs = subspace.filtered(
             matrix.matmul, ritz, _start_block(matrix, n, width), k, lower=zero
         )

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lorainit.statistics.accumulators import sum_dtype
+
 IGNORED = -100
 """The label that counts for nothing, as everywhere in transformers."""
 
@@ -29,7 +31,7 @@ def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
     """
     if type(logits) is not Tensor or not targets.numel():
         # What is distributed over devices has its own ways.
-        wide = logits.to(_wide(logits))
+        wide = logits.to(sum_dtype(logits.dtype))
         return F.cross_entropy(wide, targets, ignore_index=IGNORED, reduction="none")
     losses: Tensor = _TokenLosses.apply(logits, targets)  # type: ignore[no-untyped-call]
     return losses
@@ -38,7 +40,7 @@ def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
 class _TokenLosses(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
-        losses = torch.empty(len(targets), dtype=_wide(logits), device=logits.device)
+        losses = torch.empty(len(targets), dtype=sum_dtype(logits.dtype), device=logits.device)
         for own in _pieces(logits):
             wide = logits[own].to(losses.dtype)
             losses[own] = F.cross_entropy(
@@ -67,8 +69,3 @@ class _TokenLosses(torch.autograd.Function):
 def _pieces(logits: Tensor) -> Iterator[slice]:
     step = max(1, _AT_ONCE // max(1, logits.shape[-1]))
     return (slice(first, first + step) for first in range(0, len(logits), step))
-
-
-def _wide(logits: Tensor) -> torch.dtype:
-    """Half-precision logits lose digits in the softmax; wider ones stay as they are."""
-    return torch.promote_types(logits.dtype, torch.float32)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorainit.errors import DataError
+from lorainit.statistics.accumulators import sum_dtype
 from lorainit.statistics.anatomy import innermost
 from lorainit.statistics.cross_entropy import IGNORED, token_losses
 from lorainit.statistics.packing import packed_segments
@@ -220,7 +221,8 @@ def _shifted_right(base: nn.Module, labels: Tensor) -> Tensor:
 
 def _sample_loss(model: nn.Module, logits: Tensor, labels: Tensor) -> BatchLoss:
     """One label, or one vector of labels, a sample: classification, multi-label or regression."""
-    logits = _widened(logits)
+    # Half-precision logits lose digits in the softmax.
+    logits = logits.to(sum_dtype(logits.dtype))
     rows = labels.shape[0] if labels.dim() else 1
     if logits.shape[0] != rows:
         raise DataError(_misfit(model, logits, labels))
@@ -281,11 +283,6 @@ def _check_token_logits(model: nn.Module, logits: Tensor, labels: Tensor, kind: 
         fits = logits.shape[1] == labels.shape[1]
     if not fits:
         raise DataError(_misfit(model, logits, labels))
-
-
-def _widened(logits: Tensor) -> Tensor:
-    """Half-precision logits lose digits in the softmax; wider ones stay as they are."""
-    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
 def _next(entries: Tensor, last: int) -> Tensor:

@@ -205,10 +205,10 @@ def make_plan(
     Raises:
         MemoryPlanError: a strict budget is too small even for one layer a pass and the smallest batch.
     """
-    weigher = _Weigher(shapes, needs, shared, element, gradient)
-    nbytes = sum(map(weigher.added, shapes))
+    nbytes = total_bytes(shapes, needs, shared=shared, element=element, gradient=gradient)
     if budget is None or not shapes:
         return Plan((tuple(shapes),), nbytes, nbytes, None, held, batches[0])
+    weigher = _Weigher(shapes, needs, shared, element, gradient)
     best: tuple[float, int, Plan] | None = None
     for batch in batches:
         room = budget - held - batch.nbytes
