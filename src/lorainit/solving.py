@@ -17,6 +17,7 @@ from lorainit.chunks import chunk_bytes, chunks_of, input_key, rounds
 from lorainit.division import device_of, less_at_once, solvers
 from lorainit.errors import AdapterError, LorainitError, NonFiniteError
 from lorainit.linalg import double_precision
+from lorainit.methods.derived import Derived
 from lorainit.statistics import Statistics, distributed
 from lorainit.statistics.travel import Slot, from_owners
 from lorainit.types import (
@@ -104,6 +105,16 @@ def solve_layers(
         if size > 1:
             solved, sizes = _exchanged(targets, owners, solved, sizes)
     return {name: solved[name] for name in targets}, {name: sizes[name] for name in targets}
+
+
+def derive_factors(
+    method: Derived, targets: Mapping[str, Target], start: Mapping[str, Factors]
+) -> dict[str, Factors]:
+    """Another method's factors, changed layer by layer; sharded weights are read on every process."""
+    return {
+        name: method.derived(pair, read_weight(targets[name].module, name))
+        for name, pair in start.items()
+    }
 
 
 def value_directions(

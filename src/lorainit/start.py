@@ -19,6 +19,7 @@ from lorainit.calibration import SearchResult
 from lorainit.checks import UNUSED, unused_targets
 from lorainit.chunks import solving_bytes
 from lorainit.errors import AdapterError
+from lorainit.methods.derived import Derived
 from lorainit.methods.natural import Natural
 from lorainit.methods.vanilla import Vanilla
 from lorainit.probing import (
@@ -31,7 +32,7 @@ from lorainit.probing import (
     weight_norms,
 )
 from lorainit.refinement import natural_start
-from lorainit.solving import relative_size, solve_layers, value_directions
+from lorainit.solving import derive_factors, relative_size, solve_layers, value_directions
 from lorainit.statistics import (
     CollectSettings,
     LossFunction,
@@ -189,6 +190,11 @@ def find_start(
     precision: Literal["fast", "exact"],
 ) -> Start:
     """Factors by the method, from statistics or from data; measured, where it asks for that."""
+    if isinstance(method, Derived):
+        found = find_start(method.like, measured, data, statistics, precision)
+        # What was measured was the other method's loss.
+        factors = derive_factors(method, measured.targets.layers, found.factors)
+        return found if found.plain else replace(found, factors=factors, search=None)
     calibrated = bool(getattr(method, "calibrated", False))
     if not (calibrated and data is not None):
         if statistics is None and method.needs:

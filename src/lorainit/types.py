@@ -7,7 +7,7 @@ and resumed runs merge by addition, whatever the padding or the order.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import reduce
 from typing import ClassVar, Literal, Protocol, runtime_checkable
 
@@ -345,6 +345,9 @@ class RanksDirections(Method, Protocol):
 
 
 def settings_of(method: Method) -> dict[str, object]:
-    """A method's settings as a JSON-ready dictionary, its class name under ``"method"``."""
-    values = {f.name: getattr(method, f.name) for f in fields(method)}  # type: ignore[arg-type]
+    """A method's settings as a JSON-ready dictionary, its class name under ``"method"``; nested ones too."""
+    values: dict[str, object] = {}
+    for name in (f.name for f in fields(method)) if is_dataclass(method) else ():
+        value = getattr(method, name)
+        values[name] = settings_of(value) if isinstance(value, Method) else value
     return {"method": type(method).__name__, **values}

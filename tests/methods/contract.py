@@ -8,13 +8,13 @@ from lorainit.methods import METHODS
 from lorainit.types import Factors
 from tests.methods.common import IN, OUT, RANK, Check, layer, product, relative, solve
 
-DRAWN = frozenset({"vanilla", "gaussian", "orthogonal"})
+DRAWN = frozenset({"vanilla", "gaussian", "orthogonal", "init-ab", "gora"})
 """Methods that draw at random: another dtype is another draw."""
 
 FULL_RANK = {"lora-ga": OUT // 2}
 """The largest rank of methods that cannot have ``min(out, in)``."""
 
-SCALED_OUT = ("pissa", "milora", "corda", "filet", "natural")
+SCALED_OUT = ("pissa", "milora", "corda", "filet", "natural", "gora", "random")
 """Methods whose published ``s B A`` does not depend on ``s``."""
 
 
@@ -26,7 +26,7 @@ def largest_difference(found: Factors, wanted: Factors) -> float:
 def shapes(method: str) -> float:
     """Number of results, over ranks and dtypes, with a wrong shape or dtype, or not finite."""
     wrong = 0
-    lowest = 2 if method == "orthogonal" else 1
+    lowest = 2 if method in ("orthogonal", "loram") else 1
     for dtype in (torch.float32, torch.float64):
         for rank in (lowest, RANK, FULL_RANK.get(method, OUT)):
             weight, statistics = layer(2, dtype=dtype)

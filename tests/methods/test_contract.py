@@ -51,7 +51,7 @@ def test_impossible_rank(name: str, rank: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "rank"), [("lora-ga", FULL_RANK["lora-ga"] + 1), ("orthogonal", 3)]
+    ("name", "rank"), [("lora-ga", FULL_RANK["lora-ga"] + 1), ("orthogonal", 3), ("loram", 1)]
 )
 def test_rank_a_method_cannot_have(name: str, rank: int) -> None:
     with pytest.raises(RankError, match=r"rank"):
@@ -113,7 +113,7 @@ def test_reads_no_more_than_it_needs(name: str) -> None:
 def test_input_that_is_not_finite_is_refused(name: str) -> None:
     weight, full = layer()
     method = METHODS[name]()
-    if name in ("pissa", "milora", "olora", "corda", "filet"):
+    if name in ("pissa", "milora", "olora", "loram", "corda", "astra", "filet", "farss"):
         weight = weight.clone()
         weight[1, 2] = float("nan")
     elif method.needs:
@@ -146,6 +146,18 @@ def test_input_that_is_not_finite_is_refused(name: str) -> None:
         ("natural", {"length": 0.0}),
         ("natural", {"trust_region": 0.0}),
         ("natural", {"damping_mode": "none"}),
+        ("astra", {"select": "tail"}),
+        ("farss", {"highest_from": 0}),
+        ("init-ab", {"scale_a": 0.0}),
+        ("init-ab", {"scale_b": -1.0}),
+        ("gora", {"length": 0.0}),
+        ("cg-lora", {"sides": "none"}),
+        ("cg-lora", {"gamma": 0.0}),
+        ("cg-lora", {"damping": -1.0}),
+        ("cg-lora", {"anchored": True, "scale": "calibrated"}),
+        ("random", {"like": "nothing"}),
+        ("random", {"like": METHODS["random"]()}),
+        ("random", {"seed": 0.5}),
     ],
 )
 def test_bad_settings_are_refused_at_construction(name: str, settings: dict[str, object]) -> None:
@@ -153,7 +165,7 @@ def test_bad_settings_are_refused_at_construction(name: str, settings: dict[str,
         METHODS[name](**settings)
 
 
-@pytest.mark.parametrize("name", ["pissa", "milora", "corda", "filet", "natural"])
+@pytest.mark.parametrize("name", ["pissa", "milora", "corda", "filet", "gora", "natural"])
 def test_scaling_that_cannot_be_divided_out(name: str) -> None:
     with pytest.raises(ValueError, match="scaling"):
         METHODS[name]().solve(*layer(), RANK, 0.0)

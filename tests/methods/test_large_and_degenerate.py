@@ -179,7 +179,8 @@ def test_layer_without_any_gradient(name: str, dtype: torch.dtype) -> None:
     assert bool(found.A.isfinite().all())
     assert bool(found.B.isfinite().all())
     assert float(found.A.norm()) > 0
-    if not found.anchored:
+    # Init[AB] displaces by noise, whatever the data.
+    if not found.anchored and name != "init-ab":
         assert float(product(found).norm()) < 1e-6
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from typing import Any
 
 import torch
 
 from lorainit.methods import METHODS
-from lorainit.types import LayerStatistics, Method
+from lorainit.types import LayerStatistics, Method, settings_of
 
 
 def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -29,13 +28,15 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 def _describe(name: str, kind: type) -> dict[str, Any]:
     method: Any = kind()
-    random = name in ("vanilla", "gaussian", "orthogonal")
+    random = name in ("vanilla", "gaussian", "orthogonal", "init-ab")
+    settings = settings_of(method)
+    del settings["method"]
     return {
         "summary": (kind.__doc__ or "").strip().splitlines()[0],
         "needs": sorted(method.needs),
         "reads": "nothing" if random else "the weight",
         "start": start_of(method),
-        "settings": {f.name: getattr(method, f.name) for f in dataclasses.fields(method)},
+        "settings": settings,
     }
 
 

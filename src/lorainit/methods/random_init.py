@@ -48,7 +48,7 @@ class Gaussian:
         *batch, rows, columns = weight.shape
         linalg.check_rank(rank, rows, columns)
         dtype = linalg.compute_dtype(weight)
-        (a,) = _per_layer(batch, lambda: (torch.randn(rank, columns, dtype=dtype) / rank,))
+        (a,) = per_layer(batch, lambda: (torch.randn(rank, columns, dtype=dtype) / rank,))
         b = torch.zeros(*batch, rows, rank, dtype=dtype)
         return Factors(a.to(weight.device), b.to(weight.device), anchored=False)
 
@@ -105,11 +105,11 @@ class Orthogonal:
             b = torch.randn(rank // 2, rows, dtype=dtype).mT @ q[1::2] / 10
             return a.contiguous(), b
 
-        a, b = _per_layer(batch, draw)
+        a, b = per_layer(batch, draw)
         return Factors(a.to(weight.device), b.to(weight.device), anchored=False)
 
 
-def _per_layer(batch: list[int], draw: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+def per_layer(batch: list[int], draw: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
     """One draw a layer, stacked: a stack of layers takes what the layers would take one by one."""
     if not batch:
         return draw()
