@@ -254,10 +254,7 @@ def _missing(name: str, available: frozenset[str]) -> MissingStatisticError:
 
 
 def _mean(total: Tensor, count: float | Tensor, trailing: int) -> Tensor:
-    """Divide a sum by its count, the count broadcast over the statistic's own dimensions.
-
-    A new tensor; of a sum in half precision, in float32.
-    """
+    """A sum over its count, broadcast over the statistic's dimensions; a half-precision sum in float32."""
     if total.dtype in (torch.float16, torch.bfloat16):
         return _mean(total.float(), count, trailing)
     if isinstance(count, Tensor):
@@ -346,8 +343,7 @@ class RanksDirections(Method, Protocol):
 
 def settings_of(method: Method) -> dict[str, object]:
     """A method's settings as a JSON-ready dictionary, its class name under ``"method"``; nested ones too."""
-    values: dict[str, object] = {}
-    for name in (f.name for f in fields(method)) if is_dataclass(method) else ():
-        value = getattr(method, name)
-        values[name] = settings_of(value) if isinstance(value, Method) else value
-    return {"method": type(method).__name__, **values}
+    own = fields(method) if is_dataclass(method) else ()
+    values: dict[str, object] = {f.name: getattr(method, f.name) for f in own}  # type: ignore[var-annotated]
+    nested = {n: settings_of(v) for n, v in values.items() if isinstance(v, Method)}
+    return {"method": type(method).__name__, **values, **nested}

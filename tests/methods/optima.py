@@ -37,6 +37,7 @@ from tests.methods.common import (
     tail,
     truncated,
 )
+from tests.methods.optima_peers import PEERS
 
 WEIGHT, STATISTICS = layer()
 G, SX, SY = STATISTICS.gradient, STATISTICS.input_second_moment, STATISTICS.output_second_moment
@@ -366,4 +367,5 @@ CHECKS = [
         for select in ("lowest", "highest")
     ),
     Check("filet", "control: the other end", 0.5, filet_other_end_differs, control=True),
+    *PEERS,
 ]

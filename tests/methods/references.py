@@ -49,6 +49,7 @@ from tests.methods.common import (
     relative,
     solve,
 )
+from tests.methods.references_peers import PEERS
 
 WEIGHT, STATISTICS = layer(dtype=torch.float32)
 GRADIENT = STATISTICS.gradient
@@ -357,4 +358,5 @@ CHECKS = [
     Check("lora-ga", "PEFT's is another formula", 0.1, lora_ga_of_peft_is_another, control=True),
     Check("lora-ga", "PEFT's formula, as documented", 1e-4, lora_ga_of_peft_in_what),
     Check("lora-one", "paper's formula", 1e-10, lora_one_formula),
+    *PEERS,
 ]

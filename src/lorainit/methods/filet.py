@@ -42,11 +42,16 @@ class FILet:
             a near-zero pair. None (default): ``q_k`` follows the energies relative to their mean
             over the kept candidates, from a tenth of it up, at the size of a default LoRA row
             (``|A_k|`` about ``1/sqrt(3)``), whatever the units of the loss.
+        loss_batch: energies that `scale_floor` is compared with are those of the mean loss of so many
+            sequences: ours divided by its square. Exact where all sequences of a batch have as many
+            labels (a mean over the batch's labels weighs long ones more), and where padding is none:
+            the code averages second moments over every position.
     """
 
     candidates: Literal["gram", "svd"] = "gram"
     select: Literal["lowest", "highest"] = "lowest"
     scale_floor: float | None = None
+    loss_batch: int = 1
 
     needs: ClassVar[frozenset[str]] = frozenset({"input_second_moment", "output_second_moment"})
 
@@ -55,11 +60,19 @@ class FILet:
         require_choice("select", self.select, ("lowest", "highest"))
         if self.scale_floor is not None:
             require_number("scale_floor", self.scale_floor)
+        if not isinstance(self.loss_batch, int) or self.loss_batch < 1:
+            raise ValueError(
+                f"loss_batch must be a whole number, at least 1, got {self.loss_batch!r}"
+            )
 
     @classmethod
     def paper(cls) -> FILet:
-        """The code's settings: gram candidates, lowest energy, absolute floor 1e-8."""
-        return cls(candidates="gram", select="lowest", scale_floor=1e-8)
+        """The code's settings: gram candidates, lowest energy, absolute floor 1e-8, batches of 8.
+
+        Its runs have rank 32; their ``lora_alpha`` is uncertain: 16, 32 and 64 stand in the fork's
+        arguments, script and notes. Factors depend on it by ``1/sqrt(s)`` only, and ``s B A`` not at all.
+        """
+        return cls(candidates="gram", select="lowest", scale_floor=1e-8, loss_batch=8)
 
     def solve(
         self, weight: Tensor, statistics: LayerStatistics, rank: int, scaling: float
@@ -109,7 +122,7 @@ class FILet:
     def _sizes(self, energy: Tensor, scaling: float) -> Tensor:
         """``q`` ``(..., rank)`` of the kept candidates."""
         if self.scale_floor is not None:
-            return energy.clamp_min(self.scale_floor).sqrt()
+            return (energy / self.loss_batch**2).clamp_min(self.scale_floor).sqrt()
         mean = energy.mean(-1, keepdim=True).clamp_min(torch.finfo(energy.dtype).tiny)
         sizes: Tensor = (energy / mean).clamp_min(_RELATIVE_FLOOR).sqrt()
         return sizes * (ROW_NORM * math.sqrt(scaling))

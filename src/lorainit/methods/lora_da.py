@@ -8,7 +8,7 @@ ICML 2026, arXiv 2510.24561. Checked against the authors' release (github zqy012
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from lorainit import linalg
 from lorainit.linalg.halves import Halves, apart, beside
 from lorainit.linalg.triangle import Triangle, gram_of_lower, lower_inverse
+from lorainit.methods import _lora_da_options as options
 from lorainit.methods._settings import ROW_NORM, require_choice, require_damping, require_number
 from lorainit.types import DampingMode, Factors, LayerStatistics
 
@@ -50,6 +51,11 @@ class _Fisher:
         """``H = diag(1/y) G``, ``(..., out, in)``, over a length ``(...)``."""
         by_row = self.y_inverse if length is None else self.y_inverse / length.unsqueeze(-1)
         return self.gradient * by_row.unsqueeze(-1)
+
+    def change(self) -> Tensor:
+        """``D`` before it is divided by ``sigma``, ``(..., in, out)``."""
+        found: Tensor = -torch.cholesky_solve(self.scaled().mT, self.z_factor)
+        return found
 
     def length(self) -> Tensor:
         """The Frobenius norm of ``H``, ``(...)``, one where it is zero; ``H`` is not formed."""
@@ -132,13 +138,21 @@ class LoraDA:
         damping: added to the diagonals of both factors, see `damping_mode`.
         damping_mode: ``"relative"``: times the mean of each factor's own diagonal; ``"absolute"``:
             as it is, for both. Absolute damping far below a factor's scale leaves it numerically
-            singular; that is an error here, where the authors' release goes on.
+            singular; that is an error here, as in the release's first commit. Its newest goes on.
         population: ``N``, the size of the fine-tuning set; None takes what the statistics know: the
             length of the data set, or the number of sequences counted.
         scale: ``"paper"``: the factors above. ``"calibrated"``: ``A`` has rows of a default LoRA
             row's norm, ``1/sqrt(3)``, and ``B A`` has the length along ``(A0 B0)^T`` at which
             held-back sequences have the least loss, measured by `get_peft_model`, no layer moving by
             more than a quarter of its weight's norm.
+        output_damping: ``lambda_y`` is so many times the median of ``diag(Sy)``; None: as `damping`.
+        rescale_variance: make the variance term as large as the bias term, in Frobenius norm, before
+            `beta`; ``N`` then has no effect.
+        balance: split ``B A`` by roots of its singular values instead.
+
+    The last three are options of the release that its published run leaves off. Left out are its
+    output factor from few sequences (``sequence_lowrank``, by the Woodbury identity), which needs a
+    statistic of its own, every sequence's summed output gradient; and other powers of ``sigma``.
 
     Deviations from the release: eigenvectors to a residual tolerance instead of ten LOBPCG
     iterations, the spectral norm to that tolerance instead of 16 power iterations, relative damping
@@ -152,6 +166,9 @@ class LoraDA:
     damping_mode: DampingMode = "relative"
     population: float | None = None
     scale: Literal["paper", "calibrated"] = "paper"
+    output_damping: float | None = None
+    rescale_variance: bool = False
+    balance: bool = False
 
     needs: ClassVar[frozenset[str]] = frozenset(
         {"gradient", "input_second_moment", "output_second_moment_diagonal"}
@@ -165,6 +182,10 @@ class LoraDA:
         require_choice("scale", self.scale, ("paper", "calibrated"))
         if self.population is not None:
             require_number("population", self.population, inclusive=False)
+        if self.output_damping is not None:
+            require_number("output_damping", self.output_damping, inclusive=False)
+        if self.balance and self.calibrated:
+            raise ValueError("balance splits the paper's factors: leave scale at 'paper'")
 
     @property
     def calibrated(self) -> bool:
@@ -172,9 +193,15 @@ class LoraDA:
         return self.scale == "calibrated"
 
     @classmethod
-    def paper(cls) -> LoraDA:
-        """Settings of the authors' release: absolute damping 1e-6, beta 0.03, gamma 1024."""
-        return cls(beta=0.03, gamma=1024.0, damping=1e-6, damping_mode="absolute")
+    def paper(cls, population: float | None = None) -> LoraDA:
+        """Settings of the authors' release: absolute damping 1e-6, beta 0.03, gamma 1024.
+
+        Args:
+            population: ``N``, 100,000 there. None: what the statistics know; a list of a few hundred
+                sequences makes the variance term hundreds of times heavier, which is said.
+        """
+        settings = {"beta": 0.03, "gamma": 1024.0, "damping": 1e-6, "population": population}
+        return cls(**settings, damping_mode="absolute")  # type: ignore[arg-type]
 
     def solve(
         self, weight: Tensor, statistics: LayerStatistics, rank: int, scaling: float
@@ -197,11 +224,11 @@ class LoraDA:
         fisher = self._fisher(statistics)
         found = self._iterated(fisher, rank, exact=dtype == torch.float64)
         subspace, content = self._dense(fisher, rank) if found is None else found
+        a, b = options.balanced(subspace, content) if self.balance else (subspace.mT, content)
         a_size, b_size = self.gamma**-0.5, self.gamma**-0.5
         if self.calibrated:
             a_size, b_size = ROW_NORM, 1 / ROW_NORM
-        a = (subspace.mT * a_size).to(dtype)
-        b = (content * b_size).to(dtype)
+        a, b = (a * a_size).to(dtype), (b * b_size).to(dtype)
         return Factors(a.to(weight.device), b.to(weight.device), anchored=False)
 
     def _fisher(self, statistics: LayerStatistics) -> _Fisher:
@@ -210,6 +237,8 @@ class LoraDA:
         # Damping is far below a factor's scale: what float32 factors, it may factor badly.
         diagonal = linalg.double_precision(statistics.output_second_moment_diagonal)
         y_damping = linalg.damping_value(diagonal, self.damping, self.damping_mode)
+        if self.output_damping is not None:
+            y_damping = options.median_damping(diagonal, self.output_damping)
 
         def z_damping(moment: Tensor) -> Tensor:
             own = linalg.double_precision(moment.diagonal(dim1=-2, dim2=-1))
@@ -220,13 +249,17 @@ class LoraDA:
 
         y_inverse = 1.0 / (diagonal + y_damping.unsqueeze(-1))
         number = self._population(statistics, y_damping)
-        return _Fisher(
+        found = _Fisher(
             linalg.once(factor, second),
             gradient.to(y_inverse.device),
             y_inverse,
             self.beta * y_inverse.sum(-1) / number,
             1 / z_damping(second),
         )
+        if not self.rescale_variance:
+            return found
+        ratio = options.rescaled_variance(found.change(), found.z_factor)
+        return replace(found, variance=self.beta * self.bias_weight * ratio)
 
     def _iterated(self, fisher: _Fisher, rank: int, *, exact: bool) -> tuple[Tensor, Tensor] | None:
         """``A0`` and ``D^T A0``, with ``D`` never formed; None if that is no gain, or fails.
@@ -292,7 +325,7 @@ class LoraDA:
 
     def _dense(self, fisher: _Fisher, rank: int) -> tuple[Tensor, Tensor]:
         """``A0`` and ``D^T A0`` from dense decompositions of ``Omega``, or of ``D`` without variance."""
-        change = -torch.cholesky_solve(fisher.scaled().mT, fisher.z_factor)
+        change = fisher.change()
         if self.beta == 0:
             subspace = linalg.top_singular(change, rank)[0]
         # Omega times sigma squared has Omega's eigenvectors.
@@ -310,4 +343,6 @@ class LoraDA:
         known = self.population if self.population is not None else statistics.population
         if known is None:
             known = statistics.sequences
+        if self.population is None and self.beta > 0 and not self.rescale_variance:
+            options.warn_of_few(float(torch.as_tensor(known).max()))
         return torch.as_tensor(known, dtype=like.dtype, device=like.device).clamp_min(1.0)

@@ -1,0 +1,68 @@
+"""Options of LoRA-DA's release that are off in its published run, and a warning about its ``N``."""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from lorainit import linalg
+
+logger = logging.getLogger("lorainit")
+
+FEW = 1000
+"""A training set of fewer sequences than this is taken for a sample of one."""
+
+
+def median_damping(diagonal: Tensor, ratio: float) -> Tensor:
+    """``ratio`` times the median of each layer's ``diag(Sy)`` ``(..., out)``, above zero, ``(...)``.
+
+    The release's ``output_damping_ratio``. Of an even number the lower median, as there.
+    """
+    return (ratio * diagonal.median(-1).values).clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def rescaled_variance(change: Tensor, z_factor: Tensor) -> Tensor:
+    """``|D D^T|_F / |Z^-1|_F`` ``(...)``: the weight at which both terms are equally large.
+
+    The release's ``normalize_variance_guidance``.
+
+    Args:
+        change: ``(..., in, out)``, ``D``.
+        z_factor: ``(..., in, in)``, the lower Cholesky factor of ``Z``.
+    """
+    tall = change.shape[-2] >= change.shape[-1]
+    gram = change.mT @ change if tall else change @ change.mT
+    inverse = linalg.once(torch.cholesky_inverse, z_factor)
+    ratio: Tensor = gram.norm(dim=(-2, -1)) / inverse.norm(dim=(-2, -1))
+    return ratio
+
+
+def balanced(subspace: Tensor, content: Tensor) -> tuple[Tensor, Tensor]:
+    """``A`` and ``B`` of ``content subspace^T``, split by roots of its singular values.
+
+    The release's ``balance_factors``.
+
+    Args:
+        subspace: ``(..., in, rank)``, orthonormal columns.
+        content: ``(..., out, rank)``.
+    """
+    u, s, v = linalg.svd(content)
+    u, v = linalg.fix_pair_signs(u, v)
+    return linalg.split_evenly(u, s, subspace @ v)
+
+
+@cache
+def warn_of_few(number: float) -> None:
+    """Say once where ``N`` is so small that it may be a sample's size, not the training set's."""
+    if number >= FEW:
+        return
+    logger.warning(
+        "LoRA-DA: N, the size of the training set, is taken to be %d, the number of sequences given. "
+        "If you will train on more, say so: LoraDA(population=...) or LoraDA.paper(population=...). The "
+        "published N is 100000; the variance term is %d times heavier here.",
+        number,
+        round(100_000 / max(number, 1.0)),
+    )
