@@ -17,7 +17,7 @@ from lorainit.chunks import chunk_bytes, chunks_of, input_key, rounds
 from lorainit.division import device_of, less_at_once, solvers
 from lorainit.errors import AdapterError, LorainitError, NonFiniteError
 from lorainit.linalg import double_precision
-from lorainit.methods.derived import Derived
+from lorainit.methods.protocols import Derived
 from lorainit.statistics import Statistics, distributed
 from lorainit.statistics.travel import Slot, from_owners
 from lorainit.types import (

@@ -19,8 +19,9 @@ from lorainit.calibration import SearchResult
 from lorainit.checks import UNUSED, unused_targets
 from lorainit.chunks import solving_bytes
 from lorainit.errors import AdapterError
-from lorainit.methods.derived import Derived
+from lorainit.importance import ranks_by_importance
 from lorainit.methods.natural import Natural
+from lorainit.methods.protocols import Derived, RanksLayers, redistributes
 from lorainit.methods.vanilla import Vanilla
 from lorainit.probing import (
     UNMEASURED_SIZE,
@@ -144,19 +145,20 @@ class Measured:
 
     def redistributes(self, method: Method) -> bool:
         """Whether the layers' ranks follow from all layers' statistics."""
-        return (
-            self.with_ranks is not None and isinstance(method, RanksDirections) and method.rho > 1
-        )
+        return self.with_ranks is not None and redistributes(method)
 
     def reallocated(self, method: Method, statistics: Statistics | None) -> Measured:
         """The same, each layer at the rank that its directions deserve, where the method says so."""
         if statistics is None or not self.redistributes(method):
             return self
         assert self.with_ranks is not None
-        assert isinstance(method, RanksDirections)
         served = _served(self.targets, unused_targets(statistics, self.targets))
         # The experts of one parameter have one rank: theirs stays.
         served = {name: target for name, target in served.items() if not target.is_expert}
+        if isinstance(method, RanksLayers):
+            ranks = ranks_by_importance(served, statistics, method)
+            return replace(self, targets=self.with_ranks(ranks))
+        assert isinstance(method, RanksDirections)
         configured = {name: target.spec.rank for name, target in served.items()}
         share = int(getattr(method, "rank_factor", 1))
         possible = {
@@ -192,7 +194,6 @@ def find_start(
     """Factors by the method, from statistics or from data; measured, where it asks for that."""
     if isinstance(method, Derived):
         found = find_start(method.like, measured, data, statistics, precision)
-        # What was measured was the other method's loss.
         factors = derive_factors(method, measured.targets.layers, found.factors)
         return found if found.plain else replace(found, factors=factors, search=None)
     calibrated = bool(getattr(method, "calibrated", False))

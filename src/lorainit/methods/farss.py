@@ -7,6 +7,8 @@ Knowledge-Preserving Fine-Tuning", Findings of ACL 2026. Checked against the aut
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from lorainit import linalg
 from lorainit.methods.filet import fisher_energy
-from lorainit.types import Factors, LayerStatistics
+from lorainit.types import Factors, LayerSpec, LayerStatistics
 
 
 @dataclass(frozen=True)
@@ -38,9 +40,11 @@ class FARSS:
     Args:
         highest_from: triplets of the lowest energy below this rank, of the highest from it on; the
             release's rule, with 128.
+        early_blocks: so many first blocks of the model get smaller ranks, see `ranks`; 0 (default): every
+            layer keeps the configured one. The release's scripts have 5 and 7 of 32.
 
     Singular values at rounding are no candidates: both factors of such a triplet would be zero, and
-    would stay so. `importance` and `early_ranks` give the release's ranks.
+    would stay so.
 
     Deviations from the release: second moments over counted tokens and of each sequence's own loss,
     where the release takes eight batches, at most 1,024 positions of each drawn at random, padding
@@ -48,6 +52,7 @@ class FARSS:
     """
 
     highest_from: int = 128
+    early_blocks: int = 0
 
     needs: ClassVar[frozenset[str]] = frozenset({"input_second_moment", "output_second_moment"})
 
@@ -56,11 +61,15 @@ class FARSS:
             raise ValueError(
                 f"highest_from must be a whole number, at least 1, got {self.highest_from!r}"
             )
+        if not isinstance(self.early_blocks, int) or self.early_blocks < 0:
+            raise ValueError(
+                f"early_blocks must be a whole number, at least 0, got {self.early_blocks!r}"
+            )
 
     @classmethod
     def paper(cls) -> FARSS:
-        """The release's rule: the lowest energies below rank 128, the highest from there on."""
-        return cls(highest_from=128)
+        """The release's: lowest energies below rank 128, smaller ranks in the first 5 blocks (of 32)."""
+        return cls(highest_from=128, early_blocks=5)
 
     def solve(
         self, weight: Tensor, statistics: LayerStatistics, rank: int, scaling: float
@@ -114,29 +123,40 @@ class FARSS:
         energy: Tensor = ((outputs @ wide) * (wide @ inputs)).sum((-2, -1))
         return energy / (weight.shape[-2] * weight.shape[-1])
 
+    @property
+    def redistributes(self) -> bool:
+        """Whether ranks other than the configured ones are asked for."""
+        return self.early_blocks > 0
 
-def early_ranks(
-    importance: Mapping[str, float], rank: int, *, average: int = 50, least: int = 1, most: int = 64
-) -> dict[str, int]:
-    """The release's ranks of the first layers: the more important, the smaller.
+    def ranks(
+        self, importance: Mapping[str, float], layers: Mapping[str, LayerSpec]
+    ) -> dict[str, int]:
+        """The release's ranks: in the first blocks the more important a layer, the smaller.
 
-    Rank ``n average (1 / I_l) / sum_k (1 / I_k)`` for the ``n`` layers given, rounded, between `least`
-    and `most`. All other layers keep `rank`. The release gives it the layers of the first decoder
-    blocks (five to seven of 32 in its scripts).
+        Of ``n`` layers in the first blocks, layer ``l`` gets the rank
+        ``n a (1 / I_l) / sum_k (1 / I_k)``, rounded, between 1 and half of its configured rank, where
+        ``a`` is 50 / 128 of it: the release's bounds at its rank, 128. All others keep their rank.
 
-    Args:
-        importance: `FARSS.importance` by layer name, of the first layers alone.
-        rank: of the other layers; no layer gets more.
-        average: rank that the first layers have on average before it is rounded and clipped.
-        least: smallest rank.
-        most: largest rank.
+        Args:
+            importance: `importance` by layer name.
+            layers: of the same layers; the block is the first number in the name.
 
-    Returns:
-        Rank by layer name, in the form of a ``rank_pattern``.
-    """
-    most = min(most, rank)
-    average = min(average, most)
-    total = sum(importance.values())
-    inverse = {name: 1 / (value / total + 1e-12) for name, value in importance.items()}
-    share = average * len(importance) / sum(inverse.values())
-    return {name: max(least, min(most, round(share * one))) for name, one in inverse.items()}
+        Returns:
+            Rank by layer name.
+        """
+        ranks = {name: spec.rank for name, spec in layers.items()}
+        early = [name for name in layers if _block(name) < self.early_blocks]
+        total = sum(importance[name] for name in early)
+        inverse = {n: 1 / ((importance[n] / total if total > 0 else 1.0) + 1e-12) for n in early}
+        unit = sum(inverse.values()) / max(len(early), 1)
+        for name in early:
+            rank = layers[name].rank
+            wanted = round(rank * 50 / 128 * inverse[name] / unit)
+            ranks[name] = max(1, min(rank // 2, wanted))
+        return ranks
+
+
+def _block(name: str) -> float:
+    """The first number among a module name's parts; infinite where there is none."""
+    found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
+    return float(found[1]) if found else math.inf

@@ -35,26 +35,39 @@ class GoRA:
     Args:
         length: of the start, in units of ``G``; the paper's gamma. It depends on the loss reduction,
             as ``G`` does.
-
-    `importance` and `gora_ranks` give the paper's ranks.
+        rho: a layer may get up to so many times its configured rank when `get_peft_model`
+            redistributes ranks; 1 keeps every rank as configured.
+        least: a layer keeps at least so much of its configured rank.
 
     Deviations from the release: the minus sign, which its code leaves out though it measures its error
     against ``-G`` (as read, it starts uphill); ``A A^T`` is inverted by a QR decomposition of ``A``
     instead of a pseudoinverse with 1e-8 added; no search over lengths by the loss (its
-    ``adaptive_lr_selection``, off by default).
+    ``adaptive_lr_selection``, off by default). Ranks count ``sqrt(out + in)`` a direction, as in the
+    paper; the code counts ``out + in`` unless ``gora_features_func`` says ``"sqrt"``.
     """
 
     length: float = 0.05
+    rho: float = 4.0
+    least: float = 0.5
 
     needs: ClassVar[frozenset[str]] = frozenset({"gradient"})
 
     def __post_init__(self) -> None:
         require_number("length", self.length, inclusive=False)
+        require_number("rho", self.rho, above=1.0)
+        require_number("least", self.least)
+        if self.least > 1:
+            raise ValueError(f"least must be at most 1, got {self.least!r}")
 
     @classmethod
     def paper(cls) -> GoRA:
-        """The release's script for Llama 3.1 8B on MetaMathQA: length 0.05."""
-        return cls(length=0.05)
+        """The release's script for Llama 3.1 8B on MetaMathQA: length 0.05, ranks 4 to 32 for 8."""
+        return cls(length=0.05, rho=4.0, least=0.5)
+
+    @property
+    def redistributes(self) -> bool:
+        """Whether ranks other than the configured ones are asked for."""
+        return self.rho > 1
 
     def solve(
         self, weight: Tensor, statistics: LayerStatistics, rank: int, scaling: float
@@ -100,31 +113,28 @@ class GoRA:
         product = linalg.check_finite(weight, "the weight").to(gradient) * gradient
         return product.abs().mean((-2, -1))
 
+    def ranks(
+        self, importance: Mapping[str, float], layers: Mapping[str, LayerSpec]
+    ) -> dict[str, int]:
+        """The paper's ranks (equations 6 to 8): a budget, shared out by importance.
 
-def gora_ranks(
-    importance: Mapping[str, float], layers: Mapping[str, LayerSpec], *, least: int, most: int
-) -> dict[str, int]:
-    """The paper's ranks (equations 6 to 8): a budget, shared out by importance.
+        With ``c_l = sqrt(out + in)`` and the importance's shares ``p_l`` a layer gets the rank
+        ``p_l sum_k(c_k r_k) / c_l``, rounded, between `least` and `rho` times its own ``r_l``.
 
-    With ``c_l = sqrt(out + in)`` and the importance's shares ``p_l``, rank ``p_l sum_k(c_k r_k) / c_l``,
-    rounded, between `least` and `most`. The release's code counts ``out + in`` in place of its root
-    unless ``gora_features_func`` says ``"sqrt"``.
+        Args:
+            importance: `importance` by layer name.
+            layers: of the same layers, at the ranks ``r_k`` that make the budget.
 
-    Args:
-        importance: `GoRA.importance` by layer name.
-        layers: of the same layers, at the ranks ``r_k`` that make the budget.
-        least: smallest rank; half of the configured one in the paper's runs.
-        most: largest rank; four times the configured one in the paper's runs.
-
-    Returns:
-        Rank by layer name, in the form of a ``rank_pattern``.
-    """
-    cost = {n: (spec.out_features + spec.in_features) ** 0.5 for n, spec in layers.items()}
-    budget = sum(cost[name] * spec.rank for name, spec in layers.items())
-    total = sum(importance.values())
-    ranks = {}
-    for name, spec in layers.items():
-        share = importance[name] / total if total > 0 else 1 / len(layers)
-        limit = min(most, spec.out_features, spec.in_features)
-        ranks[name] = max(least, min(limit, round(share * budget / cost[name])))
-    return ranks
+        Returns:
+            Rank by layer name, at least 1 and at most ``min(out, in)``.
+        """
+        cost = {n: (spec.out_features + spec.in_features) ** 0.5 for n, spec in layers.items()}
+        budget = sum(cost[name] * spec.rank for name, spec in layers.items())
+        total = sum(importance.values())
+        ranks = {}
+        for name, spec in layers.items():
+            share = importance[name] / total if total > 0 else 1 / len(layers)
+            most = min(int(self.rho * spec.rank), spec.out_features, spec.in_features)
+            wanted = round(share * budget / cost[name])
+            ranks[name] = max(1, min(most, max(wanted, round(self.least * spec.rank))))
+        return ranks
