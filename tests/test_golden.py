@@ -147,6 +147,12 @@ def test_there_are_cases() -> None:
     assert len(CASES) >= 3
 
 
+def test_one_case_has_the_published_settings() -> None:
+    """So what is compared below is `LoraDA.paper` too, told its population."""
+    published = [case for case in CASES if read(case).method() == lorainit.LoraDA.paper(2000.0)]
+    assert [case.stem for case in published] == ["lora_da_case_b"]
+
+
 @pytest.mark.parametrize("size", [1, 7, 64])
 def test_gradients_subspaces_and_products(golden: Golden, size: int) -> None:
     statistics = golden.collect(size)

@@ -294,6 +294,23 @@ def starts(rank: int, size: int, kind: str, names: Sequence[str]) -> dict[str, A
     return found
 
 
+def ranked_and_turned(rank: int, size: int, kind: str) -> list[dict[str, Tensor]]:
+    """Adapters whose ranks read the weight too, and whose directions follow from it."""
+    methods = lorainit.FARSS(early_blocks=1), lorainit.Random(like=lorainit.LoraDA(population=9.0))
+    return [
+        adapter(
+            lorainit.get_peft_model(
+                wrapped(kind),
+                LoraConfig(r=8, target_modules="all-linear"),
+                method=method,
+                data=part(ROWS, even(size), rank),
+                progress=False,
+            )
+        )
+        for method in methods
+    ]
+
+
 def train(model: Any, rank: int, size: int) -> list[float]:
     """Twenty steps on all rows; gradients are averaged by the wrapper, or here where there is none."""
     torch.manual_seed(0)

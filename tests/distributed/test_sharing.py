@@ -54,3 +54,21 @@ def test_statistics_shared_out(tmp_path: Path) -> None:
         assert "could not be written" in unwritten or rank
         assert other.startswith("StatisticsFileError")
         assert "save them there" in other
+
+
+def test_ranks_and_directions_from_sharded_weights(tmp_path: Path) -> None:
+    """Weights that no process holds whole are gathered for both; all processes and one find the same."""
+    with torch.random.fork_rng(devices=[]):
+        alone = scenarios.ranked_and_turned(0, 1, "plain")
+    results = succeeded(launch(scenarios.ranked_and_turned, 2, tmp_path, "fsdp"))
+    for number, wanted in enumerate(alone):
+        for result in results:
+            found = result[number]
+            assert {key: value.shape for key, value in found.items()} == {
+                key: value.shape for key, value in wanted.items()
+            }
+            assert all(torch.equal(v, results[0][number][key]) for key, v in found.items())
+            for key, value in found.items():
+                torch.testing.assert_close(value, wanted[key], rtol=1e-3, atol=1e-3)
+    ranks = {value.shape[0] for key, value in alone[0].items() if "lora_A" in key}
+    assert len(ranks) > 1
