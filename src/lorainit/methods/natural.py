@@ -1,7 +1,10 @@
 """Natural: the best rank-r natural-gradient step under the Kronecker-factored Fisher.
 
-Of this package. The Fisher factors are K-FAC's (Martens, Grosse, ICML 2015, arXiv 1503.05671), the
-rank-r cut is Eckart-Young in their metric.
+The Fisher factors are K-FAC's (Martens, Grosse, ICML 2015, arXiv 1503.05671), the rank-r cut is
+Eckart-Young in their metric. That direction is CG-LoRA's (Zheng, Proutiere, arXiv 2603.29824; `CGLoRA`);
+FCCA (Ye et al., arXiv 2609.00762) whitens by the factors' diagonals and trains an r x r core alone. Of
+this package are the measured length and number of directions, the balanced rows, the refusal, and
+repeated steps with a cut in the metric.
 """
 
 from __future__ import annotations
@@ -37,6 +40,9 @@ class Natural:
     directions with little signal cost more than they bring, and their rows of ``A`` are random ones
     with a zero column of ``B``. With ``steps > 1`` statistics are taken again at the displaced point,
     and the sum of the steps is cut back to the rank in the metric of the newest ones.
+
+    The direction is that of CG-LoRA (arXiv 2603.29824), and near FCCA's (arXiv 2609.00762); what is
+    measured, the size of the rows, the refusal and the further steps are this package's.
 
     Args:
         damping: added to the diagonals of both factors, see `damping_mode`.
@@ -106,7 +112,7 @@ class Natural:
 
     @classmethod
     def paper(cls) -> Natural:
-        """The defaults: the method is this package's own."""
+        """The defaults: no paper has these settings."""
         return cls()
 
     def solve(
