@@ -162,6 +162,7 @@ def test_input_that_is_not_finite_is_refused(name: str) -> None:
         ("cg-lora", {"damping": -1.0}),
         ("cg-lora", {"anchored": True, "scale": "calibrated"}),
         ("random", {"like": "nothing"}),
+        ("random", {"like": {"method": "pissa", "length": 1.0}}),
         ("random", {"like": METHODS["random"]()}),
         ("random", {"seed": 0.5}),
     ],

@@ -23,6 +23,13 @@ def require_number(name: str, value: float, *, above: float = 0.0, inclusive: bo
         raise ValueError(f"{name} must be a finite number {relation} {above:g}, got {value!r}")
 
 
+def require_whole(name: str, value: int, least: int | None = None) -> None:
+    """Raise ValueError unless `value` is a whole number, and at least `least`."""
+    if not isinstance(value, int) or (least is not None and value < least):
+        bound = "" if least is None else f", at least {least}"
+        raise ValueError(f"{name} must be a whole number{bound}, got {value!r}")
+
+
 def require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """Raise ValueError unless `value` is one of the choices."""
     if value not in choices:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lorainit import linalg
+from lorainit.methods._settings import require_whole
 from lorainit.methods.filet import fisher_energy
 from lorainit.types import Factors, LayerSpec, LayerStatistics
 
@@ -57,14 +58,8 @@ class FARSS:
     needs: ClassVar[frozenset[str]] = frozenset({"input_second_moment", "output_second_moment"})
 
     def __post_init__(self) -> None:
-        if not isinstance(self.highest_from, int) or self.highest_from < 1:
-            raise ValueError(
-                f"highest_from must be a whole number, at least 1, got {self.highest_from!r}"
-            )
-        if not isinstance(self.early_blocks, int) or self.early_blocks < 0:
-            raise ValueError(
-                f"early_blocks must be a whole number, at least 0, got {self.early_blocks!r}"
-            )
+        require_whole("highest_from", self.highest_from, 1)
+        require_whole("early_blocks", self.early_blocks, 0)
 
     @classmethod
     def paper(cls) -> FARSS:

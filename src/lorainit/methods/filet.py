@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lorainit import linalg
-from lorainit.methods._settings import ROW_NORM, require_choice, require_number
+from lorainit.methods._settings import ROW_NORM, require_choice, require_number, require_whole
 from lorainit.types import Factors, LayerStatistics
 
 _RELATIVE_FLOOR = 1e-2
@@ -60,10 +60,7 @@ class FILet:
         require_choice("select", self.select, ("lowest", "highest"))
         if self.scale_floor is not None:
             require_number("scale_floor", self.scale_floor)
-        if not isinstance(self.loss_batch, int) or self.loss_batch < 1:
-            raise ValueError(
-                f"loss_batch must be a whole number, at least 1, got {self.loss_batch!r}"
-            )
+        require_whole("loss_batch", self.loss_batch, 1)
 
     @classmethod
     def paper(cls) -> FILet:

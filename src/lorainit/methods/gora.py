@@ -57,7 +57,7 @@ class GoRA:
         require_number("rho", self.rho, above=1.0)
         require_number("least", self.least)
         if self.least > 1:
-            raise ValueError(f"least must be at most 1, got {self.least!r}")
+            raise ValueError(f"least must be at most 1, the configured rank, got {self.least!r}")
 
     @classmethod
     def paper(cls) -> GoRA:

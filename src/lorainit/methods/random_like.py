@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lorainit import linalg
+from lorainit.methods._settings import require_whole
 from lorainit.methods.natural import Natural
 from lorainit.types import Factors, LayerStatistics, Method
 
@@ -47,8 +48,7 @@ class Random:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "like", _method(self.like))
-        if not isinstance(self.seed, int):
-            raise ValueError(f"seed must be a whole number, got {self.seed!r}")
+        require_whole("seed", self.seed)
 
     @classmethod
     def paper(cls) -> Random:
@@ -142,11 +142,13 @@ def _method(like: object) -> Method:
         name = like.get("method")
     if isinstance(name, str):
         if name not in by_name:
-            raise ValueError(f"like={name!r} is no method. There are: {', '.join(METHODS)}.")
+            raise ValueError(f"like names no method, {name!r}. There are: {', '.join(METHODS)}.")
         kind = by_name[name]
         known = {f.name for f in fields(kind)} if is_dataclass(kind) else set()
         if unknown := sorted(set(settings) - known):
-            raise ValueError(f"like={name!r} has no setting {unknown[0]!r}")
+            raise ValueError(
+                f"like has no setting {unknown[0]!r}: {name} has {', '.join(sorted(known))}."
+            )
         found: Method = kind(**settings)
         return found
     if isinstance(like, (Random, type)) or not isinstance(like, Method):
