@@ -35,7 +35,8 @@ class Astra:
         select: ``"highest"`` (default), what the release's scripts and PEFT's port take; ``"lowest"``,
             as the name and the abstract ("tail eigenvectors") read, and the release's ``"KPM"``.
             In a layer with more outputs than inputs the lowest eigenvalues are zero: ``V`` is then
-            orthogonal to every output, and ``A`` zero to rounding.
+            orthogonal to every output, and ``A`` zero to rounding. They take a dense decomposition of
+            an ``(out, out)`` matrix a layer.
 
     The factors stand as they are: as in the release, the scaling is not divided out, so the adapter's
     part of the start is ``s V V^T W``.

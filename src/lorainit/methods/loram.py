@@ -68,9 +68,9 @@ class LoRAM:
             raise RankError("LoRAM needs a rank of at least 2: at 1 both factors are zero. Use 2.")
         dtype = linalg.compute_dtype(weight)
         weight = linalg.check_finite(weight.to(dtype), "the weight")
-        norm = torch.linalg.vector_norm(weight, dim=(-2, -1))
+        norm = linalg.double_precision(weight).norm(dim=(-2, -1))
         gain = math.log(rank) / math.log(min(rows, columns))
-        beta = (norm * math.sqrt(gain / rank)).sqrt()[..., None, None]
+        beta = (norm * math.sqrt(gain / rank)).sqrt().to(weight)[..., None, None]
         a, b = (sine_basis(size, rank).to(weight) for size in (columns, rows))
         return Factors(beta * a.mT, beta * b, anchored=True)
 
