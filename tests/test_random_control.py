@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 import lorainit
+from lorainit.cli.shared import method_of
 from tests.adapters import tiny
 
 Pairs = dict[str, tuple[Tensor, Tensor]]
@@ -122,6 +124,13 @@ def test_settings_are_written_with_the_other_methods_own(tmp_path) -> None:  # t
     )
     wrapped.save_pretrained(tmp_path)
     assert '"beta": 0.5' in (tmp_path / "lorainit.json").read_text()
+
+
+def test_the_command_line_takes_the_others_name() -> None:
+    options = argparse.Namespace(
+        method="random", paper=False, set={"like": "lora-one", "seed": "2"}
+    )
+    assert method_of(options) == lorainit.Random(like=lorainit.LoraOne(), seed=2)
 
 
 def test_layers_of_unlike_weights_get_unlike_directions() -> None:

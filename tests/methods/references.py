@@ -334,7 +334,8 @@ CHECKS = [
     Check("vanilla", "twice as long", 0.15, vanilla_twice_as_long),
     Check("gaussian", "PEFT's draw", 1e-6, lambda: drawn_as_peft(Gaussian(), "gaussian")),
     Check("orthogonal", "PEFT's draw", 1e-6, orthogonal_is_pefts),
-    Check("pissa", "PEFT's factors", 1e-5, lambda: same_as_peft(PiSSA(), "pissa")),
+    # PEFT's SVD is in float32: its rounding differs between processors.
+    Check("pissa", "PEFT's factors", 3e-5, lambda: same_as_peft(PiSSA(), "pissa")),
     Check("pissa", "PEFT's shift of the base", 1e-5, pissa_base_is_ours),
     Check("olora", "PEFT's factors", 1e-5, lambda: same_as_peft(OLoRA(), "olora")),
     Check("eva", "PEFT's subspace and B A", 1e-4, lambda: eva_is_pefts(True)),

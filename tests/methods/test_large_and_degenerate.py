@@ -17,7 +17,9 @@ from lorainit.types import LayerStatistics
 from tests.methods.common import OUT, RANK, angle, layer, product, relative, solve
 
 
-@pytest.mark.parametrize("method", [LoraDA(), LoraDA(beta=3.0), LoraDA.paper()], ids=str)
+@pytest.mark.parametrize(
+    "method", [LoraDA(), LoraDA(beta=3.0), LoraDA.paper(), LoraDA(rescale_variance=True)], ids=str
+)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_lora_da_by_iteration_is_the_dense_one(
     method: LoraDA, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch

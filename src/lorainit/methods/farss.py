@@ -30,8 +30,8 @@ class FARSS:
 
         e_k = S_k^2 (v_k^T Sx v_k) (u_k^T Sy u_k)
 
-    which is FILet's of the singular pair, times ``S_k^2``: half of what the loss changes by, to second
-    order, where the triplet is left out. With the ``rank`` triplets chosen::
+    which is FILet's of the singular pair, times ``S_k^2``: in proportion to what the loss changes by, to
+    second order, where the triplet is left out. With the ``rank`` triplets chosen::
 
         A = S^(1/2) V^T,   B = U S^(1/2)
 

@@ -1,6 +1,7 @@
 """FILet: directions of the pretrained weight, scored by how strongly predictions react to them.
 
-Feng, Lin, Kao, "FILet", ICML 2026, arXiv 2605.01046. Its code was seen only through a third party's
+Feng, Lin, Kao, "Learning in the Fisher Subspace: A Guided Initialization for LoRA Fine-Tuning" (FILet),
+ICML 2026, arXiv 2605.01046. Its code was seen only through a third party's
 fork, not in the authors' own repository; where text and code disagree, the docstring says so.
 """
 
