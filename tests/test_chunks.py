@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from lorainit import chunks
 from lorainit.adapters.targets import Target
-from lorainit.chunks import chunks_of
-from lorainit.linalg import halves, leading, limits
-from lorainit.linalg.halves import Halves, Leading
+from lorainit.linalg import leading, split_precision, thresholds
+from lorainit.linalg.split_precision import Halves, Leading
 from lorainit.methods import EVA, LoraDA, LoraGA, LoraOne
+from lorainit.solve import stacks
+from lorainit.solve.stacks import chunks_of
 from lorainit.statistics import Statistics
-from lorainit.statistics.footprint import LiveBytes
+from lorainit.statistics.memory.peak import LiveBytes
 from lorainit.types import LayerSpec, LayerStatistics
 
 OUT, INNER = 32, 16
@@ -70,14 +70,14 @@ def test_a_solve_takes_what_the_method_says(
     dtype: torch.dtype, method: LoraGA | LoraOne | EVA, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Statistics that come from the host, their stack, and the split of matrix units included."""
-    for place in (leading, limits):
+    for place in (leading, thresholds):
         monkeypatch.setattr(place, "on_matrix_units", lambda matrix: True, raising=False)
     # On an accelerator halves are multiplied as they are.
     monkeypatch.setattr(Halves, "times", lambda self, block: dense @ block)
     monkeypatch.setattr(Halves, "transposed_times", lambda self, block: dense.mT @ block)
     monkeypatch.setattr(Leading, "gram_times", lambda self, block: dense.mT @ (dense @ block))
     # A slab is small beside a real stack.
-    monkeypatch.setattr(halves, "_SLAB", 2**14)
+    monkeypatch.setattr(split_precision, "_SLAB", 2**14)
     n, count = 1024, 2
     rng = torch.Generator().manual_seed(0)
     fall = torch.arange(1, n + 1).reciprocal()
@@ -87,7 +87,7 @@ def test_a_solve_takes_what_the_method_says(
         gradient=gradient, input_second_moment=torch.diag(fall), input_mean=fall.sqrt() / n
     ).only(method.needs)
     weight = torch.zeros(count, n, n, dtype=dtype)
-    unit = sum(chunks.statistic_bytes((n, n), method.needs - {"gradient"}).values()) + 4 * n * n
+    unit = sum(stacks.statistic_bytes((n, n), method.needs - {"gradient"}).values()) + 4 * n * n
     fields = {f: t for f in LayerStatistics.TENSORS if (t := getattr(layer, f)) is not None}
     with LiveBytes() as meter:
         moved = [replace(layer, **{f: t.clone() for f, t in fields.items()}) for _ in range(count)]
@@ -99,21 +99,21 @@ def test_a_solve_takes_what_the_method_says(
 def test_float64_and_what_says_nothing_get_a_small_share(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a budget; within none, what is free decides."""
     free = 160 * 2**30
-    monkeypatch.setattr(chunks, "device_of", lambda target: torch.device("cuda"))
+    monkeypatch.setattr(stacks, "device_of", lambda target: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2**30)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2**30)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, free))
     targets, room = targets_of(SIX), 16 * 2**30
 
     def size(method: object, *, exact: bool = False) -> int:
-        return chunks.chunk_bytes(targets, method, room + 2**30, exact=exact)  # type: ignore[arg-type]
+        return stacks.chunk_bytes(targets, method, room + 2**30, exact=exact)  # type: ignore[arg-type]
 
     assert size(LoraGA()) == room // LoraGA.workspace
-    assert size(EVA()) == min(room // EVA.workspace, chunks._ENOUGH_BYTES)
-    assert size(LoraGA(), exact=True) == size(LoraDA()) == room // chunks._SHARE_OF_BUDGET
-    assert chunks.chunk_bytes(targets, LoraGA()) == free // chunks._SHARE_OF_FREE
+    assert size(EVA()) == min(room // EVA.workspace, stacks._ENOUGH_BYTES)
+    assert size(LoraGA(), exact=True) == size(LoraDA()) == room // stacks._SHARE_OF_BUDGET
+    assert stacks.chunk_bytes(targets, LoraGA()) == free // stacks._SHARE_OF_FREE
 
 
 def test_a_method_that_says_nothing_gets_a_small_share() -> None:
     assert not hasattr(LoraDA, "workspace")
-    assert 2 * max(m.workspace for m in (LoraGA, LoraOne, EVA)) <= chunks._SHARE_OF_BUDGET
+    assert 2 * max(m.workspace for m in (LoraGA, LoraOne, EVA)) <= stacks._SHARE_OF_BUDGET

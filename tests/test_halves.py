@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorainit.linalg import halves
-from lorainit.linalg.halves import Halves
-from lorainit.linalg.triangle import Triangle, gram_of_lower, lower_inverse
-from lorainit.statistics.footprint import LiveBytes
+from lorainit.linalg import split_precision
+from lorainit.linalg.split_precision import Halves
+from lorainit.linalg.triangular import Triangle, gram_of_lower, lower_inverse
+from lorainit.statistics.memory.peak import LiveBytes
 
 FLOAT32 = 4e-7
 """What a product in float32 is off by, relative, with sums of some hundred terms."""
@@ -133,7 +133,7 @@ def test_badly_conditioned_factors_lose_what_float32_loses() -> None:
 
 @pytest.mark.parametrize("panel", [64, 128, 1024])
 def test_gram_of_lower(panel: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lorainit.linalg.triangle._PANEL", panel)
+    monkeypatch.setattr("lorainit.linalg.triangular._PANEL", panel)
     inverse = torch.linalg.inv(factor(2, 300))
     found = gram_of_lower(inverse.float())
     assert off(found, inverse.mT @ inverse) < 1e-6
@@ -147,7 +147,7 @@ def test_slabs_change_nothing(
 ) -> None:
     matrix = random(5, 30, 40).to(dtype)
     whole = Halves.of(matrix)
-    monkeypatch.setattr(halves, "_SLAB", slab)
+    monkeypatch.setattr(split_precision, "_SLAB", slab)
     parts = Halves.of(matrix)
     assert torch.equal(parts.parts, whole.parts)
     assert torch.equal(parts.scale, whole.scale)
@@ -165,7 +165,7 @@ def test_splitting_needs_no_copy_of_the_stack(monkeypatch: pytest.MonkeyPatch) -
             Halves.of(matrix)
         return meter.peak / nbytes
 
-    monkeypatch.setattr(halves, "_SLAB", 1000)
+    monkeypatch.setattr(split_precision, "_SLAB", 1000)
     assert peak() < 1.2
-    monkeypatch.setattr(halves, "_SLAB", 2**24)
+    monkeypatch.setattr(split_precision, "_SLAB", 2**24)
     assert peak() > 1.8

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorainit.statistics.travel import divide
+from lorainit.parallel.exchange import divide
 from tests.distributed import scenarios
 from tests.distributed.launch import launch, succeeded
 

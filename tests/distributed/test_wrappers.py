@@ -10,7 +10,7 @@ from torch import nn
 
 import lorainit
 from lorainit.adapters.wrappers import unwrapped
-from lorainit.statistics.distributed import allotments
+from lorainit.parallel.collectives import allotments
 from tests.distributed.scenarios import METHODS, RAGGED, config
 from tests.statistics import models
 from tests.statistics.models import batches

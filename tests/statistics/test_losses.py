@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lorainit.data.packing import packed_segments
 from lorainit.errors import DataError
-from lorainit.statistics.anatomy import innermost
-from lorainit.statistics.losses import batch_loss, label_kind
-from lorainit.statistics.packing import packed_segments
+from lorainit.models.introspection import innermost
+from lorainit.statistics.loss.batch_loss import batch_loss, label_kind
 from tests.statistics import models
 from tests.statistics.models import VOCABULARY, batches, pad, sequences
 

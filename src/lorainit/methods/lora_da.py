@@ -15,9 +15,15 @@ import torch
 from torch import Tensor
 
 from lorainit import linalg
-from lorainit.linalg.halves import Halves, apart, beside
-from lorainit.linalg.triangle import Triangle, gram_of_lower, lower_inverse
-from lorainit.methods._settings import ROW_NORM, require_choice, require_damping, require_number
+from lorainit.linalg.split_precision import Halves, apart, beside
+from lorainit.linalg.triangular import Triangle, gram_of_lower, lower_inverse
+from lorainit.methods._settings import (
+    ROW_NORM,
+    TRUST_REGION,
+    require_choice,
+    require_damping,
+    require_number,
+)
 from lorainit.types import DampingMode, Factors, LayerStatistics
 
 _Operator = Callable[[Tensor], Tensor]
@@ -156,6 +162,8 @@ class LoraDA:
     needs: ClassVar[frozenset[str]] = frozenset(
         {"gradient", "input_second_moment", "output_second_moment_diagonal"}
     )
+    trust_region: ClassVar[float] = TRUST_REGION
+    """Where the length is measured, see `Natural`."""
 
     def __post_init__(self) -> None:
         require_number("beta", self.beta)
