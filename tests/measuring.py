@@ -10,7 +10,7 @@ from torch import nn
 from lorainit.calibration.held_out_loss import HeldOutLoss
 from lorainit.data.sampling import draw_sample
 from lorainit.statistics import CollectSettings, Statistics
-from lorainit.statistics.collect.planned import (
+from lorainit.statistics.collection import (
     PlannedCollection,
     collect_layers,
     plan_collection,

@@ -66,7 +66,7 @@ def test_solves_are_told_the_memory_that_is_allowed(monkeypatch):
         return 1 << 20
 
     for place in (stacks, layers):
-        monkeypatch.setattr(place, "chunk_bytes", spy)
+        monkeypatch.setattr(place, "stack_bytes", spy)
     lorainit.get_peft_model(
         tiny(),
         configuration(),
@@ -87,7 +87,7 @@ def test_solves_in_float64_are_told_apart(precision, monkeypatch):
         told.append(exact)
         return 1 << 20
 
-    monkeypatch.setattr(stacks, "chunk_bytes", spy)
+    monkeypatch.setattr(stacks, "stack_bytes", spy)
     lorainit.get_peft_model(
         tiny(),
         configuration(),

@@ -26,7 +26,8 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("solve",),
     ("statistics", "adapters"),
     ("methods", "data", "models"),
-    ("linalg", "parallel", "files"),
+    ("parallel",),
+    ("linalg", "files"),
     ("types",),
     ("errors",),
 )

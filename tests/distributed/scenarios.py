@@ -18,9 +18,9 @@ import lorainit
 from lorainit.adapters.anchor import placed_like
 from lorainit.adapters.layers import true_config
 from lorainit.errors import LorainitError
+from lorainit.linalg.block_triangle import mirror, panels
 from lorainit.parallel import collectives, exchange
 from lorainit.parallel.sharding import is_sharded
-from lorainit.statistics.collect.accumulators import panels, unfold
 from lorainit.types import STATISTICS
 from tests.statistics import models
 from tests.statistics.models import Batch, batches, sequences
@@ -169,13 +169,13 @@ def travelling(rank: int, size: int, nbytes: int) -> dict[str, dict[str, Tensor]
     for low, high in panels(600):
         tensors["square"][high:, low:high] = torch.nan
     cpu = torch.device("cpu")
-    exchange.to_owners(tensors, slots, cpu)
+    exchange.reduce_to_owners(tensors, slots, cpu)
     assert set(tensors) == {slot.key for slot in slots if slot.owner == rank}
     owned = {name: tensor.clone() for name, tensor in tensors.items()}
-    exchange.from_owners(tensors, slots, cpu)
+    exchange.broadcast_from_owners(tensors, slots, cpu)
     for tensor in (*tensors.values(), *owned.values()):
         if tensor.shape == (600, 600):
-            unfold(tensor)
+            mirror(tensor)
     assert all(torch.equal(tensors[name], tensor) for name, tensor in owned.items())
     return {"owned": set(owned), "all": tensors}
 
@@ -226,7 +226,7 @@ def shared_out(rank: int, size: int, folder: str) -> dict[str, Any]:
 
 
 def started_alone(statistics: lorainit.Statistics) -> None:
-    with collectives.alone():
+    with collectives.single_process():
         lorainit.get_peft_model(
             models.llama(), config(), method=lorainit.LoraDA(), statistics=statistics
         )
@@ -423,7 +423,7 @@ def by_oneself(rank: int, size: int) -> float:
     """Only one process collects, and has been told that it is alone."""
     if rank:
         return 0.0
-    with collectives.alone():
+    with collectives.single_process():
         found = lorainit.collect_statistics(
             models.llama(), config(), data=batches(RAGGED, 2), needs={"gradient"}, progress=False
         )

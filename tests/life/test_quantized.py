@@ -113,7 +113,7 @@ def test_weights_are_dequantized_a_few_at_a_time(
         return weight
 
     monkeypatch.setattr(layers, "read_weight", reading)
-    monkeypatch.setattr(stacks, "_CHUNK_BYTES", 1)
+    monkeypatch.setattr(stacks, "_STACK_BYTES", 1)
     base = quantized("int8")
     start(base, METHODS[method])
     assert len(most) == 14

@@ -11,7 +11,7 @@ from torch import Tensor
 from lorainit import linalg
 from lorainit.linalg import leading, subspace_iteration, thresholds
 from lorainit.linalg.leading import EACH
-from lorainit.linalg.split_precision import Halves, Leading
+from lorainit.linalg.split_precision import Leading, SplitMatrix
 from lorainit.methods import EVA, METHODS, LoraDA
 from lorainit.types import LayerStatistics
 from tests.methods.common import OUT, RANK, angle, layer, product, relative, solve
@@ -68,15 +68,15 @@ def test_products_in_halves_change_nothing(name: str, monkeypatch: pytest.Monkey
     monkeypatch.setattr(thresholds, "DENSE_LIMIT", 100)
     plain = solve(name, weight, statistics)
     split: list[object] = []
-    of = Halves.of
+    of = SplitMatrix.of
 
-    def spy(matrix: Tensor) -> Halves:
+    def spy(matrix: Tensor) -> SplitMatrix:
         split.append(matrix.shape)
         return of(matrix)
 
     for place in (linalg, thresholds):
         monkeypatch.setattr(place, "has_matrix_units", lambda like: True)
-    monkeypatch.setattr(Halves, "of", staticmethod(spy))
+    monkeypatch.setattr(SplitMatrix, "of", staticmethod(spy))
     found = solve(name, weight, statistics)
     assert split
     # What an iteration is asked for.

@@ -17,21 +17,22 @@ import lorainit
 from lorainit.adapters.targets import match_targets
 from lorainit.data.batch import Batch
 from lorainit.errors import MemoryPlanError
+from lorainit.linalg.block_triangle import FOLD_FROM, mirror, panels
 from lorainit.statistics import CollectSettings
-from lorainit.statistics.collect.accumulators import FOLD_FROM, add_gram, panels, unfold
+from lorainit.statistics.collect.accumulators import add_gram
 from lorainit.statistics.memory import planner
 from lorainit.statistics.memory.peak import LiveBytes, held_bytes
 from lorainit.statistics.memory.plan import (
     BatchSize,
     make_plan,
-    parse_bytes,
     statistic_bytes,
     total_bytes,
 )
 from lorainit.types import STATISTICS, LayerStatistics
+from lorainit.types.byte_size import parse_bytes
 from tests.measuring import collected, planned
 
-collecting = importlib.import_module("lorainit.statistics.collect.planned")
+collecting = importlib.import_module("lorainit.statistics.collection")
 
 NEEDS = frozenset(STATISTICS)
 LORA_DA = frozenset({"gradient", "input_second_moment", "output_second_moment_diagonal"})
@@ -233,7 +234,7 @@ def test_folded_grams_are_grams(width: int) -> None:
     if width >= FOLD_FROM:
         low, high = panels(width)[0]
         assert not total[high:, low:high].any()
-    torch.testing.assert_close(unfold(total), flat.mT @ flat)
+    torch.testing.assert_close(mirror(total), flat.mT @ flat)
 
 
 def test_a_budget_is_bytes_or_a_text() -> None:

@@ -24,8 +24,8 @@ from lorainit.calibration.sizes import FIRST_SIZE, length_for, relative_sizes, w
 from lorainit.calibration.step_stack import Pairs, StepStack
 from lorainit.models.displacement import LowRank
 from lorainit.parallel import collectives
-from lorainit.parallel.exchange import Slot, from_owners
-from lorainit.solve.ownership import device_of, solvers
+from lorainit.parallel.exchange import Slot, broadcast_from_owners
+from lorainit.solve.ownership import device_of, layer_owners
 from lorainit.statistics import Statistics
 from lorainit.types import Factors, TakesSteps
 
@@ -61,9 +61,9 @@ class RepeatedSteps:
 
     def take(self, statistics: Statistics, held_out: HeldOutLoss) -> SearchResult:
         """One step from statistics taken at the present displacement; `held_out` measures its length."""
-        self._owners = solvers(self.targets, statistics)
+        self._owners = layer_owners(self.targets, statistics)
         self._norms = self._norms or weight_norms(self.targets)
-        with collectives.together():
+        with collectives.shared_errors():
             self._stacks = [
                 stack
                 for members in self._groups()
@@ -121,7 +121,7 @@ class RepeatedSteps:
         Its pairs have the layer's rank, or `width` where that is given.
         """
         own: dict[Any, Tensor] = {}
-        with collectives.together():
+        with collectives.shared_errors():
             for stack in self._stacks:
                 left, right = (half.to(dtype).contiguous() for half in placed(stack))
                 for i, target in enumerate(stack.targets):
@@ -133,7 +133,7 @@ class RepeatedSteps:
             slots.append(Slot((name, "left"), owner, (spec.out_features, rank), dtype))
             slots.append(Slot((name, "right"), owner, (rank, spec.in_features), dtype))
         device = device_of(next(iter(self.targets.values())))
-        from_owners(own, slots, device)
+        broadcast_from_owners(own, slots, device)
         return {name: (own[name, "left"], own[name, "right"]) for name in self.targets}
 
     def _terms(

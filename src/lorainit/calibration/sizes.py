@@ -30,7 +30,7 @@ def length_for(sizes: Mapping[str, float], size: float) -> float:
     """The length at which the median layer moves by `size` of its weight's norm."""
     median = stats.median(sizes.values()) if sizes else 0.0
     # A search that began elsewhere on another process might end after another number of trials.
-    return collectives.of_first(size / median if median > 0 else 1.0)
+    return collectives.from_rank_zero(size / median if median > 0 else 1.0)
 
 
 def weight_norms(targets: Mapping[str, Target]) -> dict[str, float]:

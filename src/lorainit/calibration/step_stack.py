@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lorainit.adapters.targets import Target
 from lorainit.linalg.low_rank_sum import LowRankSum
-from lorainit.solve.ownership import less_at_once
+from lorainit.solve.ownership import after_out_of_memory
 from lorainit.statistics import Statistics
 from lorainit.types import LayerStatistics, TakesSteps
 
@@ -78,7 +78,7 @@ class StepStack:
         except torch.OutOfMemoryError:
             # Handled below: until here the traceback holds what was allocated.
             pass
-        parts, device = less_at_once(targets, device)
+        parts, device = after_out_of_memory(targets, device)
         return [
             stack
             for part in parts

@@ -49,7 +49,7 @@ class Sample:
         units = int(collectives.sum_counts([sum(batch.units for batch in self.batches)])[0])
         every = max(2, round(1 / share))
         apart = all(batch.separable for batch in self.batches)
-        if collectives.anywhere(not apart) and units > 1:
+        if collectives.any_process(not apart) and units > 1:
             # Whole batches are few.
             every = min(every, units)
         kept: list[Batch] = []
@@ -60,7 +60,7 @@ class Sample:
             seen += batch.units
             kept += batch.take([not flag for flag in back])
             held += batch.take(back)
-        if not (collectives.anywhere(bool(kept)) and collectives.anywhere(bool(held))):
+        if not (collectives.any_process(bool(kept)) and collectives.any_process(bool(held))):
             what = "sequences" if apart else "batches (their sequences cannot run apart)"
             raise DataError(
                 f"data has {units} {what}, too few to hold back {share:.0%} for measuring the length of "
@@ -90,7 +90,7 @@ def draw_sample(data: object, max_sequences: int | None, config: object = None) 
         batches = list(take_sequences(arriving(data, config), max_sequences))
     else:
         batches = _part_of_process(data, max_sequences, config, rank, size)
-    if not collectives.anywhere(bool(batches)):
+    if not collectives.any_process(bool(batches)):
         raise DataError(
             "data gave no sequences: the iterable is empty, or exhausted by an earlier pass. "
             "Give a DataLoader or a list of batches."
@@ -142,14 +142,14 @@ def _part_of_process(
 ) -> list[Batch]:
     kept: list[Batch] = []
     if cap is None:
-        with collectives.together():
+        with collectives.shared_errors():
             kept += arriving(data, config)
         return kept
     rest: Any = None
     have, exhausted = 0, False
     part = cap // size + (1 if rank < cap % size else 0)
     while True:
-        with collectives.together():
+        with collectives.shared_errors():
             rest = arriving(data, config) if rest is None else rest
             while have < part and not exhausted:
                 batch = next(rest, None)
@@ -159,7 +159,7 @@ def _part_of_process(
                     kept.append(batch)
                     have += batch.sequences
         known = collectives.gather_objects((have, exhausted))
-        parts = collectives.allotments(cap, [n for n, _ in known], [not end for _, end in known])
+        parts = collectives.parts_of_cap(cap, [n for n, _ in known], [not end for _, end in known])
         part = parts[rank]
         if all(wanted <= has for wanted, (has, _) in zip(parts, known, strict=True)):
             return list(take_sequences(kept, part)) if part else []

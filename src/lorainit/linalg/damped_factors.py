@@ -10,7 +10,7 @@ from torch import Tensor
 from lorainit.errors import FactorizationError
 from lorainit.linalg.batched import double_precision
 from lorainit.linalg.checks import all_finite, check_finite
-from lorainit.linalg.streams import side_by_side
+from lorainit.linalg.streams import concurrent_streams
 from lorainit.types import DampingMode
 
 _LOOP_FROM = 256
@@ -100,7 +100,7 @@ def _cholesky(matrix: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
     columns = torch.empty(matrix.shape, dtype=damping.dtype, device=matrix.device)
     infos = torch.empty(damping.shape, dtype=torch.int32, device=matrix.device)
     # A factorization is a few threads at work on its panels, then all on a product: several at a time.
-    with side_by_side(matrix.device, min(_AT_ONCE, damping.numel())) as lanes:
+    with concurrent_streams(matrix.device, min(_AT_ONCE, damping.numel())) as lanes:
         for lane, index in zip(cycle(lanes), product(*map(range, damping.shape))):
             with lane():
                 own = columns[index].copy_(matrix[index])

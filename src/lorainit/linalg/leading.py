@@ -10,7 +10,7 @@ from torch import Tensor
 from lorainit.linalg import subspace_iteration
 from lorainit.linalg.dense import eigh, gram_svd, lapack_svd
 from lorainit.linalg.signs import fix_signs, fix_triplet_signs
-from lorainit.linalg.split_precision import Halves
+from lorainit.linalg.split_precision import SplitMatrix
 from lorainit.linalg.thresholds import block_width, dense_limit, on_matrix_units
 
 _SYMMETRIC_LIMIT = 256
@@ -189,7 +189,7 @@ def top_singular(
     Dense up to `dense_limit` (in the smaller dimension). Above it by filtered subspace iteration
     (`subspace_iteration`), until every residual ``|M^T u - s v|`` is below ``tolerance * S[0]`` (in
     float32 by default also `EACH` times its own value); a dense SVD finishes what does not converge. On
-    matrix units residuals are measured by products in `Halves`, some 1e-7 of ``S[0]`` off.
+    matrix units residuals are measured by products in `SplitMatrix`, some 1e-7 of ``S[0]`` off.
 
     Returns:
         ``(..., m, k)``, ``(..., k)`` descending, ``(..., n, k)``.
@@ -244,7 +244,7 @@ def _filtered_svd(
     transposed_times: subspace_iteration.Apply = matrix.mT.matmul
     coarse: subspace_iteration.Apply | None = None
     if on_matrix_units(matrix):
-        halves = Halves.of(matrix)
+        halves = SplitMatrix.of(matrix)
         times, transposed_times = halves.times, halves.transposed_times
         coarse = halves.leading.gram_times
     found = subspace_iteration.filtered(

@@ -21,7 +21,7 @@ _SLAB = 2**24
 """Numbers that are split at once."""
 
 
-class Halves(NamedTuple):
+class SplitMatrix(NamedTuple):
     """A stack of matrices in two parts.
 
     Attributes:
@@ -35,14 +35,14 @@ class Halves(NamedTuple):
     number: int = 1
 
     @classmethod
-    def of(cls, matrix: Tensor) -> Halves:
+    def of(cls, matrix: Tensor) -> SplitMatrix:
         """Of ``(..., m, n)``; of one only, where it is expanded over the last leading dimension."""
         narrow, number = narrowed(matrix)
         wide = torch.promote_types(narrow.dtype, torch.float32)
         scale = largest(narrow, (-2, -1)).to(wide) / LARGEST
         batch, rows, columns = narrow.shape
         parts = narrow.new_empty(batch, 2, rows, columns, dtype=torch.float16)
-        write_digits(narrow, scale.reciprocal(), parts[:, 0], parts[:, 1])
+        split_into(narrow, scale.reciprocal(), parts[:, 0], parts[:, 1])
         return cls(parts.flatten(1, 2), scale.float(), number)
 
     @property
@@ -52,26 +52,26 @@ class Halves(NamedTuple):
 
     def times(self, block: Tensor) -> Tensor:
         """``M @ block`` for ``(..., n, width)``, float32."""
-        right = beside(block.float(), self.number)
+        right = concatenate_columns(block.float(), self.number)
         batch, rows, width = right.shape
         size = largest(right, (-2,)) / LARGEST
         digits = right.new_empty(batch, rows, 2, width, dtype=torch.float16)
-        write_digits(right, size.reciprocal(), digits[:, :, 0], digits[:, :, 1])
+        split_into(right, size.reciprocal(), digits[:, :, 0], digits[:, :, 1])
         found = multiply(self.parts, digits.flatten(2))
         found = found.reshape(batch, 2, -1, 2, width).sum((1, 3))
-        return apart(found.mul_(size * self.scale), block)
+        return split_columns(found.mul_(size * self.scale), block)
 
     def transposed_times(self, block: Tensor) -> Tensor:
         """``M^T @ block`` for ``(..., m, width)``, float32."""
-        right = beside(block.float(), self.number)
+        right = concatenate_columns(block.float(), self.number)
         batch, rows, width = right.shape
         size = largest(right, (-2,)) / LARGEST
         digits = right.new_empty(batch, 2, rows, 2, width, dtype=torch.float16)
-        write_digits(right, size.reciprocal(), digits[:, 0, :, 0], digits[:, 0, :, 1])
+        split_into(right, size.reciprocal(), digits[:, 0, :, 0], digits[:, 0, :, 1])
         digits[:, 1] = digits[:, 0]
         found = multiply(self.parts.mT, digits.flatten(3).flatten(1, 2))
         found = found.reshape(batch, -1, 2, width).sum(2)
-        return apart(found.mul_(size * self.scale), block)
+        return split_columns(found.mul_(size * self.scale), block)
 
 
 class Leading(NamedTuple):
@@ -80,7 +80,7 @@ class Leading(NamedTuple):
     Attributes:
         part: ``(batch, m, n)`` float16.
         scale: ``(batch, 1, 1)`` float32.
-        number: as of `Halves`.
+        number: as of `SplitMatrix`.
     """
 
     part: Tensor
@@ -100,13 +100,13 @@ class Leading(NamedTuple):
         return self.transposed_times(self.times(block))
 
     def _product(self, left: Tensor, block: Tensor) -> Tensor:
-        right = beside(block.float(), self.number)
+        right = concatenate_columns(block.float(), self.number)
         size = largest(right, (-2,)) / LARGEST
         found = multiply(left, (right / size).half())
-        return apart(found.mul_(size * self.scale), block)
+        return split_columns(found.mul_(size * self.scale), block)
 
 
-def write_digits(matrix: Tensor, factor: Tensor, high: Tensor, low: Tensor) -> None:
+def split_into(matrix: Tensor, factor: Tensor, high: Tensor, low: Tensor) -> None:
     """Leading and remaining digits of ``matrix * factor`` into float16 tensors of its shape.
 
     Slab by slab, so that a large stack needs no other float32 copy.
@@ -153,7 +153,7 @@ def narrowed(matrix: Tensor) -> tuple[Tensor, int]:
     return matrix.reshape(-1, *matrix.shape[-2:]), 1
 
 
-def beside(block: Tensor, number: int) -> Tensor:
+def concatenate_columns(block: Tensor, number: int) -> Tensor:
     """Blocks ``(..., number, n, width)`` of one matrix side by side: ``(batch, n, number * width)``."""
     rows, width = block.shape[-2:]
     if number == 1:
@@ -161,8 +161,8 @@ def beside(block: Tensor, number: int) -> Tensor:
     return block.transpose(1, 2).reshape(len(block), rows, number * width)
 
 
-def apart(found: Tensor, like: Tensor) -> Tensor:
-    """The inverse of `beside`, with the leading dimensions of `like`."""
+def split_columns(found: Tensor, like: Tensor) -> Tensor:
+    """The inverse of `concatenate_columns`, with the leading dimensions of `like`."""
     rows, width = found.shape[-2], like.shape[-1]
     if found.shape[-1] == width:
         return found.reshape(*like.shape[:-2], rows, width)

@@ -30,7 +30,7 @@ def has_matrix_units(like: Tensor) -> bool:
 
 
 def on_matrix_units(matrix: Tensor) -> bool:
-    """Whether large products with this matrix are quickest in `Halves`."""
+    """Whether large products with this matrix are quickest in `SplitMatrix`."""
     return matrix.dtype == torch.float32 and has_matrix_units(matrix)
 
 

@@ -14,12 +14,12 @@ from torch import Tensor
 from lorainit.linalg.split_precision import (
     LARGEST,
     accumulate,
-    apart,
-    beside,
+    concatenate_columns,
     largest,
     multiply,
     narrowed,
-    write_digits,
+    split_columns,
+    split_into,
 )
 
 _BLOCK = 2048
@@ -59,7 +59,7 @@ class Triangle:
 
     def solve(self, right: Tensor) -> Tensor:
         """``L^-1 right`` for ``(..., n, width)``, in the factor's dtype."""
-        rest = beside(right, self.number)
+        rest = concatenate_columns(right, self.number)
         out = torch.empty_like(rest)
         for index, (first, end) in enumerate(pairwise(self.edges)):
             part = rest[:, first:end]
@@ -67,11 +67,11 @@ class Triangle:
                 row = self.lower[:, first:end, :first]
                 part = torch.baddbmm(part, row, out[:, :first], alpha=-1)
             out[:, first:end] = self._inverse(index) @ part
-        return apart(out, right)
+        return split_columns(out, right)
 
     def solve_transposed(self, right: Tensor) -> Tensor:
         """``L^-T right``."""
-        rest = beside(right, self.number)
+        rest = concatenate_columns(right, self.number)
         out = torch.empty_like(rest)
         n = self.edges[-1]
         for index, (first, end) in reversed(list(enumerate(pairwise(self.edges)))):
@@ -80,11 +80,13 @@ class Triangle:
                 column = self.lower[:, end:, first:end]
                 part = torch.baddbmm(part, column.mT, out[:, end:], alpha=-1)
             out[:, first:end] = self._inverse(index).mT @ part
-        return apart(out, right)
+        return split_columns(out, right)
 
     def solve_quickly(self, right: Tensor) -> Tensor:
         """``L^-1 right`` for a wide right side ``(..., n, m)``, by products in halves; float32."""
-        return apart(self._substitute(beside(right, self.number).float()), right)
+        return split_columns(
+            self._substitute(concatenate_columns(right, self.number).float()), right
+        )
 
     def inverse_quickly(self) -> Tensor:
         """``L^-1`` ``(batch, n, n)``, by products in halves; float32."""
@@ -116,7 +118,7 @@ class Triangle:
             if first:
                 # By columns, as the factor mostly is.
                 row = lower.new_empty(2, len(lower), first, end - first, dtype=torch.float16).mT
-                write_digits(lower[:, first:end, :first], unit.reciprocal(), row[0], row[1])
+                split_into(lower[:, first:end, :first], unit.reciprocal(), row[0], row[1])
                 before = first if right is None else columns
                 done, rest = known[:, :, :first, :before], part[..., :before]
                 for left_digits, right_digits in ((0, 0), (0, 1), (1, 0)):
@@ -124,9 +126,7 @@ class Triangle:
             solved = product((self._inverse(index) * unit).float(), part)
             out[:, first:end, :reach] = solved
             one = torch.ones_like(size)
-            write_digits(
-                solved, one, known[0, :, first:end, :reach], known[1, :, first:end, :reach]
-            )
+            split_into(solved, one, known[0, :, first:end, :reach], known[1, :, first:end, :reach])
         return out.mul_(size / unit.float())
 
 
@@ -136,7 +136,7 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     for matrix in (left, right):
         size = largest(matrix, (-2, -1)) / LARGEST
         pair = matrix.new_empty(2, *matrix.shape, dtype=torch.float16)
-        write_digits(matrix, size.reciprocal(), pair[0], pair[1])
+        split_into(matrix, size.reciprocal(), pair[0], pair[1])
         sizes.append(size)
         digits.append(pair)
     (a, b), (c, d) = digits
@@ -151,7 +151,7 @@ def gram_of_lower(lower: Tensor) -> Tensor:
     n = lower.shape[-1]
     scale = largest(lower, (-2, -1)) / LARGEST
     digits = lower.new_empty(2, *lower.shape, dtype=torch.float16)
-    write_digits(lower, scale.reciprocal(), digits[0], digits[1])
+    split_into(lower, scale.reciprocal(), digits[0], digits[1])
     out = torch.empty_like(lower)
     for first in range(0, n, _PANEL):
         end = min(first + _PANEL, n)

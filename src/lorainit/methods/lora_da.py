@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lorainit import linalg
-from lorainit.linalg.split_precision import Halves, apart, beside
+from lorainit.linalg.split_precision import SplitMatrix, concatenate_columns, split_columns
 from lorainit.linalg.triangular import Triangle, gram_of_lower, lower_inverse
 from lorainit.methods._settings import (
     ROW_NORM,
@@ -100,8 +100,8 @@ def _with_fewer_digits(
     weight, narrow = ratio[..., None, None].float(), unit.reshape(len(triangle.lower), -1)[:, 0]
     scale = narrow.rsqrt()[:, None, None]
     if linalg.has_matrix_units(h):
-        z = Halves.of(gram_of_lower(triangle.inverse_quickly().mul_(scale.float())))
-        z, halves = z._replace(number=triangle.number), Halves.of(h)
+        z = SplitMatrix.of(gram_of_lower(triangle.inverse_quickly().mul_(scale.float())))
+        z, halves = z._replace(number=triangle.number), SplitMatrix.of(h)
         both, leading = (
             _Products(inverse.times, change.times, change.transposed_times, weight)
             for inverse, change in ((z, halves), (z.leading, halves.leading))
@@ -110,7 +110,7 @@ def _with_fewer_digits(
     root, low = (lower_inverse(triangle.lower) * scale).float(), h.float()
 
     def inverse(block: Tensor) -> Tensor:
-        return apart(root.mT @ (root @ beside(block, triangle.number)), block)
+        return split_columns(root.mT @ (root @ concatenate_columns(block, triangle.number)), block)
 
     return _Products(inverse, low.matmul, low.mT.matmul, weight), None
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 
-def innermost(model: nn.Module) -> nn.Module:
+def innermost_model(model: nn.Module) -> nn.Module:
     """The model inside wrappers (PEFT, data parallel, compile), which know little of themselves."""
     while True:
         if callable(get := getattr(model, "get_base_model", None)):
@@ -51,7 +51,7 @@ def model_dtype(model: nn.Module) -> torch.dtype:
 
 def encoder_of(model: nn.Module) -> nn.Module | None:
     """The encoder of an encoder-decoder model, None of others."""
-    base = innermost(model)
+    base = innermost_model(model)
     if not getattr(getattr(base, "config", None), "is_encoder_decoder", False):
         return None
     get = getattr(base, "get_encoder", None)

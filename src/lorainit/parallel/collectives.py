@@ -1,7 +1,7 @@
 """Many processes as one: counts are added, and an error anywhere is one everywhere.
 
 Every function is a collective where a process group is up: all processes must call it. Without a
-group, or inside `alone`, each is a group of one and nothing travels.
+group, or inside `single_process`, each is a group of one and nothing travels.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _alone: ContextVar[bool] = ContextVar("alone", default=False)
 
 
 @contextmanager
-def alone() -> Iterator[None]:
+def single_process() -> Iterator[None]:
     """Inside, this process counts as the only one, whatever process group is up."""
     token = _alone.set(True)
     try:
@@ -85,22 +85,22 @@ def _maxima(values: Sequence[int]) -> list[int]:
     return [int(value) for value in tensor.tolist()]
 
 
-def largest(value: int) -> int:
+def maximum(value: int) -> int:
     """The largest value of all processes."""
     return _maxima([value])[0]
 
 
-def anywhere(flag: bool) -> bool:
+def any_process(flag: bool) -> bool:
     """Whether it is so on some process."""
     return bool(_maxima([int(flag)])[0])
 
 
-def everywhere(flag: bool) -> bool:
+def every_process(flag: bool) -> bool:
     """Whether it is so on every process."""
-    return not anywhere(not flag)
+    return not any_process(not flag)
 
 
-def same_everywhere(value: object) -> bool:
+def equal_everywhere(value: object) -> bool:
     """Whether every process has the same value, by a hash of its ``repr``."""
     digest = hashlib.blake2b(repr(value).encode(), digest_size=7).digest()
     number = int.from_bytes(digest, "little")
@@ -108,7 +108,7 @@ def same_everywhere(value: object) -> bool:
     return most == -least
 
 
-def of_first(value: float) -> float:
+def from_rank_zero(value: float) -> float:
     """Rank 0's value: where processes must take one path, none may trust its own rounding."""
     if world()[1] == 1:
         return value
@@ -117,7 +117,7 @@ def of_first(value: float) -> float:
     return float(values[0])
 
 
-def raise_together(error: Exception | None) -> None:
+def raise_everywhere(error: Exception | None) -> None:
     """Raise on every process if there is an error on any.
 
     Raises:
@@ -125,7 +125,7 @@ def raise_together(error: Exception | None) -> None:
             failed raises its own.
     """
     rank, _ = world()
-    if not anywhere(error is not None):
+    if not any_process(error is not None):
         return
     said = gather_objects(None if error is None else f"{type(error).__name__}: {error}")
     if error is not None:
@@ -138,17 +138,17 @@ def raise_together(error: Exception | None) -> None:
 
 
 @contextmanager
-def together() -> Iterator[None]:
+def shared_errors() -> Iterator[None]:
     """Run the block on every process; if it fails on any, all raise. No collectives inside."""
     error: Exception | None = None
     try:
         yield
     except Exception as caught:
         error = caught
-    raise_together(error)
+    raise_everywhere(error)
 
 
-def allotments(cap: int, available: Sequence[int], open_ended: Sequence[bool]) -> list[int]:
+def parts_of_cap(cap: int, available: Sequence[int], open_ended: Sequence[bool]) -> list[int]:
     """How many of `cap` sequences each process gives: equal shares, where it has them.
 
     Args:

@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lorainit.linalg.block_triangle import FOLD_FROM, panels
 from lorainit.parallel import collectives
-from lorainit.statistics.collect.accumulators import FOLD_FROM, panels
 
 BUFFER_BYTES = 1 << 28
 """A buffer's size, all segments together."""
@@ -94,7 +94,7 @@ class _Round(NamedTuple):
     segments: tuple[list[_Strip], ...]
 
 
-def divide(weights: Mapping[str, int], parts: int) -> dict[str, int]:
+def balanced_owners(weights: Mapping[str, int], parts: int) -> dict[str, int]:
     """Which of `parts` gets each: the heaviest first, each to the part that has least so far."""
     heap = [(0, part) for part in range(parts)]
     found = {}
@@ -105,7 +105,7 @@ def divide(weights: Mapping[str, int], parts: int) -> dict[str, int]:
     return found
 
 
-def to_owners(
+def reduce_to_owners(
     tensors: MutableMapping[Any, Tensor], slots: Sequence[Slot], device: torch.device
 ) -> None:
     """Each slot's sum over all processes, at its owner alone; every other process's part is freed.
@@ -140,7 +140,7 @@ def to_owners(
     _overlapped(_rounds(slots, size), begin)
 
 
-def from_owners(
+def broadcast_from_owners(
     tensors: MutableMapping[Any, Tensor], slots: Sequence[Slot], device: torch.device
 ) -> None:
     """Each slot's tensor on every process, the same to the last bit as its owner's.

@@ -172,7 +172,7 @@ def check_statistics(statistics: Statistics, targets: Targets, method: Method) -
         )
     reached = {n: target for n, target in targets.layers.items() if n not in unused}
     # Each process sees its own layers, and all must agree before they gather weights together.
-    with contextlib.nullcontext() if shares is None else collectives.together():
+    with contextlib.nullcontext() if shares is None else collectives.shared_errors():
         for name, target in reached.items():
             if name in statistics:
                 _check_layer(name, target, statistics[name], method)

@@ -123,7 +123,7 @@ def get_peft_model(
             wrapped = model
         else:
             wrapped = create_adapter(model, config, adapter_name, autocast=autocast_adapter_dtype)
-        with collectives.together():
+        with collectives.shared_errors():
             installing.install(
                 wrapped, adapter_name, start.factors, settings_of(method), measured_losses(start)
             )

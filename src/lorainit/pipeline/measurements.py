@@ -16,13 +16,13 @@ from lorainit.calibration.held_out_loss import HeldOutLoss
 from lorainit.data.sampling import Sample, draw_sample
 from lorainit.errors import AdapterError
 from lorainit.models.displacement import LowRank, displaced
-from lorainit.models.introspection import innermost, input_device
+from lorainit.models.introspection import innermost_model, input_device
 from lorainit.models.state import unchanged_rng
 from lorainit.parallel import collectives
 from lorainit.pipeline.checks import unused_targets
 from lorainit.solve.layers import value_directions
 from lorainit.solve.ranks import allocate_ranks, rank_limits
-from lorainit.statistics.collect.planned import collect_layers, plan_collection
+from lorainit.statistics.collection import collect_layers, plan_collection
 from lorainit.statistics.settings import CollectSettings, Subject
 from lorainit.statistics.store.statistics import Statistics
 from lorainit.types import LimitsRank, Method, RanksDirections
@@ -65,7 +65,7 @@ class Measurements:
 
     def sample(self, data: object) -> Sample:
         """This process's part of the data, kept."""
-        config = getattr(innermost(self.model), "config", None)
+        config = getattr(innermost_model(self.model), "config", None)
         return draw_sample(data, self.settings.max_sequences, config)
 
     def statistics(self, sample: Sample, at: Mapping[str, LowRank] | None = None) -> Statistics:
@@ -115,9 +115,9 @@ class Measurements:
 
     def _fingerprints(self) -> dict[str, torch.Tensor]:
         """Of all targets' weights, which must be the same on every process."""
-        with torch.no_grad(), collectives.together():
+        with torch.no_grad(), collectives.shared_errors():
             found = fingerprints(self.subject.modules)
-        if not collectives.same_everywhere([f.tolist() for f in found.values()]):
+        if not collectives.equal_everywhere([f.tolist() for f in found.values()]):
             raise AdapterError(
                 "the processes hold different base weights: their statistics cannot be added. Load "
                 "the same checkpoint on all of them; under accelerate's FSDP, set "

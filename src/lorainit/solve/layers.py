@@ -16,9 +16,9 @@ from lorainit.adapters.weights import part_of_gather, read_weight
 from lorainit.errors import AdapterError, LorainitError, NonFiniteError
 from lorainit.linalg import double_precision
 from lorainit.parallel import collectives
-from lorainit.parallel.exchange import Slot, from_owners
-from lorainit.solve.ownership import device_of, less_at_once, solvers
-from lorainit.solve.stacks import chunk_bytes, chunks_of, input_key, rounds
+from lorainit.parallel.exchange import Slot, broadcast_from_owners
+from lorainit.solve.ownership import after_out_of_memory, device_of, layer_owners
+from lorainit.solve.stacks import input_key, rounds, stack_bytes, stacks_of
 from lorainit.statistics import Statistics
 from lorainit.types import (
     OF_INPUT,
@@ -50,7 +50,7 @@ def solve_layers(
     everything on a device may take, in bytes.
     """
     rank, size = collectives.world()
-    owners = solvers(targets, statistics)
+    owners = layer_owners(targets, statistics)
     failure: Exception | None = None
     solved: dict[str, Factors] = {}
     sizes: dict[str, float] = {}
@@ -74,7 +74,7 @@ def solve_layers(
                     ]
                     if method.needs & {"gradient", "output_second_moment"}:
                         silent += _without_gradient(chunk, layers)
-                    pairs = _solve_chunk(chunk, weights, layers, method, precision)
+                    pairs = _solve_parts(chunk, weights, layers, method, precision)
                     del layers
                     found = [
                         relative_size(pair, weight, target.spec.scaling)
@@ -92,7 +92,7 @@ def solve_layers(
                 for target in chunks[rank]:
                     statistics.release(target.name)
             bar.update(sum(map(len, chunks)))
-        collectives.raise_together(failure)
+        collectives.raise_everywhere(failure)
         if silent:
             logger.warning(
                 "%s: the gradient of %d of %d layers is exactly zero (%s): the data say nothing about "
@@ -116,16 +116,16 @@ def value_directions(
 ) -> dict[str, Tensor]:
     """What each layer's leading directions are worth, ``(limit,)`` by name, the same everywhere."""
     rank, _ = collectives.world()
-    owners = solvers(targets, statistics)
+    owners = layer_owners(targets, statistics)
     found: dict[str, Tensor] = {}
     by_limit: dict[int, dict[str, Target]] = {}
     for name, target in targets.items():
         if owners[name] == rank:
             by_limit.setdefault(limits[name], {})[name] = target
-    budget = chunk_bytes(targets, method, max_memory)
-    with torch.no_grad(), collectives.together():
+    budget = stack_bytes(targets, method, max_memory)
+    with torch.no_grad(), collectives.shared_errors():
         for limit, members in by_limit.items():
-            for chunk in chunks_of(members, budget, method.needs):
+            for chunk in stacks_of(members, budget, method.needs):
                 layers = [
                     _for_solving(statistics[t.name], method.needs, device_of(t), None)
                     for t in chunk
@@ -134,7 +134,7 @@ def value_directions(
                 # In one dtype, so that all know what is coming.
                 found |= {t.name: values[i].cpu().double() for i, t in enumerate(chunk)}
     slots = [Slot(n, owners[n], (limits[n],), torch.float64) for n in targets]
-    from_owners(found, slots, torch.device("cpu"))
+    broadcast_from_owners(found, slots, torch.device("cpu"))
     return {name: found[name] for name in targets}
 
 
@@ -193,12 +193,12 @@ def _exchanged(
             ]
         )
     for device, slots in by_device.items():
-        from_owners(tensors, slots, device)
+        broadcast_from_owners(tensors, slots, device)
     factors = {n: Factors(tensors[n, "A"], tensors[n, "B"], known[n][2]) for n in targets}
     return factors, {n: known[n][3] for n in targets}
 
 
-def _solve_chunk(
+def _solve_parts(
     chunk: list[Target],
     weights: list[Tensor],
     layers: list[LayerStatistics],
@@ -215,12 +215,12 @@ def _solve_chunk(
         # Handled below: until here the traceback holds what was allocated.
         pass
     device = weights[0].device
-    parts, place = less_at_once(chunk, device)
+    parts, place = after_out_of_memory(chunk, device)
     pairs, first = [], 0
     for part in parts:
         own = slice(first, first := first + len(part))
         held = [weight.to(place) for weight in weights[own]]
-        pairs += _solve_chunk(part, held, layers[own], method, precision)
+        pairs += _solve_parts(part, held, layers[own], method, precision)
     return [Factors(p.A.to(device), p.B.to(device), p.anchored) for p in pairs]
 
 

@@ -9,13 +9,13 @@ import torch
 
 from lorainit.adapters.targets import Target
 from lorainit.parallel import collectives
-from lorainit.parallel.exchange import divide
+from lorainit.parallel.exchange import balanced_owners
 from lorainit.statistics import Statistics
 
 logger = logging.getLogger("lorainit")
 
 
-def solvers(targets: Mapping[str, Target], statistics: Statistics | None) -> dict[str, int]:
+def layer_owners(targets: Mapping[str, Target], statistics: Statistics | None) -> dict[str, int]:
     """Which process solves each layer: the one that holds its statistics, or an even division."""
     if statistics is not None and statistics.shares is not None:
         return {name: statistics.shares.owners[name] for name in targets}
@@ -23,7 +23,7 @@ def solvers(targets: Mapping[str, Target], statistics: Statistics | None) -> dic
     for name, target in targets.items():
         out, inner = target.spec.out_features, target.spec.in_features
         weights[name] = out * out + out * inner + inner * inner
-    return divide(weights, collectives.world()[1])
+    return balanced_owners(weights, collectives.world()[1])
 
 
 def device_of(target: Target) -> torch.device:
@@ -32,7 +32,7 @@ def device_of(target: Target) -> torch.device:
     return torch.device("cpu") if found.type == "meta" else found
 
 
-def less_at_once(
+def after_out_of_memory(
     targets: list[Target], device: torch.device
 ) -> tuple[list[list[Target]], torch.device]:
     """What to do about a solve that there was no memory for: half of it, or one layer on the CPU.

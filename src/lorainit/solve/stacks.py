@@ -15,7 +15,7 @@ from lorainit.statistics import Statistics
 from lorainit.statistics.memory.plan import statistic_bytes
 from lorainit.types import OF_INPUT, EstimatesWorkspace, LayerStatistics, Method
 
-_CHUNK_BYTES = 1 << 30
+_STACK_BYTES = 1 << 30
 
 _SHARE_OF_FREE = 10
 _SHARE_OF_BUDGET = 16
@@ -41,15 +41,15 @@ def rounds(
     exact: bool = False,
 ) -> Iterator[list[list[Target]]]:
     """Rounds of one chunk for each process, so that all solve at once between two gathers."""
-    budget = chunk_bytes(targets, method, max_memory, exact=exact)
+    budget = stack_bytes(targets, method, max_memory, exact=exact)
     mine: list[dict[str, Target]] = [{} for _ in range(size)]
     for name, target in targets.items():
         mine[owners[name]][name] = target
-    chunks = [chunks_of(members, budget, method.needs, statistics) for members in mine]
+    chunks = [stacks_of(members, budget, method.needs, statistics) for members in mine]
     yield from (list(turn) for turn in zip_longest(*chunks, fillvalue=[]))
 
 
-def chunks_of(
+def stacks_of(
     targets: Mapping[str, Target],
     budget: int,
     needs: frozenset[str],
@@ -84,7 +84,7 @@ def chunks_of(
                 yield members[first : first + whole]
 
 
-def chunk_bytes(
+def stack_bytes(
     targets: Mapping[str, Target],
     method: Method,
     max_memory: int | None = None,
@@ -101,7 +101,7 @@ def chunk_bytes(
     """
     budget = None
     for device in {device_of(target) for target in targets.values()}:
-        size = _CHUNK_BYTES
+        size = _STACK_BYTES
         if device.type == "cuda":
             held = torch.cuda.memory_allocated(device)
             free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - held
@@ -115,7 +115,7 @@ def chunk_bytes(
                 size = min(size, _ENOUGH_BYTES)
         budget = size if budget is None else min(budget, size)
     # What is free differs between processes, and all must cut the same.
-    return -collectives.largest(-(budget or _CHUNK_BYTES))
+    return -collectives.maximum(-(budget or _STACK_BYTES))
 
 
 def solving_bytes(targets: Mapping[str, Target], needs: frozenset[str]) -> int:

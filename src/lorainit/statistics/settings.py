@@ -11,8 +11,8 @@ from torch import nn
 
 from lorainit.models.introspection import input_device
 from lorainit.statistics.loss.batch_loss import LossFunction
-from lorainit.statistics.memory.plan import parse_bytes
 from lorainit.types import STATISTICS, GradientDtype, LossReduction, TokenMask
+from lorainit.types.byte_size import parse_bytes
 
 OnNonfinite = Literal["raise", "skip"]
 OnUnused = Literal["raise", "default"]

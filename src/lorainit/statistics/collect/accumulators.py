@@ -11,18 +11,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lorainit.statistics.store.packed_symmetric import mirror
+from lorainit.linalg.block_triangle import FOLD_FROM, mirror, panels
+from lorainit.linalg.dtypes import HALF, sum_dtype
 from lorainit.types import GradientDtype, LayerStatistics, LossReduction
-
-HALF = (torch.float16, torch.bfloat16)
 
 _ROUNDED_AT_ONCE = 2**20
 """Numbers of a product that is rounded to bfloat16."""
-
-
-def sum_dtype(operand: torch.dtype) -> torch.dtype:
-    """Dtype of a sum of products of operands of this dtype."""
-    return torch.float64 if operand == torch.float64 else torch.float32
 
 
 def add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
@@ -36,19 +30,6 @@ def add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
     if total is None:
         return left.mT @ right
     return total.addmm_(left.mT, right)
-
-
-FOLD_FROM = 512
-"""From this width a Gram matrix is summed as its upper block triangle."""
-
-_PANELS = 4
-
-
-def panels(width: int) -> list[tuple[int, int]]:
-    """Bounds of the row panels of a block triangle, a multiple of 128 wide where that is possible."""
-    step = -(-width // _PANELS)
-    step = -(-step // 128) * 128 if step > 128 else step
-    return [(low, min(low + step, width)) for low in range(0, width, step)]
 
 
 def add_rounded_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
@@ -69,7 +50,7 @@ def add_rounded_product(total: Tensor | None, left: Tensor, right: Tensor) -> Te
 
 
 def add_gram(total: Tensor | None, rows: Tensor) -> Tensor:
-    """``total + rows^T rows``; from `FOLD_FROM` on only the upper block triangle, see `unfold`."""
+    """``total + rows^T rows``; from `FOLD_FROM` on only the upper block triangle, see `mirror`."""
     width = rows.shape[-1]
     if width < FOLD_FROM:
         return add_product(total, rows, rows)
@@ -85,11 +66,6 @@ def add_gram(total: Tensor | None, rows: Tensor) -> Tensor:
         else:
             part.addmm_(left, right)
     return total
-
-
-def unfold(total: Tensor) -> Tensor:
-    """The whole of a symmetric sum of `add_gram`, in place: what lies below comes from above."""
-    return mirror(total)
 
 
 def add_sum(total: Tensor | None, values: Tensor) -> Tensor:
@@ -117,7 +93,7 @@ class InputSums:
     def finish(self) -> None:
         """Make the second moment whole; once, however many layers share it."""
         if self.second_moment is not None and not self.finished:
-            unfold(self.second_moment)
+            mirror(self.second_moment)
         self.finished = True
 
     def add(self, x: Tensor, needs: frozenset[str]) -> None:
@@ -173,7 +149,7 @@ class LayerSums:
         """The sums as statistics, whole, with the loss scale taken out; once."""
         self.inputs.finish()
         if self.output_second_moment is not None:
-            unfold(self.output_second_moment)
+            mirror(self.output_second_moment)
         if loss_scale != 1.0:
             for tensor, power in (
                 (self.gradient, 1),

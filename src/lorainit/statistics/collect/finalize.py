@@ -55,7 +55,7 @@ def finish(run: Run, subject: Subject, population: float | None, *, whole: bool)
     unused = [name for name in state.layers if name not in owners]
     if owners or whole:
         check_unused(unused, owners, subject)
-    with collectives.together():
+    with collectives.shared_errors():
         _check_layers(layers)
     metadata: dict[str, Any] = {
         "needs": sorted(subject.needs),

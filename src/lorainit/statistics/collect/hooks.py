@@ -26,7 +26,7 @@ from lorainit.types import GRADIENT_STATISTICS, GradientDtype
 
 
 @dataclass(eq=False)
-class _Read:
+class _InputTensor:
     """A tensor that arrived at one or more layers in one forward pass, and whose sums count it."""
 
     tensor: weakref.ref[Tensor]
@@ -40,7 +40,7 @@ class _Read:
 
 
 @dataclass(eq=False)
-class TapState:
+class HookState:
     """What the hooks share: sums by layer, and the batch that is under way.
 
     Attributes:
@@ -59,7 +59,7 @@ class TapState:
     share_inputs: bool = True
     positions: BatchPositions | None = None
     counts: bool = True
-    _reads: list[_Read] = field(default_factory=list)
+    _reads: list[_InputTensor] = field(default_factory=list)
     _met: set[str] = field(default_factory=set)
     encoder_layers: frozenset[str] = frozenset()
     unknown: dict[str, tuple[int, ...]] = field(default_factory=dict)
@@ -83,7 +83,7 @@ class TapState:
         self._reads.clear()
         self._encoder_outputs.clear()
 
-    def arrived(self, name: str, x: Tensor, rows: tuple[Tensor, int] | None = None) -> _Read:
+    def arrived(self, name: str, x: Tensor, rows: tuple[Tensor, int] | None = None) -> _InputTensor:
         """Note that layer `name` reads `x`, at `rows` of the model's positions, and which sums count it.
 
         A layer that on its very first call reads a tensor that another layer's very first call read
@@ -103,11 +103,13 @@ class TapState:
                 read.layers.add(name)
                 return read
         reads_encoder = name in self.encoder_layers or x.data_ptr() in self._encoder_outputs
-        read = _Read(weakref.ref(x), x._version, layer.inputs, reads_encoder, first, {name}, rows)
+        read = _InputTensor(
+            weakref.ref(x), x._version, layer.inputs, reads_encoder, first, {name}, rows
+        )
         self._reads.append(read)
         return read
 
-    def count(self, name: str, read: _Read, x: Tensor | None, g: Tensor | None) -> None:
+    def count(self, name: str, read: _InputTensor, x: Tensor | None, g: Tensor | None) -> None:
         """Add one call of layer `name`: its input, and its output gradient where there is one."""
         if not self.counts:
             return
@@ -182,7 +184,7 @@ def _rows(flat: Tensor, indices: Tensor | None) -> Tensor:
     return flat if indices is None else flat.index_select(0, indices.to(flat.device))
 
 
-class _Tap(torch.autograd.Function):
+class _CaptureGradient(torch.autograd.Function):
     """Identity on a layer's output; its backward adds the call to the running sums."""
 
     @staticmethod
@@ -191,9 +193,9 @@ class _Tap(torch.autograd.Function):
         output: Tensor,
         x: Tensor | None,
         anchor: Tensor,
-        state: TapState,
+        state: HookState,
         name: str,
-        read: _Read,
+        read: _InputTensor,
     ) -> Tensor:
         ctx.mark_dirty(output)
         ctx.save_for_backward(*([] if x is None else [x]))
@@ -213,8 +215,8 @@ class _Tap(torch.autograd.Function):
 
 
 @contextmanager
-def tapped(
-    state: TapState, modules: Mapping[str, nn.Module], encoder: nn.Module | None
+def hooks_on(
+    state: HookState, modules: Mapping[str, nn.Module], encoder: nn.Module | None
 ) -> Iterator[None]:
     """Hooks on `modules` (by target name) for the time of the context, removed whatever happens."""
     # An input that requires a gradient makes autograd follow the outputs of frozen layers.
@@ -243,7 +245,7 @@ def tapped(
             if output._is_view():
                 # Of a quantized layer's own autograd function, say, whose views stay untouched.
                 output = output.clone()
-            return _Tap.apply(output, saved, anchor, state, name, read)  # type: ignore[no-untyped-call]
+            return _CaptureGradient.apply(output, saved, anchor, state, name, read)  # type: ignore[no-untyped-call]
 
         return hook
 

@@ -19,7 +19,7 @@ from lorainit.models.introspection import encoder_of, model_dtype
 from lorainit.parallel import collectives
 from lorainit.parallel.sharding import is_sharded
 from lorainit.statistics.collect.accumulators import LayerSums
-from lorainit.statistics.collect.hooks import TapState, tapped
+from lorainit.statistics.collect.hooks import HookState, hooks_on
 from lorainit.statistics.collect.positions import batch_positions
 from lorainit.statistics.loss.batch_loss import batch_loss, run_forward
 from lorainit.statistics.loss.nonfinite import DeferredChecks, checks_at_once, without_bad
@@ -43,7 +43,7 @@ class Run:
         outputs: by batch, of a pass without losses: ``(rows,)`` numbers, finite where the row is.
     """
 
-    state: TapState
+    state: HookState
     sequences: float
     label_tokens: float
     skipped: int
@@ -70,12 +70,12 @@ def run_batches(subject: Subject, batches: Sequence[Batch], rows: int | None) ->
     parts = [part for batch in batches for part in batch.cut(rows)]
     share, dropped = True, 0
     while True:
-        with collectives.together():
+        with collectives.shared_errors():
             run = _pass(subject, parts, share_inputs=share)
             parts, bad = _without_suspects(parts, run, subject.settings)
         dropped += bad
-        if not collectives.anywhere(bad > 0):
-            if not share or collectives.everywhere(run.state.sharing_held()):
+        if not collectives.any_process(bad > 0):
+            if not share or collectives.every_process(run.state.sharing_held()):
                 _say_unknown(run.state.unknown)
                 return replace(run, skipped=run.skipped + dropped)
             logger.info("inputs shared in one batch were not in another; collecting them apart")
@@ -115,7 +115,7 @@ class _Pass:
         self.device = subject.device
         self.sharded = is_sharded(subject.model)
         self.scale = _FP16_LOSS_SCALE if model_dtype(subject.model) == torch.float16 else 1.0
-        self.state = TapState(
+        self.state = HookState(
             needs,
             {name: LayerSums() for name in subject.modules},
             share_inputs,
@@ -138,7 +138,7 @@ class _Pass:
             unit="seq",
             disable=None if settings.progress else True,
         )
-        taps = tapped(state, self.subject.modules, encoder_of(model))
+        taps = hooks_on(state, self.subject.modules, encoder_of(model))
         with bar, taps, _explained(state) as under_way:
             for part in _rounds(parts, self.left, sharded=self.sharded):
                 under_way[:] = [part]
@@ -203,7 +203,7 @@ class _Pass:
 
     def _shared_work(self) -> Any:
         """Where the backward is shared work, nobody begins it unless everyone can."""
-        return collectives.together() if self.sharded else nullcontext()
+        return collectives.shared_errors() if self.sharded else nullcontext()
 
     def _goes_on(self, part: Batch, loss: Tensor) -> bool:
         """Whether a loss may have its backward: it is finite, or nobody looks, or it counts nothing."""
@@ -223,7 +223,7 @@ class _Pass:
 
 def _rounds(parts: list[Batch], left: list[Batch], *, sharded: bool) -> Iterator[Batch]:
     """Every batch, then what has come to be `left` of some, as often on every process as it must."""
-    while collectives.anywhere(bool(parts)) if sharded else parts:
+    while collectives.any_process(bool(parts)) if sharded else parts:
         yield from even_rounds(parts, sharded=sharded)
         parts = list(left)
         left.clear()
@@ -270,7 +270,7 @@ def _say_unknown(unknown: Mapping[str, tuple[int, ...]]) -> None:
 
 
 @contextmanager
-def _explained(state: TapState) -> Iterator[list[Batch]]:
+def _explained(state: HookState) -> Iterator[list[Batch]]:
     """Say what there was no memory for, and what to do about it; the list holds the batch."""
     under_way: list[Batch] = []
     try:

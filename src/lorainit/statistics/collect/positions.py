@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lorainit.data.packing import packed_segments
 from lorainit.errors import DataError
-from lorainit.models.introspection import innermost
+from lorainit.models.introspection import innermost_model
 from lorainit.statistics.loss.batch_loss import label_kind
 from lorainit.types import IGNORED, TokenMask
 
@@ -137,7 +137,7 @@ def batch_positions(
     """The masks of one batch, made on the batch's own device so that nothing waits."""
     attention = batch.get("attention_mask")
     labels = batch.get("labels")
-    config = getattr(innermost(model), "config", None)
+    config = getattr(innermost_model(model), "config", None)
     if token_mask == "labels":
         return BatchPositions(_label_positions(model, batch, device), None)
     multiple_choice = isinstance(ids := batch.get("input_ids"), Tensor) and ids.dim() == 3
@@ -198,7 +198,7 @@ def attends_to_itself(mask: Tensor) -> Tensor:
 
 def _steps(model: nn.Module, lengths: Tensor) -> Tensor | None:
     """How many steps a speech model makes of inputs so long, by the helper that some part of it has."""
-    for part in innermost(model).modules():
+    for part in innermost_model(model).modules():
         helper = getattr(part, "_get_feat_extract_output_lengths", None)
         if callable(helper):
             return _last(helper(lengths))

@@ -11,7 +11,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lorainit.parallel import collectives
-from lorainit.parallel.exchange import Slot, divide, from_owners, to_owners
+from lorainit.parallel.exchange import (
+    Slot,
+    balanced_owners,
+    broadcast_from_owners,
+    reduce_to_owners,
+)
 from lorainit.statistics.collect.accumulators import InputSums, LayerSums
 
 _LAYER_FIELDS = ("gradient", "output_second_moment", "output_squares")
@@ -55,7 +60,7 @@ def reduce_layers(
     for name, _, field in holders:
         shape, dtype = described[name][field]
         weights[leader[name]] += math.prod(shape) * dtype.itemsize
-    owners = divide(weights, collectives.world()[1])
+    owners = balanced_owners(weights, collectives.world()[1])
     _add_counts([*layers.values(), *(layers[name].inputs for name in leaders.values())])
     slots = [
         Slot((name, field), owners[leader[name]], *described[name][field], field in _FOLDED)
@@ -63,9 +68,9 @@ def reduce_layers(
     ]
     # Nothing else holds the tensors from here on: what has been sent is freed on the way.
     tensors = _taken(holders)
-    to_owners(tensors, slots, device)
+    reduce_to_owners(tensors, slots, device)
     if gather:
-        from_owners(tensors, slots, device)
+        broadcast_from_owners(tensors, slots, device)
     for name, holder, field in holders:
         setattr(holder, field, tensors.get((name, field)))
     return {n: owners[leader[n]] for n in layers if _reached(layers[n], described[n])}
@@ -106,7 +111,7 @@ def _align(layers: Mapping[str, LayerSums], names: Sequence[str]) -> dict[str, _
     own = {name: leaders.setdefault(id(layers[name].inputs), name) for name in names}
     described = {name: _describe(layers[name]) for name in names}
     # Nearly always everyone has seen the same, and one number says so.
-    if collectives.same_everywhere((own, described)):
+    if collectives.equal_everywhere((own, described)):
         return described
     busy = any(layers[name].inputs.positions for name in names)
     gathered = collectives.gather_objects((own if busy else None, described))

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from lorainit.data.packing import packed_segments
 from lorainit.errors import DataError
-from lorainit.models.introspection import innermost
-from lorainit.statistics.collect.accumulators import sum_dtype
+from lorainit.linalg.dtypes import sum_dtype
+from lorainit.models.introspection import innermost_model
 from lorainit.statistics.loss.cross_entropy import token_losses
 from lorainit.types import IGNORED, LossReduction
 
@@ -107,7 +107,7 @@ def label_kind(model: nn.Module, labels: Tensor) -> LabelKind:
 
     A subclass of a transformers model is what its parent is.
     """
-    base = innermost(model)
+    base = innermost_model(model)
     names = " ".join(parent.__name__ for parent in type(base).__mro__)
     if labels.dim() < 2 or "SequenceClassification" in names or "ImageClassification" in names:
         return "sample"
@@ -160,7 +160,7 @@ def _default_loss(
 def _model_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     """The batch without its labels; a decoder gets its inputs from them, as in training."""
     inputs = {key: value for key, value in batch.items() if key != "labels"}
-    base = innermost(model)
+    base = innermost_model(model)
     labels = batch.get("labels")
     if (
         getattr(getattr(base, "config", None), "is_encoder_decoder", False)
@@ -249,7 +249,7 @@ def _sample_loss(model: nn.Module, logits: Tensor, labels: Tensor) -> BatchLoss:
 
 def _problem(model: nn.Module, logits: Tensor, labels: Tensor) -> str:
     """What labels mean: by the rule of transformers, for models of its kind and others."""
-    base = innermost(model)
+    base = innermost_model(model)
     config = getattr(base, "config", None)
     known = getattr(config, "problem_type", None)
     if known is not None:
@@ -265,7 +265,7 @@ def _problem(model: nn.Module, logits: Tensor, labels: Tensor) -> str:
 def _misfit(model: nn.Module, logits: Tensor, labels: Tensor) -> str:
     return (
         f"labels of shape {tuple(labels.shape)} do not fit the logits of "
-        f"{type(innermost(model)).__name__}, "
+        f"{type(innermost_model(model)).__name__}, "
         f"{tuple(logits.shape)}, in a way that the default loss knows. Pass loss_fn=..., a "
         "function of "
         "(model, batch) that returns one loss per sequence."
@@ -278,7 +278,7 @@ def _check_token_logits(model: nn.Module, logits: Tensor, labels: Tensor, kind: 
     if fits and kind == "causal":
         # Models that put other tokens (an image's) in front give longer logits than labels.
         fits = logits.shape[1] >= labels.shape[1]
-        fits = fits and not type(innermost(model)).__name__.endswith("CTC")
+        fits = fits and not type(innermost_model(model)).__name__.endswith("CTC")
     elif fits:
         fits = logits.shape[1] == labels.shape[1]
     if not fits:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorainit.statistics.collect.accumulators import sum_dtype
+from lorainit.linalg.dtypes import sum_dtype
 from lorainit.types import IGNORED
 
 _AT_ONCE = 2**22

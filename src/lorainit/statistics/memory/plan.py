@@ -7,7 +7,6 @@ a batch takes beside them is measured on one row (`lorainit.statistics.memory.pe
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -23,9 +22,6 @@ _EASY_SHARE = 0.5
 
 _FIXED_POSITIONS = 1024
 """A batch takes the time of its positions and of so many more: weights and sums are read once a batch."""
-
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
-_UNITS |= {f"{unit}i": 1024 ** (power + 1) for power, unit in enumerate("kmgt")}
 
 
 @dataclass(frozen=True)
@@ -79,26 +75,6 @@ class Plan:
             f"{line}, {_gib(self.held)} held, {_gib(self.batch.nbytes)} for a batch{rows}, at most "
             f"{_gib(self.budget)}: {count} pass{'es' if count > 1 else ''}, peak {_gib(self.peak)}"
         )
-
-
-def parse_bytes(size: int | str | None, name: str = "max_memory") -> int | None:
-    """Bytes from a number, or from a text like ``"24GiB"``, ``"500 MB"``; None stays None.
-
-    Raises:
-        ValueError: anything else, or less than one byte.
-    """
-    if size is None:
-        return None
-    match = re.fullmatch(r"\s*([0-9.]+)\s*([kmgt]i?)?b?\s*", str(size).lower())
-    try:
-        value = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
-    except ValueError:
-        value = 0
-    if value < 1 or isinstance(size, bool):
-        raise ValueError(
-            f"{name} must be bytes, at least 1, or a text like '24GiB' or '500MB', got {size!r}"
-        )
-    return value
 
 
 def statistic_bytes(

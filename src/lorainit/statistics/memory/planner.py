@@ -16,7 +16,7 @@ from lorainit.models.state import measuring
 from lorainit.parallel import collectives
 from lorainit.parallel.sharding import is_sharded
 from lorainit.statistics.collect.accumulators import LayerSums
-from lorainit.statistics.collect.hooks import TapState, tapped
+from lorainit.statistics.collect.hooks import HookState, hooks_on
 from lorainit.statistics.collect.positions import batch_positions
 from lorainit.statistics.loss.batch_loss import batch_loss, run_forward
 from lorainit.statistics.memory.peak import held_bytes, peak_bytes
@@ -73,7 +73,7 @@ def _footprint(
 ) -> tuple[list[list[str]], float]:
     """Groups of layers that read one input, and the bytes that a position of a batch takes."""
     model, settings = subject.model, subject.settings
-    state = TapState(subject.needs, {name: LayerSums() for name in subject.modules})
+    state = HookState(subject.needs, {name: LayerSums() for name in subject.modules})
     largest = max(batches, key=_row_positions, default=None)
     rows = [] if largest is None else [largest.first_row()]
     sharded = is_sharded(model)
@@ -91,9 +91,9 @@ def _footprint(
             return result.per_sequence.sum()
 
     # Collectives of a sharded model run in the backward, which everyone begins or nobody.
-    shared_work = collectives.together if sharded else nullcontext
-    own_work = nullcontext if sharded else collectives.together
-    with measuring(model), tapped(state, subject.modules, encoder_of(model)), own_work():
+    shared_work = collectives.shared_errors if sharded else nullcontext
+    own_work = nullcontext if sharded else collectives.shared_errors
+    with measuring(model), hooks_on(state, subject.modules, encoder_of(model)), own_work():
         for batch in rounds:
             positions = batch_positions(model, batch.content, settings.token_mask, device)
             state.begin_batch(positions, counted=False)

@@ -5,24 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lorainit.linalg.block_triangle import mirror
+
 _BLOCK = 512
 
 
 def packed_size(width: int) -> int:
     """Numbers in the upper triangle of a matrix of this width, diagonal included."""
     return width * (width + 1) // 2
-
-
-def mirror(matrix: Tensor) -> Tensor:
-    """``(n, n)``: what lies below the diagonal comes from above it, in place."""
-    width = matrix.shape[-1]
-    for low in range(0, width, _BLOCK):
-        high = min(low + _BLOCK, width)
-        matrix[high:, low:high] = matrix[low:high, high:].mT
-        block = matrix[low:high, low:high]
-        above = torch.ones_like(block, dtype=torch.bool).triu_()
-        block.copy_(torch.where(above, block, block.mT))
-    return matrix
 
 
 def is_symmetric(matrix: Tensor) -> bool:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lorainit.parallel import collectives
-from lorainit.parallel.exchange import Slot, divide
+from lorainit.parallel.exchange import Slot, balanced_owners
 from lorainit.statistics.store.sharded_files import Entry, write
 
 
@@ -81,7 +81,7 @@ def shares_of(places: Mapping[str, Collection[str]], size_of: Callable[[str], in
                 leaders[key] = first
                 weights[first] = weights.get(first, 0) + size_of(key)
         weights.setdefault(first, 0)
-    parts = divide(weights, size)
+    parts = balanced_owners(weights, size)
     return Shares({name: parts[leader[name]] for name in places}, rank, size)
 
 
@@ -118,7 +118,7 @@ def write_shared(
     # Whoever does not write, or not any more, still gives its tensors until all have stopped.
     for _ in arriving:
         pass
-    collectives.raise_together(error)
+    collectives.raise_everywhere(error)
 
 
 def _arriving(
@@ -127,7 +127,7 @@ def _arriving(
     """On the first process each tensor in turn; the others give theirs, until one has `failed`."""
     rank, _ = collectives.world()
     for slot in table.slots:
-        if collectives.anywhere(failed()):
+        if collectives.any_process(failed()):
             return
         if rank == slot.owner:
             own = tensors[slot.key].contiguous()

@@ -18,13 +18,13 @@ from torch import Tensor
 from lorainit._version import __version__
 from lorainit.errors import StatisticsFileError
 from lorainit.parallel import collectives
-from lorainit.parallel.exchange import from_owners
-from lorainit.statistics.memory.plan import parse_bytes
+from lorainit.parallel.exchange import broadcast_from_owners
 from lorainit.statistics.store import layer_table
 from lorainit.statistics.store.packed_symmetric import is_symmetric, pack, packed_size, unpack
 from lorainit.statistics.store.partition import Shares, shares_of, table_of, write_shared
 from lorainit.statistics.store.sharded_files import Entry, Stored, opened, write
 from lorainit.types import LayerStatistics
+from lorainit.types.byte_size import parse_bytes
 
 _FORMAT = "lorainit-statistics"
 _FORMAT_VERSION = 2
@@ -128,7 +128,7 @@ class Statistics(Mapping[str, LayerStatistics]):
         shapes = {key: (tuple(t.shape), t.dtype) for key, t in tensors.items()}
         table = table_of(own, shapes, self.shares)
         device = next((t.device for t in tensors.values()), torch.device("cpu"))
-        from_owners(tensors, table.slots, device)
+        broadcast_from_owners(tensors, table.slots, device)
         layers = layer_table.read_layers(table.records, tensors)
         return Statistics(layers, self.metadata, self.fingerprints)
 

@@ -84,9 +84,9 @@ def plan_collection(subject: Subject, sample: Sample) -> PlannedCollection:
 
 def _check_labels(model: nn.Module, batches: Sequence[Batch]) -> None:
     """Every batch has labels, and not all of them are masked: known before any long work."""
-    with collectives.together():
+    with collectives.shared_errors():
         labelled = [has_label(model, batch.content) for batch in batches]
-    if not collectives.anywhere(any(labelled)):
+    if not collectives.any_process(any(labelled)):
         raise DataError(ALL_MASKED)
 
 

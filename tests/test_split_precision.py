@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lorainit.linalg import split_precision
-from lorainit.linalg.split_precision import Halves
+from lorainit.linalg.split_precision import SplitMatrix
 from lorainit.linalg.triangular import Triangle, gram_of_lower, lower_inverse
 from lorainit.statistics.memory.peak import LiveBytes
 
@@ -32,7 +32,7 @@ def test_products_are_as_exact_as_float32(size: float) -> None:
     matrix[1] *= 1e-6
     block, other = random(3, 130, 8, seed=1), random(3, 90, 8, seed=2)
     block[..., 3] *= 1e-12
-    halves = Halves.of(matrix)
+    halves = SplitMatrix.of(matrix)
     assert off(halves.times(block), matrix.double() @ block) < FLOAT32
     assert off(halves.transposed_times(other), matrix.double().mT @ other) < FLOAT32
     # Columns are scaled each by itself, and one of zeros stays one.
@@ -45,20 +45,20 @@ def test_products_are_as_exact_as_float32(size: float) -> None:
 def test_leading_digits_alone_are_not_enough() -> None:
     """What is left of a matrix in half precision counts: without it the products are 1e-4 off."""
     matrix, block = random(1, 90, 130).float(), random(1, 130, 8, seed=1)
-    halves = Halves.of(matrix)
+    halves = SplitMatrix.of(matrix)
     halves.parts[:, 90:] = 0
     assert off(halves.times(block), matrix.double() @ block) > 1e-4
 
 
 def test_leading_digits_by_themselves() -> None:
     matrix, block, other = random(3, 90, 130), random(3, 130, 8, seed=1), random(3, 90, 8, seed=2)
-    halves = Halves.of(matrix.float())
+    halves = SplitMatrix.of(matrix.float())
     leading = halves.leading
     assert leading.part.data_ptr() == halves.parts.data_ptr()
     assert 1e-5 < off(leading.times(block), matrix @ block) < 5e-4
     assert 1e-5 < off(leading.transposed_times(other), matrix.mT @ other) < 5e-4
     assert off(leading.gram_times(block), matrix.mT @ (matrix @ block)) < 1e-3
-    shared = Halves.of(random(2, 1, 50, 70).float().expand(2, 3, 50, 70)).leading
+    shared = SplitMatrix.of(random(2, 1, 50, 70).float().expand(2, 3, 50, 70)).leading
     blocks = random(2, 3, 70, 4, seed=1)
     assert off(shared.times(blocks), random(2, 1, 50, 70) @ blocks) < 5e-4
 
@@ -67,7 +67,9 @@ def test_wide_range_within_a_matrix() -> None:
     """Rows a million times smaller than others keep most digits."""
     matrix = (random(1, 60, 80) * torch.logspace(0, -6, 60).unsqueeze(-1)).float()
     block = random(1, 80, 4, seed=1)
-    rest = (Halves.of(matrix).times(block).double() - matrix.double() @ block).abs().amax((0, 2))
+    rest = (
+        (SplitMatrix.of(matrix).times(block).double() - matrix.double() @ block).abs().amax((0, 2))
+    )
     scale = (matrix.double() @ block).abs().amax((0, 2))
     assert float((rest / scale).max()) < 1e-4
     assert float((rest / scale)[:30].max()) < 2e-6
@@ -76,7 +78,7 @@ def test_wide_range_within_a_matrix() -> None:
 def test_one_matrix_for_several_blocks() -> None:
     matrix = random(2, 1, 50, 70).float().expand(2, 3, 50, 70)
     block, other = random(2, 3, 70, 4, seed=1), random(2, 3, 50, 4, seed=2)
-    halves = Halves.of(matrix)
+    halves = SplitMatrix.of(matrix)
     assert halves.parts.shape == (2, 100, 70)
     assert off(halves.times(block), matrix.double() @ block) < FLOAT32
     assert off(halves.transposed_times(other), matrix.double().mT @ other) < FLOAT32
@@ -146,9 +148,9 @@ def test_slabs_change_nothing(
     slab: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     matrix = random(5, 30, 40).to(dtype)
-    whole = Halves.of(matrix)
+    whole = SplitMatrix.of(matrix)
     monkeypatch.setattr(split_precision, "_SLAB", slab)
-    parts = Halves.of(matrix)
+    parts = SplitMatrix.of(matrix)
     assert torch.equal(parts.parts, whole.parts)
     assert torch.equal(parts.scale, whole.scale)
     high, low = whole.parts.unflatten(1, (2, 30)).unbind(1)
@@ -162,7 +164,7 @@ def test_splitting_needs_no_copy_of_the_stack(monkeypatch: pytest.MonkeyPatch) -
 
     def peak() -> float:
         with LiveBytes() as meter:
-            Halves.of(matrix)
+            SplitMatrix.of(matrix)
         return meter.peak / nbytes
 
     monkeypatch.setattr(split_precision, "_SLAB", 1000)

@@ -10,10 +10,10 @@ from torch import nn
 
 from lorainit.adapters.targets import Target
 from lorainit.linalg import leading, split_precision, thresholds
-from lorainit.linalg.split_precision import Halves, Leading
+from lorainit.linalg.split_precision import Leading, SplitMatrix
 from lorainit.methods import EVA, LoraDA, LoraGA, LoraOne
 from lorainit.solve import stacks
-from lorainit.solve.stacks import chunks_of
+from lorainit.solve.stacks import stacks_of
 from lorainit.statistics import Statistics
 from lorainit.statistics.memory.peak import LiveBytes
 from lorainit.types import LayerSpec, LayerStatistics
@@ -53,14 +53,14 @@ def shared_by_three() -> Statistics:
 )
 def test_what_is_shared_counts_once(budget: int, sizes: list[int]) -> None:
     needs = frozenset({"input_second_moment"})
-    found = list(chunks_of(targets_of(SIX), budget, needs, shared_by_three()))
+    found = list(stacks_of(targets_of(SIX), budget, needs, shared_by_three()))
     assert [len(chunk) for chunk in found] == sizes
     assert [target.name for chunk in found for target in chunk] == SIX
 
 
 def test_layers_that_share_nothing_count_each() -> None:
     needs = frozenset({"input_second_moment"})
-    found = list(chunks_of(targets_of(SIX), 2 * (EACH + ONCE), needs))
+    found = list(stacks_of(targets_of(SIX), 2 * (EACH + ONCE), needs))
     assert [len(chunk) for chunk in found] == [2, 2, 2]
 
 
@@ -73,8 +73,8 @@ def test_a_solve_takes_what_the_method_says(
     for place in (leading, thresholds):
         monkeypatch.setattr(place, "on_matrix_units", lambda matrix: True, raising=False)
     # On an accelerator halves are multiplied as they are.
-    monkeypatch.setattr(Halves, "times", lambda self, block: dense @ block)
-    monkeypatch.setattr(Halves, "transposed_times", lambda self, block: dense.mT @ block)
+    monkeypatch.setattr(SplitMatrix, "times", lambda self, block: dense @ block)
+    monkeypatch.setattr(SplitMatrix, "transposed_times", lambda self, block: dense.mT @ block)
     monkeypatch.setattr(Leading, "gram_times", lambda self, block: dense.mT @ (dense @ block))
     # A slab is small beside a real stack.
     monkeypatch.setattr(split_precision, "_SLAB", 2**14)
@@ -106,12 +106,12 @@ def test_float64_and_what_says_nothing_get_a_small_share(monkeypatch: pytest.Mon
     targets, room = targets_of(SIX), 16 * 2**30
 
     def size(method: object, *, exact: bool = False) -> int:
-        return stacks.chunk_bytes(targets, method, room + 2**30, exact=exact)  # type: ignore[arg-type]
+        return stacks.stack_bytes(targets, method, room + 2**30, exact=exact)  # type: ignore[arg-type]
 
     assert size(LoraGA()) == room // LoraGA.workspace
     assert size(EVA()) == min(room // EVA.workspace, stacks._ENOUGH_BYTES)
     assert size(LoraGA(), exact=True) == size(LoraDA()) == room // stacks._SHARE_OF_BUDGET
-    assert stacks.chunk_bytes(targets, LoraGA()) == free // stacks._SHARE_OF_FREE
+    assert stacks.stack_bytes(targets, LoraGA()) == free // stacks._SHARE_OF_FREE
 
 
 def test_a_method_that_says_nothing_gets_a_small_share() -> None:
