@@ -37,7 +37,7 @@ WORDS = {
     "cli": "the commands",
     "report": "a page about statistics and starts",
     "pipeline": "get_peft_model, collect_statistics",
-    "calibration": "lengths and steps, on held-back sequences",
+    "calibration": "lengths and steps, measured",
     "solve": "many layers at once, ranks",
     "statistics": "hooks, losses, memory plan, files",
     "adapters": "targets, weights, PEFT's layers, export",
@@ -51,7 +51,7 @@ WORDS = {
     "errors": "each with its remedy",
 }
 
-WIDTH, HEIGHT, BOX, STEP = 900, 46, 250, 84
+WIDTH, HEIGHT, BOX, STEP = 900, 46, 270, 78
 
 
 def room_of(module: str) -> str | None:
@@ -96,14 +96,31 @@ def upward(found: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
     ]
 
 
+def direct(found: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The imports that no chain of others implies."""
+    below: dict[str, set[str]] = {}
+    for room, other in found:
+        below.setdefault(room, set()).add(other)
+
+    def reached(room: str) -> set[str]:
+        return {other for one in below.get(room, ()) for other in {one} | reached(one)}
+
+    return sorted(
+        (room, other)
+        for room, others in below.items()
+        for other in others
+        if not any(other in reached(one) for one in others - {other})
+    )
+
+
 def draw(found: Counter[tuple[str, str]]) -> str:
-    """The drawing as SVG."""
+    """The drawing as SVG; what a chain of arrows implies has no arrow of its own."""
     centre: dict[str, tuple[float, float]] = {}
     for number, row in enumerate(ROWS):
         for index, room in enumerate(row):
-            x = WIDTH * (index + 1) / (len(row) + 1)
+            x = WIDTH * (index + 0.5) / len(row)
             centre[room] = (x, 40 + number * STEP)
-    height = 40 + len(ROWS) * STEP
+    height = len(ROWS) * STEP
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" font-family="sans-serif">',
         "<title>The rooms of the package and the imports between them</title>",
@@ -111,20 +128,16 @@ def draw(found: Counter[tuple[str, str]]) -> str:
         'orient="auto"><path d="M0 0L8 4L0 8z" fill="#7a8a99"/></marker></defs>',
         f'<rect width="{WIDTH}" height="{height}" fill="#ffffff"/>',
     ]
-    for (room, other), count in sorted(found.items()):
+    for room, other in direct(found):
         if other not in centre or room not in centre:
             continue
         (x1, y1), (x2, y2) = centre[room], centre[other]
-        # Long ways bend aside, so that they do not run through the rooms between.
-        rows = round((y2 - y1) / STEP)
-        side = -1 if (x1 + x2) / 2 <= WIDTH / 2 else 1
-        bend = side * (BOX * 0.62 + 12 * rows) if rows > 1 else 0.0
         start, end = y1 + HEIGHT / 2, y2 - HEIGHT / 2
+        count = found[room, other]
         lines.append(
-            f'<path d="M{x1:.0f} {start:.0f}C{x1 + bend:.0f} {start + 30:.0f} '
-            f'{x2 + bend:.0f} {end - 30:.0f} {x2:.0f} {end:.0f}" fill="none" stroke="#7a8a99" '
-            f'stroke-width="{0.8 + 0.25 * min(count, 8):.2f}" opacity="0.55" marker-end="url(#tip)">'
-            f"<title>{room} imports {other} in {count} file(s)</title></path>"
+            f'<path d="M{x1:.0f} {start:.0f}C{x1:.0f} {start + 30:.0f} {x2:.0f} {end - 30:.0f} '
+            f'{x2:.0f} {end:.0f}" fill="none" stroke="#7a8a99" stroke-width="1.5" '
+            f'marker-end="url(#tip)"><title>{room} imports {other} in {count} file(s)</title></path>'
         )
     for room, (x, y) in centre.items():
         lines += [

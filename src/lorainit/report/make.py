@@ -21,7 +21,12 @@ from lorainit.report.advice import advice
 from lorainit.report.curves import Curve
 from lorainit.report.measure import measure_layer, methods_served, spread
 from lorainit.report.page import Facts, render
-from lorainit.report.promise import Displacement, StartLoss, displacements_of, measured_loss
+from lorainit.report.predicted_decrease import (
+    Displacement,
+    StartLoss,
+    displacements_of,
+    measured_loss,
+)
 from lorainit.report.sizes import sizes_of
 from lorainit.statistics import Statistics
 

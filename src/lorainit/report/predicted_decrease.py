@@ -33,7 +33,7 @@ class Displacement:
 
 
 @dataclass(frozen=True)
-class Promise:
+class PredictedDecrease:
     """What the quadratic model says of a displacement, in units of the loss.
 
     Attributes:
@@ -74,7 +74,9 @@ def curvature_unit(statistics: LayerStatistics) -> float:
     return positions * labels if statistics.loss_reduction == "sequence" else positions / labels
 
 
-def promise_of(displacement: Displacement, statistics: LayerStatistics) -> Promise | None:
+def predicted_decrease(
+    displacement: Displacement, statistics: LayerStatistics
+) -> PredictedDecrease | None:
     """Slope and bend of one layer; None where the statistics lack one of the three."""
     if not {"gradient", "input_second_moment", "output_second_moment"} <= statistics.available:
         return None
@@ -84,7 +86,7 @@ def promise_of(displacement: Displacement, statistics: LayerStatistics) -> Promi
     output = left.mT @ statistics.output_second_moment.double().cpu() @ left
     inputs = right @ statistics.input_second_moment.double().cpu() @ right.mT
     bend = curvature_unit(statistics) * (output * inputs).sum()
-    return Promise(float(slope), float(bend))
+    return PredictedDecrease(float(slope), float(bend))
 
 
 @dataclass(frozen=True)
@@ -111,8 +113,8 @@ def measured_loss(measured: Mapping[str, Any]) -> StartLoss | None:
     return StartLoss(base, start, "the sequences held back when it was started")
 
 
-def total(promises: Mapping[str, Promise]) -> Promise:
+def total(promises: Mapping[str, PredictedDecrease]) -> PredictedDecrease:
     """Of all layers, one by one."""
     values = torch.tensor([[p.slope, p.bend] for p in promises.values()], dtype=torch.float64)
     slope, bend = values.sum(0).tolist() if len(values) else (0.0, 0.0)
-    return Promise(slope, bend)
+    return PredictedDecrease(slope, bend)
