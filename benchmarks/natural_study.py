@@ -18,12 +18,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from lorainit.statistics.displace import LowRank, displaced
+from lorainit.statistics.losses import batch_loss
 from torch import Tensor, nn
 
 from lorainit.calibration import search_length
 from lorainit.statistics import CollectSettings, collect
-from lorainit.statistics.displace import LowRank, displaced
-from lorainit.statistics.losses import batch_loss
 from lorainit.types import LayerStatistics
 
 NEEDS = frozenset({"gradient", "input_second_moment", "output_second_moment"})

@@ -17,10 +17,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lorainit.solving
 import torch
 
 import lorainit.methods.lora_da
-import lorainit.solving
 from benchmarks.timing import parts
 from benchmarks.timing.cases import SHAPES, Case
 from benchmarks.timing.clock import Clock, provenance

@@ -25,6 +25,8 @@ from typing import Any
 from unittest import mock
 
 import torch
+from lorainit.linalg.halves import Halves, multiply
+from lorainit.linalg.triangle import Triangle, gram_of_lower, lower_inverse
 from torch import Tensor
 
 import lorainit
@@ -34,8 +36,6 @@ from benchmarks.timing.clock import cleared, limited, provenance
 from benchmarks.timing.model import batches_of, build, config
 from lorainit import linalg
 from lorainit.linalg import leading, limits, triangle
-from lorainit.linalg.halves import Halves, multiply
-from lorainit.linalg.triangle import Triangle, gram_of_lower, lower_inverse
 from lorainit.methods import EVA, CorDA, FILet, LoraDA, LoraGA, Natural, lora_da, metric
 from lorainit.types import LayerStatistics
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorainit.allocation import allocate_ranks, rank_limits
+from lorainit.solve.ranks import allocate_ranks, rank_limits
 
 
 def worth(values, ranks):

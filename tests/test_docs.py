@@ -117,9 +117,9 @@ VALUE = "\0"
 
 _DAMAGED = "a damaged statistics file: caught, and named by StatisticsFileError"
 INTERNAL = {
-    "statistics/records.py": _DAMAGED,
-    "statistics/files.py": _DAMAGED,
-    "statistics/triangles.py": _DAMAGED,
+    "statistics/store/layer_table.py": _DAMAGED,
+    "statistics/store/sharded_files.py": _DAMAGED,
+    "statistics/store/packed_symmetric.py": _DAMAGED,
     "lorainit/__init__.py": "AttributeError, in Python's own words",
 }
 """Files whose raises reach no user as they are, with the reason."""

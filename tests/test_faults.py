@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import lorainit
 from lorainit import errors
-from lorainit.statistics import files
+from lorainit.statistics.store import sharded_files
 from tests.statistics import models
 from tests.statistics.models import Batch, all_linear, batches, sequences
 from tests.untouched import snapshot, unsettle, untouched
@@ -995,7 +995,7 @@ class TestSavingFails:
             file.write(b"half of it")
             raise request.param
 
-        monkeypatch.setattr(files, "_write_tensor", save)
+        monkeypatch.setattr(sharded_files, "_write_tensor", save)
 
     @pytest.mark.parametrize(
         "broken", [OSError(28, "No space left on device")], indirect=True, ids=["disk full"]

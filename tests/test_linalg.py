@@ -10,10 +10,10 @@ from torch import Tensor
 
 from lorainit import linalg
 from lorainit.errors import FactorizationError, NonFiniteError, RankError
-from lorainit.linalg import leading, limits, roots, subspace
+from lorainit.linalg import damped_factors, leading, subspace_iteration, thresholds
 
 N = 800
-assert N > limits.DENSE_LIMIT
+assert N > thresholds.DENSE_LIMIT
 
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 2e-4}
 DTYPES = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=["float64", "float32"])
@@ -219,9 +219,9 @@ def test_less_rank_than_is_sought(
     units: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By iteration, with and without halves: orthonormal vectors also where values are rounding."""
-    for place in (limits, leading):
+    for place in (thresholds, leading):
         monkeypatch.setattr(place, "on_matrix_units", lambda matrix: units)
-    monkeypatch.setattr(limits, "DENSE_LIMIT", 50)
+    monkeypatch.setattr(thresholds, "DENSE_LIMIT", 50)
     left, right = orthogonal(200, 5), orthogonal(160, 5, seed=1)
     sizes = torch.logspace(0, -2, 5, dtype=torch.float64) * 1e-9
     matrix = torch.stack([(left * sizes) @ right.mT, torch.zeros(200, 160).double()]).to(dtype)
@@ -237,7 +237,7 @@ def test_less_rank_than_is_sought(
 @pytest.mark.parametrize("which", ["smallest", "largest", "singular"])
 def test_dense_finishes_what_does_not_converge(which: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One product is never enough for a flat spectrum; the answer is right all the same."""
-    monkeypatch.setattr(subspace, "_MAX_PRODUCTS", 4)
+    monkeypatch.setattr(subspace_iteration, "_MAX_PRODUCTS", 4)
     q = orthogonal(N)
     values = torch.linspace(1.0, 2.0, N, dtype=torch.float64)
     matrix = (q * values) @ q.mT
@@ -345,7 +345,7 @@ def test_cholesky_of_a_large_stack_on_a_device(monkeypatch: pytest.MonkeyPatch) 
     before = matrix.clone()
     damping = torch.tensor([[0.1], [0.2]], dtype=torch.float64).expand(2, 3)
     wanted = linalg.damped_cholesky(matrix, damping, "the matrix")
-    monkeypatch.setattr(roots, "_one_by_one", lambda matrix: matrix.dim() > 2)
+    monkeypatch.setattr(damped_factors, "_one_by_one", lambda matrix: matrix.dim() > 2)
     found = linalg.damped_cholesky(matrix, damping, "the matrix")
     assert torch.allclose(found, wanted, rtol=1e-12, atol=1e-12)
     assert torch.equal(matrix, before)

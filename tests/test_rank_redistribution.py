@@ -4,7 +4,7 @@ from peft import LoraConfig, PeftModel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lorainit
-from lorainit import chunks, solving
+from lorainit.solve import layers, stacks
 
 
 def tiny():
@@ -65,8 +65,8 @@ def test_solves_are_told_the_memory_that_is_allowed(monkeypatch):
         allowed.append(max_memory)
         return 1 << 20
 
-    for place in (chunks, solving):
-        monkeypatch.setattr(place, "chunk_bytes", spy)
+    for place in (stacks, layers):
+        monkeypatch.setattr(place, "stack_bytes", spy)
     lorainit.get_peft_model(
         tiny(),
         configuration(),
@@ -87,7 +87,7 @@ def test_solves_in_float64_are_told_apart(precision, monkeypatch):
         told.append(exact)
         return 1 << 20
 
-    monkeypatch.setattr(chunks, "chunk_bytes", spy)
+    monkeypatch.setattr(stacks, "stack_bytes", spy)
     lorainit.get_peft_model(
         tiny(),
         configuration(),

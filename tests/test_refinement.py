@@ -1,4 +1,4 @@
-"""Measured starts: cuts in the metric, the probe, repeated natural steps, calibrated lengths."""
+"""Measured starts: cuts in the metric, the loss of held-back sequences, repeated steps, calibrated lengths."""
 
 from __future__ import annotations
 
@@ -12,13 +12,17 @@ from torch import Tensor
 import lorainit
 from lorainit.adapters.targets import match_targets
 from lorainit.calibration import SearchResult
-from lorainit.methods.metric import KroneckerMetric, LowRankSum
-from lorainit.probing import Probe
-from lorainit.refinement import NaturalSteps, natural_start
-from lorainit.statistics import CollectSettings, Statistics, collect
-from lorainit.statistics.displace import LowRank
+from lorainit.calibration.held_out_loss import HeldOutLoss
+from lorainit.calibration.repeated_steps import RepeatedSteps, take_steps
+from lorainit.data.sampling import Sample
+from lorainit.linalg.low_rank_sum import LowRankSum
+from lorainit.methods.metric import KroneckerMetric
+from lorainit.models.displacement import LowRank
+from lorainit.pipeline.measurements import Measurements
+from lorainit.statistics import Statistics
 from lorainit.types import LayerStatistics
 from tests.adapters.tiny import VOCABULARY, config, llama
+from tests.measuring import collected, held_out
 
 ROWS = 24
 
@@ -90,7 +94,7 @@ def test_cut_of_a_sum_is_the_dense_svd_in_the_metric(case: str) -> None:
             assert float((missed - best).norm()) > 1e-3 * float(white.norm())
 
 
-# --- the probe --------------------------------------------------------------------------------
+# --- the loss of held-back sequences ------------------------------------------------------------
 
 
 def displacement(model: Any, size: float = 0.05) -> dict[str, LowRank]:
@@ -103,16 +107,16 @@ def displacement(model: Any, size: float = 0.05) -> dict[str, LowRank]:
     }
 
 
-def probe_of(model: Any, data: list[dict[str, Tensor]]) -> Probe:
+def loss_at(model: Any, data: list[dict[str, Tensor]], **options: Any) -> HeldOutLoss:
     targets = match_targets(model, config()).layers
-    return Probe(model, {n: t.module for n, t in targets.items()}, data, "sequence")
+    return held_out(model, {n: t.module for n, t in targets.items()}, data, **options)
 
 
-def test_probe_is_the_loss_of_the_displaced_model() -> None:
+def test_held_out_loss_is_the_loss_of_the_displaced_model() -> None:
     model, data = llama(), sequences()
     before = copy.deepcopy(model.state_dict())
     one, other = displacement(model), displacement(model, 0.2)
-    with probe_of(model, data).opened() as loss:
+    with loss_at(model, data).measuring() as loss:
         found = [loss(one), loss({}), loss(other), loss(one)]
     wanted = [loss_of(moved(model, terms), data) for terms in (one, {}, other, one)]
     assert found == pytest.approx(wanted, rel=1e-5)
@@ -122,26 +126,24 @@ def test_probe_is_the_loss_of_the_displaced_model() -> None:
     assert not any(m._forward_hooks for m in model.modules())
 
 
-def test_probe_draws_the_same_numbers_at_every_trial() -> None:
+def test_held_out_loss_draws_the_same_numbers_at_every_trial() -> None:
     model, data = llama(), sequences(6)
 
     def noisy(model: Any, batch: dict[str, Tensor]) -> Tensor:
         logits = model(**batch).logits
         return (logits * torch.rand_like(logits)).mean((1, 2))
 
-    targets = match_targets(model, config()).layers
-    probe = Probe(model, {n: t.module for n, t in targets.items()}, data, "sequence", noisy)
     state = torch.get_rng_state()
-    with probe.opened() as loss:
+    with loss_at(model, data, loss_fn=noisy).measuring() as loss:
         assert loss({}) == loss({})
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_probe_closes_after_an_error() -> None:
+def test_held_out_loss_closes_after_an_error() -> None:
     model, data = llama(), sequences(6)
     model.train()
     wrong = {next(iter(displacement(model))): LowRank(torch.zeros(3, 2), torch.zeros(2, 5))}
-    with probe_of(model, data).opened() as loss, pytest.raises(RuntimeError):
+    with loss_at(model, data).measuring() as loss, pytest.raises(RuntimeError):
         loss(wrong)
     assert model.training
     assert all(p.requires_grad for p in model.parameters())
@@ -156,25 +158,21 @@ def run(steps: int) -> tuple[Any, list[tuple[dict[str, LowRank], SearchResult]],
     fit, held = data[:3], data[3:]
     targets = match_targets(model, config(r=4)).layers
     modules = {n: t.module for n, t in targets.items()}
-    settings = CollectSettings(lorainit.Natural().needs, progress=False)
+    needs = lorainit.Natural().needs
     at: list[dict[str, LowRank]] = []
 
     def collect_at(step: int, terms: Any) -> Statistics:
         at.append(dict(terms))
         displaced_model = moved(model, dict(terms))
-        return collect(
-            displaced_model,
-            {n: displaced_model.get_submodule(n) for n in modules},
-            fit,
-            settings,
-        )
+        inside = {n: displaced_model.get_submodule(n) for n in modules}
+        return collected(displaced_model, inside, fit, needs)
 
     seen: list[tuple[dict[str, LowRank], SearchResult]] = []
-    natural_start(
+    take_steps(
         # A small random model has far to go.
         lorainit.Natural(steps=steps, trust_region=10.0),
         targets,
-        lambda step: Probe(model, modules, held, "sequence"),
+        lambda step: held_out(model, modules, held),
         collect_at,
         progress=False,
         on_step=lambda number, terms, result: seen.append((terms, result)),
@@ -206,29 +204,27 @@ def test_first_steps_of_more_steps_are_the_same() -> None:
 
 def test_every_step_is_measured_on_other_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
     """By the public door: what a step is measured on was not in its statistics; all is used."""
-    from lorainit import start as module
-
     held: list[set[int]] = []
     fitted: list[set[int]] = []
-    probe, collected = module.Measured.probe, module.collect
+    measure, collect = Measurements.held_out_loss, Measurements.statistics
     data = sequences()
     for i, batch in enumerate(data):
         batch["input_ids"][:, 0] = 6 * i + torch.arange(6) + 1  # told apart by their first token
 
-    def rows(batches: Any) -> set[int]:
-        return {int(row[0]) - 1 for batch in batches for row in batch["input_ids"]}
+    def rows(sample: Sample) -> set[int]:
+        found = (row for batch in sample.batches for row in batch.content["input_ids"])
+        return {int(row[0]) - 1 for row in found}
 
-    def seen_probe(self: Any, batches: Any) -> Probe:
-        held.append(rows(batches))
-        return probe(self, batches)
+    def seen_loss(self: Measurements, sample: Sample) -> HeldOutLoss:
+        held.append(rows(sample))
+        return measure(self, sample)
 
-    def seen_collect(model: Any, modules: Any, data: Any, *rest: Any, **named: Any) -> Statistics:
-        data = list(data)
-        fitted.append(rows(data))
-        return collected(model, modules, data, *rest, **named)
+    def seen_statistics(self: Measurements, sample: Sample, at: Any = None) -> Statistics:
+        fitted.append(rows(sample))
+        return collect(self, sample, at)
 
-    monkeypatch.setattr(module.Measured, "probe", seen_probe)
-    monkeypatch.setattr(module, "collect", seen_collect)
+    monkeypatch.setattr(Measurements, "held_out_loss", seen_loss)
+    monkeypatch.setattr(Measurements, "statistics", seen_statistics)
     lorainit.get_peft_model(
         llama(), config(r=4), method=lorainit.Natural(steps=3), data=data, progress=False
     )
@@ -245,21 +241,23 @@ def test_a_displacement_that_other_sequences_refuse_is_given_up() -> None:
     model, data = llama(), sequences()
     targets = match_targets(model, config(r=4)).layers
     modules = {n: t.module for n, t in targets.items()}
-    settings = CollectSettings(lorainit.Natural().needs, progress=False)
+    needs = lorainit.Natural().needs
 
-    def probe(step: int) -> Probe:
+    def loss_of_step(step: int) -> HeldOutLoss:
         sign = 1.0 if step == 1 else -1.0
-        return Probe(model, modules, data, "sequence", lambda m, b: sign * _own(m, b))
+        return held_out(model, modules, data, loss_fn=lambda m, b: sign * _own(m, b))
 
     def collect_at(step: int, at: Any) -> Statistics:
         # No slope at the second step: it stays where the first one led.
-        return collect(model, modules, data, settings, lambda m, b: (2.0 - step) * _own(m, b))
+        return collected(
+            model, modules, data, needs, loss_fn=lambda m, b: (2.0 - step) * _own(m, b)
+        )
 
     seen: list[SearchResult] = []
-    factors, found = natural_start(
+    factors, found = take_steps(
         lorainit.Natural(steps=2),
         targets,
-        probe,
+        loss_of_step,
         collect_at,
         progress=False,
         on_step=lambda number, terms, result: seen.append(result),
@@ -286,8 +284,8 @@ def test_no_layer_leaves_its_trust_region(region: float, steps: int) -> None:
 def test_no_calibrated_layer_leaves_it(
     name: str, region: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lorainit.probing.TRUST_REGION", region)
     method = getattr(lorainit, name)(scale="calibrated")
+    monkeypatch.setattr(type(method), "trust_region", region)
     wrapped = lorainit.get_peft_model(
         llama(), config(r=4), method=method, data=sequences(), progress=False
     )
@@ -369,7 +367,8 @@ def test_rows_that_a_cut_leaves_unused_are_spare_too() -> None:
         output_second_moment_sum=g.mT @ g, sequences=300, label_tokens=300, positions=300,
     )  # fmt: skip
     method = lorainit.Natural()
-    metric, (left, right) = method.step(statistics, 6)
+    step = method.step(statistics, 6)
+    left, right, metric = step.left, step.right, step.metric
     used = torch.tensor([1.0, 1.0, 0.0, 0.0, 0.0, 0.0], dtype=torch.float64)
     both = torch.cat([left * used, left], -1), torch.cat([right, right], -2)
     weights = torch.cat([torch.ones_like(used), used])
@@ -419,10 +418,10 @@ def test_no_way_down_starts_where_the_model_is() -> None:
     def away(model: Any, batch: dict[str, Tensor]) -> Tensor:
         return (model(**batch).logits - base).square().mean((1, 2))
 
-    settings = CollectSettings(lorainit.Natural().needs, progress=False)
-    steps = NaturalSteps(lorainit.Natural(), targets)
-    found = collect(model, modules, data, settings)
-    result = steps.take(found, Probe(model, modules, data[:1], "sequence", away))
+    needs = lorainit.Natural().needs
+    steps = RepeatedSteps(lorainit.Natural(), targets)
+    found = collected(model, modules, data, needs)
+    result = steps.take(found, held_out(model, modules, data[:1], loss_fn=away))
     assert any(loss > 0 for _, loss in result.trials)
     assert (result.length, result.loss, result.start_loss) == (0, 0, 0)
     for pair in steps.factors().values():
@@ -442,10 +441,10 @@ def _own(model: Any, batch: dict[str, Tensor]) -> Tensor:
 def test_calibrated_length_is_the_best_of_its_line(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The random model would move out of the region.
-    monkeypatch.setattr("lorainit.probing.TRUST_REGION", 1e9)
     data = sequences()
     method = getattr(lorainit, name)(scale="calibrated")
+    # The random model would move out of the region.
+    monkeypatch.setattr(type(method), "trust_region", 1e9)
     wrapped = lorainit.get_peft_model(
         llama(), config(r=4), method=method, data=data, progress=False
     )
@@ -472,12 +471,8 @@ def test_shared_inputs_give_what_apart_ones_give(name: str) -> None:
     method = METHODS[name]()
     model = llama()
     targets = match_targets(model, config()).layers
-    found = collect(
-        model,
-        {n: t.module for n, t in targets.items()},
-        sequences(),
-        CollectSettings(method.needs | {"input_second_moment"}, progress=False),
-    )
+    modules = {n: t.module for n, t in targets.items()}
+    found = collected(model, modules, sequences(), method.needs | {"input_second_moment"})
     pairs = [n for n in targets if n.endswith(("k_proj", "v_proj"))]
     assert found[pairs[0]].input_second_moment_sum is found[pairs[1]].input_second_moment_sum
     layers = [found[n].only(method.needs) for n in pairs]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lorainit.linalg import streams
-from lorainit.linalg.streams import side_by_side
+from lorainit.linalg.streams import concurrent_streams
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -43,7 +43,7 @@ def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_each_begins_after_what_was_and_ends_before_what_comes(log: list[str]) -> None:
-    with side_by_side(CUDA, 2) as lanes:
+    with concurrent_streams(CUDA, 2) as lanes:
         for lane in (*lanes, lanes[0]):
             with lane():
                 log.append("work")
@@ -58,14 +58,14 @@ def test_each_begins_after_what_was_and_ends_before_what_comes(log: list[str]) -
 
 def test_streams_are_made_once(log: list[str]) -> None:
     for _ in range(2):
-        with side_by_side(CUDA, 2):
+        with concurrent_streams(CUDA, 2):
             pass
     assert len(log) == 8
     assert {line.split()[0] for line in log} == {"a", "b", "here"}
 
 
 def test_an_error_leaves_nothing_under_way(log: list[str]) -> None:
-    with pytest.raises(ValueError, match="broken"), side_by_side(CUDA, 2):
+    with pytest.raises(ValueError, match="broken"), concurrent_streams(CUDA, 2):
         raise ValueError("broken")
     assert log[-2:] == ["here waits for a", "here waits for b"]
 
@@ -74,7 +74,7 @@ def test_an_error_leaves_nothing_under_way(log: list[str]) -> None:
 def test_nothing_is_asked_of_where_there_is_nothing_to_gain(
     device: torch.device, number: int, log: list[str]
 ) -> None:
-    with side_by_side(device, number) as lanes:
+    with concurrent_streams(device, number) as lanes:
         assert len(lanes) == 1
         with lanes[0]():
             pass

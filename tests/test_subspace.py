@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorainit.linalg import subspace
+from lorainit.linalg import subspace_iteration
 
 N, K, WIDTH = 300, 6, 22
 
@@ -25,7 +25,7 @@ def sine(found: Tensor, wanted: Tensor) -> float:
     return float(torch.linalg.matrix_norm(found - wanted @ (wanted.mT @ found), 2).max())
 
 
-def residual_of(matrix: Tensor, found: subspace.Ritz) -> Tensor:
+def residual_of(matrix: Tensor, found: subspace_iteration.Ritz) -> Tensor:
     vectors, values = found.vectors[..., :K], found.values[..., None, :K].to(found.vectors)
     return (matrix @ vectors - vectors * values).norm(dim=-2)
 
@@ -44,9 +44,9 @@ def test_leading_pairs(name: str) -> None:
     values, q = SPECTRA[name].double(), orthogonal()
     matrix = (q * values) @ q.mT
     allowed = 1e-9 * values[-1]
-    found = subspace.filtered(
+    found = subspace_iteration.filtered(
         matrix.matmul,
-        subspace.symmetric_ritz(matrix.matmul, K, lambda v: allowed.expand_as(v)),
+        subspace_iteration.symmetric_ritz(matrix.matmul, K, lambda v: allowed.expand_as(v)),
         start(),
         K,
         lower=values[0],
@@ -68,9 +68,9 @@ def test_stack_of_unlike_matrices_is_its_parts() -> None:
     values = torch.stack([SPECTRA[n].double() for n in names])
     stack = (q * values.unsqueeze(-2)) @ q.mT
     allowed = 1e-9 * values[:, -1:]
-    found = subspace.filtered(
+    found = subspace_iteration.filtered(
         stack.matmul,
-        subspace.symmetric_ritz(stack.matmul, K, lambda v: allowed.expand_as(v)),
+        subspace_iteration.symmetric_ritz(stack.matmul, K, lambda v: allowed.expand_as(v)),
         start().expand(3, N, WIDTH),
         K,
         lower=values[:, 0],
@@ -89,9 +89,9 @@ def test_small_values_beside_a_huge_one_in_float32() -> None:
         [torch.tensor([1.0, 2e-3, 1e-3]), 1e-4 * torch.linspace(1, 0, N - 3)]
     ).double()
     matrix = ((q * sizes) @ p.mT).float()
-    found = subspace.filtered(
+    found = subspace_iteration.filtered(
         lambda x: matrix.mT @ (matrix @ x),
-        subspace.gram_ritz(matrix.matmul, matrix.mT.matmul, 3, 2e-6),
+        subspace_iteration.gram_ritz(matrix.matmul, matrix.mT.matmul, 3, 2e-6),
         start(torch.float32),
         3,
         lower=torch.zeros(()),
@@ -120,11 +120,11 @@ def test_coarse_products_first(error: float) -> None:
         counts["apply"] += 1
         return matrix @ block
 
-    ritz = subspace.symmetric_ritz(matrix.matmul, K, lambda v: torch.full_like(v, 1e-6))
-    found = subspace.filtered(apply, ritz, start(), K, lower=values[0] - 2, coarse=coarse)
+    ritz = subspace_iteration.symmetric_ritz(matrix.matmul, K, lambda v: torch.full_like(v, 1e-6))
+    found = subspace_iteration.filtered(apply, ritz, start(), K, lower=values[0] - 2, coarse=coarse)
     assert found.converged
     assert float(residual_of(matrix, found).max()) <= 1e-6
-    plain = subspace.filtered(matrix.matmul, ritz, start(), K, lower=values[0] - 2)
+    plain = subspace_iteration.filtered(matrix.matmul, ritz, start(), K, lower=values[0] - 2)
     assert sine(found.vectors[:, :K], plain.vectors[:, :K]) < 1e-5
     assert counts["coarse"] > 0
     if error == 0.0:
@@ -139,17 +139,17 @@ def test_what_is_not_a_number_ends_the_iteration() -> None:
     matrix = torch.stack([torch.eye(N, dtype=torch.float64)] * 2)
     rounds = 0
 
-    def ritz(block: Tensor) -> subspace.Ritz:
+    def ritz(block: Tensor) -> subspace_iteration.Ritz:
         nonlocal rounds
         rounds += 1
-        found = subspace.symmetric_ritz(matrix.matmul, K, lambda v: torch.full_like(v, 1e-12))(
-            block
-        )
+        found = subspace_iteration.symmetric_ritz(
+            matrix.matmul, K, lambda v: torch.full_like(v, 1e-12)
+        )(block)
         error = found.error.clone()
         error[1, 2] = float("nan")
-        return subspace.Ritz(found.values, found.vectors, error)
+        return subspace_iteration.Ritz(found.values, found.vectors, error)
 
-    found = subspace.filtered(matrix.matmul, ritz, start(), K, lower=torch.zeros(2))
+    found = subspace_iteration.filtered(matrix.matmul, ritz, start(), K, lower=torch.zeros(2))
     assert not found.converged
     assert rounds == 1
 
@@ -166,10 +166,10 @@ def test_gives_up_within_its_budget() -> None:
         calls += 1
         return matrix @ block
 
-    exact = subspace.symmetric_ritz(apply, K, lambda v: torch.full_like(v, 1e-19))
-    found = subspace.filtered(apply, exact, start(), K, lower=values.min())
+    exact = subspace_iteration.symmetric_ritz(apply, K, lambda v: torch.full_like(v, 1e-19))
+    found = subspace_iteration.filtered(apply, exact, start(), K, lower=values.min())
     assert not found.converged
-    assert calls <= subspace._MAX_PRODUCTS + 2
+    assert calls <= subspace_iteration._MAX_PRODUCTS + 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -177,7 +177,7 @@ def test_orthonormal(dtype: torch.dtype) -> None:
     """Also of columns that are nearly, or exactly, the same."""
     block = start(dtype)
     block[:, 3] = block[:, 2] * (1 + 1e-6) + 1e-5 * block[:, 4]
-    basis = subspace.orthonormal(block)
+    basis = subspace_iteration.orthonormal(block)
     eye = torch.eye(WIDTH, dtype=dtype)
     assert torch.allclose(basis.mT @ basis, eye, atol=30 * torch.finfo(dtype).eps)
     for k in (1, 2, 5):
@@ -188,11 +188,11 @@ def test_orthonormal(dtype: torch.dtype) -> None:
     for power in (0, 3, 6, 9):
         mixed = orthogonal()[:, :WIDTH] * torch.logspace(0, -power, WIDTH, dtype=torch.float64)
         mixed = (mixed @ orthogonal(3)[:WIDTH, :WIDTH]).to(dtype)
-        both = subspace.orthonormal(torch.stack([mixed, start(dtype)]))
+        both = subspace_iteration.orthonormal(torch.stack([mixed, start(dtype)]))
         for one in both:
             assert torch.allclose(one.mT @ one, eye, atol=30 * torch.finfo(dtype).eps), power
-    assert bool(torch.isfinite(subspace.orthonormal(torch.zeros_like(block))).all())
+    assert bool(torch.isfinite(subspace_iteration.orthonormal(torch.zeros_like(block))).all())
     block[:, 7] = block[:, 6]
-    basis = subspace.orthonormal(block)
+    basis = subspace_iteration.orthonormal(block)
     assert bool(torch.isfinite(basis).all())
     assert torch.allclose(basis.mT @ basis, eye, atol=1e-3)

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from lorainit.probing import Probe
+from lorainit.refinement import NaturalSteps
 
 from benchmarks.quality.experiment import Experiment
 from benchmarks.quality.stacked import Start
-from lorainit.probing import Probe
-from lorainit.refinement import NaturalSteps
 from lorainit.statistics import Statistics
 from lorainit.types import Factors
 

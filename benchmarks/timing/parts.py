@@ -383,6 +383,7 @@ def run_share(case: Case, model: nn.Module, clock: Clock) -> dict[str, Any]:
 def run_operations(case: Case, model: nn.Module | None, clock: Clock) -> dict[str, Any]:
     """Single operations, milliseconds."""
     from lorainit.linalg.triangle import lower_inverse
+
     from lorainit.statistics import accumulators
 
     device, shape = clock.device, case.sizes()

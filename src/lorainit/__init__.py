@@ -17,10 +17,11 @@ if TYPE_CHECKING:
     from lorainit.methods import *  # noqa: F403
     from lorainit.methods import __all__ as _methods
     from lorainit.pipeline import collect_statistics, get_peft_model
-    from lorainit.statistics import Statistics
+    from lorainit.statistics import CollectSettings, Statistics
     from lorainit.types import Factors, LayerStatistics
 
     __all__ = [
+        "CollectSettings",
         "ExportReport",
         "Factors",
         "LayerStatistics",
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     __all__ += _methods  # type: ignore[has-type]
 
 _HOMES = {
+    "CollectSettings": "statistics",
     "ExportReport": "adapters.export",
     "Factors": "types",
     "LayerStatistics": "types",

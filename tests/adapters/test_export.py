@@ -14,9 +14,9 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 
 import lorainit
-from lorainit import writing
 from lorainit.adapters import export as exporting
 from lorainit.errors import AdapterError, RankError
+from lorainit.files import atomic
 from tests.adapters.tiny import METHODS, config, llama, logits, start, train
 
 CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 2e-6}
@@ -211,7 +211,7 @@ def test_an_older_side_file_survives_a_full_disk(
 
     monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(OSError, match="No space left"):
-        writing.write_text(tmp_path / "report.html", "a page of text")
+        atomic.write_text(tmp_path / "report.html", "a page of text")
     with pytest.raises(OSError, match="No space left"):
         wrapped.save_pretrained(tmp_path)
     monkeypatch.undo()

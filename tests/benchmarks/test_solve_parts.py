@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import lorainit.solving
 import pytest
 import torch
 from benchmarks.timing.cases import Case
 
-import lorainit.solving
 from benchmarks import solve_parts
 
 

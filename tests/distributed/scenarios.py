@@ -18,9 +18,9 @@ import lorainit
 from lorainit.adapters.anchor import placed_like
 from lorainit.adapters.layers import true_config
 from lorainit.errors import LorainitError
-from lorainit.statistics import distributed, travel
-from lorainit.statistics.accumulators import panels, unfold
-from lorainit.statistics.rounds import is_sharded
+from lorainit.linalg.block_triangle import mirror, panels
+from lorainit.parallel import collectives, exchange
+from lorainit.parallel.sharding import is_sharded
 from lorainit.types import STATISTICS
 from tests.statistics import models
 from tests.statistics.models import Batch, batches, sequences
@@ -160,21 +160,22 @@ def traveller(name: str, rank: int) -> Tensor | None:
 
 def travelling(rank: int, size: int, nbytes: int) -> dict[str, dict[str, Tensor]]:
     """To the owners, and from them to all, in buffers of so many bytes."""
-    travel.BUFFER_BYTES = travel.SEGMENT_BYTES = nbytes
+    exchange.BUFFER_BYTES = exchange.SEGMENT_BYTES = nbytes
     slots = [
-        travel.Slot(name, index % size, *TRAVELLERS[name]) for index, name in enumerate(TRAVELLERS)
+        exchange.Slot(name, index % size, *TRAVELLERS[name])
+        for index, name in enumerate(TRAVELLERS)
     ]
     tensors = {name: t for name in TRAVELLERS if (t := traveller(name, rank)) is not None}
     for low, high in panels(600):
         tensors["square"][high:, low:high] = torch.nan
     cpu = torch.device("cpu")
-    travel.to_owners(tensors, slots, cpu)
+    exchange.reduce_to_owners(tensors, slots, cpu)
     assert set(tensors) == {slot.key for slot in slots if slot.owner == rank}
     owned = {name: tensor.clone() for name, tensor in tensors.items()}
-    travel.from_owners(tensors, slots, cpu)
+    exchange.broadcast_from_owners(tensors, slots, cpu)
     for tensor in (*tensors.values(), *owned.values()):
         if tensor.shape == (600, 600):
-            unfold(tensor)
+            mirror(tensor)
     assert all(torch.equal(tensors[name], tensor) for name, tensor in owned.items())
     return {"owned": set(owned), "all": tensors}
 
@@ -225,7 +226,7 @@ def shared_out(rank: int, size: int, folder: str) -> dict[str, Any]:
 
 
 def started_alone(statistics: lorainit.Statistics) -> None:
-    with distributed.alone():
+    with collectives.single_process():
         lorainit.get_peft_model(
             models.llama(), config(), method=lorainit.LoraDA(), statistics=statistics
         )
@@ -337,7 +338,7 @@ def train(model: Any, rank: int, size: int) -> list[float]:
                 dist.all_reduce(parameter.grad)
                 parameter.grad /= size
         optimizer.step()
-        losses.append(distributed.sum_counts([float(loss.detach())])[0] / size)
+        losses.append(collectives.sum_counts([float(loss.detach())])[0] / size)
     return losses
 
 
@@ -439,7 +440,7 @@ def by_oneself(rank: int, size: int) -> float:
     """Only one process collects, and has been told that it is alone."""
     if rank:
         return 0.0
-    with distributed.alone():
+    with collectives.single_process():
         found = lorainit.collect_statistics(
             models.llama(), config(), data=batches(RAGGED, 2), needs={"gradient"}, progress=False
         )

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorainit.statistics.travel import divide
+from lorainit.parallel.exchange import balanced_owners
 from tests.distributed import scenarios
 from tests.distributed.launch import launch, succeeded
 
@@ -26,12 +26,12 @@ def test_sums_travel_to_their_owners_and_back(size: int, nbytes: int, tmp_path: 
 
 def test_division_is_even() -> None:
     weights = {f"layer {i}": 1 + i % 7 for i in range(60)}
-    owners = divide(weights, 8)
+    owners = balanced_owners(weights, 8)
     loads = [sum(w for n, w in weights.items() if owners[n] == part) for part in range(8)]
     assert list(owners) != list(weights)  # the heaviest first
     assert set(owners) == set(weights)
     assert max(loads) - min(loads) <= 1
-    assert set(divide({"a": 1, "b": 1}, 5).values()) <= set(range(5))
+    assert set(balanced_owners({"a": 1, "b": 1}, 5).values()) <= set(range(5))
 
 
 def test_statistics_shared_out(tmp_path: Path) -> None:

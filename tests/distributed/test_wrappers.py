@@ -10,7 +10,7 @@ from torch import nn
 
 import lorainit
 from lorainit.adapters.wrappers import unwrapped
-from lorainit.statistics.distributed import allotments
+from lorainit.parallel.collectives import parts_of_cap
 from tests.distributed.scenarios import METHODS, RAGGED, config
 from tests.statistics import models
 from tests.statistics.models import batches
@@ -94,4 +94,4 @@ def test_offloaded_by_accelerate(where: str, name: str, tmp_path: Any) -> None:
 def test_allotments(
     cap: int, available: list[int], open_ended: list[bool], given: list[int]
 ) -> None:
-    assert allotments(cap, available, open_ended) == given
+    assert parts_of_cap(cap, available, open_ended) == given

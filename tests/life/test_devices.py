@@ -189,7 +189,7 @@ def test_a_solve_without_memory_is_cut_and_said(
         found = start(llama(), method, config(), statistics=everything)
     expected = start(llama(), lorainit.LoraDA(), config(), statistics=everything)
     torch.testing.assert_close(logits(found), logits(expected), rtol=1e-5, atol=1e-6)
-    # Halves of what was tried, not layer by layer.
+    # SplitMatrix of what was tried, not layer by layer.
     assert set(method.solved) == sizes
     assert sum(method.solved) == 14
     said = [record.message for record in caplog.records if "out of memory" in record.message]

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 import lorainit
 from lorainit import errors
 from lorainit.adapters.targets import match_targets
-from lorainit.experts import ExpertLayer, routed
+from lorainit.models.experts import ExpertLayer, routed
+from tests import measuring
 from tests.adapters.tiny import (
     METHODS,
     assert_same_bits,
@@ -205,19 +206,15 @@ def test_gradient_checkpointing(reentrant: bool) -> None:
 
 
 def test_several_passes_give_what_one_gives() -> None:
-    from dataclasses import replace
-
-    from lorainit.statistics import CollectSettings, collect
-    from lorainit.statistics.collect import prepare
-
     model = with_idle_experts([3])
     modules = {n: t.module for n, t in match_targets(model, lora()).layers.items()}
-    settings = CollectSettings(NEEDS, on_unused="default", progress=False)
-    whole = collect(model, modules, [batch()], settings)
-    roomy = prepare(model, modules, [batch()], replace(settings, max_memory="1GiB")).plan
-    tight = replace(settings, max_memory=roomy.held + roomy.batch.nbytes // 2 + whole.nbytes // 5)
-    assert len(prepare(model, modules, [batch()], tight).plan.passes) > 1
-    parts = collect(model, modules, [batch()], tight)
+    idle = {"on_unused": "default"}
+    whole = measuring.collected(model, modules, [batch()], NEEDS, **idle)
+    roomy = measuring.planned(model, modules, [batch()], NEEDS, max_memory="1GiB", **idle).plan
+    tight = roomy.held + roomy.batch.nbytes // 2 + whole.nbytes // 5
+    plan = measuring.planned(model, modules, [batch()], NEEDS, max_memory=tight, **idle).plan
+    assert len(plan.passes) > 1
+    parts = measuring.collected(model, modules, [batch()], NEEDS, max_memory=tight, **idle)
     for name in whole:
         torch.testing.assert_close(parts[name].gradient, whole[name].gradient)
     assert whole.metadata["unused"]

@@ -13,9 +13,9 @@ from torch import nn
 
 import lorainit
 from benchmarks import quantized_check
-from lorainit import chunks, solving
 from lorainit.adapters.targets import match_targets
 from lorainit.adapters.weights import read_weight
+from lorainit.solve import layers, stacks
 from tests.adapters.tiny import METHODS, batch, config, llama, logits, start, train
 
 torchao = pytest.importorskip("torchao")
@@ -112,8 +112,8 @@ def test_weights_are_dequantized_a_few_at_a_time(
         most.append(alive())
         return weight
 
-    monkeypatch.setattr(solving, "read_weight", reading)
-    monkeypatch.setattr(chunks, "_CHUNK_BYTES", 1)
+    monkeypatch.setattr(layers, "read_weight", reading)
+    monkeypatch.setattr(stacks, "_STACK_BYTES", 1)
     base = quantized("int8")
     start(base, METHODS[method])
     assert len(most) == 14

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from lorainit import linalg
-from lorainit.linalg import leading, limits, subspace
-from lorainit.linalg.halves import Halves, Leading
+from lorainit.linalg import leading, subspace_iteration, thresholds
 from lorainit.linalg.leading import EACH
+from lorainit.linalg.split_precision import Leading, SplitMatrix
 from lorainit.methods import EVA, METHODS, LoraDA
 from lorainit.types import LayerStatistics
 from tests.methods.common import OUT, RANK, angle, layer, product, relative, solve
@@ -56,7 +56,7 @@ def test_other_methods_by_iteration_are_the_dense_ones(
     weight, statistics = layer(out=400, inner=450)
     monkeypatch.setattr(leading, "_SYMMETRIC_LIMIT", 10_000)
     dense = solve(name, weight, statistics)
-    monkeypatch.setattr(limits, "DENSE_LIMIT", 100)
+    monkeypatch.setattr(thresholds, "DENSE_LIMIT", 100)
     iterated = solve(name, weight, statistics)
     assert not torch.equal(iterated.A, dense.A)
     assert relative(iterated.A, dense.A) < 1e-6
@@ -67,18 +67,18 @@ def test_other_methods_by_iteration_are_the_dense_ones(
 def test_products_in_halves_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What an accelerator does, on a CPU: the same factors as without, to the fast precision."""
     weight, statistics = layer(out=400, inner=450, dtype=torch.float32)
-    monkeypatch.setattr(limits, "DENSE_LIMIT", 100)
+    monkeypatch.setattr(thresholds, "DENSE_LIMIT", 100)
     plain = solve(name, weight, statistics)
     split: list[object] = []
-    of = Halves.of
+    of = SplitMatrix.of
 
-    def spy(matrix: Tensor) -> Halves:
+    def spy(matrix: Tensor) -> SplitMatrix:
         split.append(matrix.shape)
         return of(matrix)
 
-    for place in (linalg, limits):
+    for place in (linalg, thresholds):
         monkeypatch.setattr(place, "has_matrix_units", lambda like: True)
-    monkeypatch.setattr(Halves, "of", staticmethod(spy))
+    monkeypatch.setattr(SplitMatrix, "of", staticmethod(spy))
     found = solve(name, weight, statistics)
     assert split
     # What an iteration is asked for.
@@ -91,13 +91,15 @@ def test_products_in_halves_change_nothing(name: str, monkeypatch: pytest.Monkey
 def test_leading_digits_do_most_of_the_rounds(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As they would not if they were of another matrix: they would lead astray."""
     weight, statistics = layer(out=400, inner=450, dtype=torch.float32)
-    monkeypatch.setattr(limits, "DENSE_LIMIT", 100)
-    for place in (linalg, limits):
+    monkeypatch.setattr(thresholds, "DENSE_LIMIT", 100)
+    for place in (linalg, thresholds):
         monkeypatch.setattr(place, "has_matrix_units", lambda like: True)
     blocks: dict[str, int] = {"first": 0, "all": 0}
-    rounds = subspace._Filter.__call__
+    rounds = subspace_iteration._Filter.__call__
 
-    def spy(self: subspace._Filter, apply: subspace.Apply, vectors: Tensor) -> Tensor:
+    def spy(
+        self: subspace_iteration._Filter, apply: subspace_iteration.Apply, vectors: Tensor
+    ) -> Tensor:
         before = products["leading"]
         found = rounds(self, apply, vectors)
         blocks["first"] += products["leading"] > before
@@ -112,7 +114,7 @@ def test_leading_digits_do_most_of_the_rounds(name: str, monkeypatch: pytest.Mon
         return times(self, block)
 
     monkeypatch.setattr(Leading, "times", counted)
-    monkeypatch.setattr(subspace._Filter, "__call__", spy)
+    monkeypatch.setattr(subspace_iteration._Filter, "__call__", spy)
     solve(name, weight, statistics)
     assert blocks["first"] >= blocks["all"] / 2 > 0
 
@@ -120,8 +122,8 @@ def test_leading_digits_do_most_of_the_rounds(name: str, monkeypatch: pytest.Mon
 def test_lora_das_coarse_products_are_its_rough_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of ``Omega`` and of ``D D^T``, but for their last digits."""
     weight, statistics = layer(out=400, inner=450, dtype=torch.float32)
-    monkeypatch.setattr(limits, "DENSE_LIMIT", 100)
-    for place in (linalg, limits):
+    monkeypatch.setattr(thresholds, "DENSE_LIMIT", 100)
+    for place in (linalg, thresholds):
         monkeypatch.setattr(place, "has_matrix_units", lambda like: True)
     iterate, errors = linalg.smallest_of_operator, []
 

@@ -18,7 +18,12 @@ from lorainit.errors import DataError
 from lorainit.report import Curve, StartLoss, read_curves, report
 from lorainit.report.drawing import DRAWN_LAYERS, _scale, spectra
 from lorainit.report.measure import _directions, _spectrum, measure_layer, place_of, spread
-from lorainit.report.promise import Displacement, displacements_of, promise_of, total
+from lorainit.report.predicted_decrease import (
+    Displacement,
+    displacements_of,
+    predicted_decrease,
+    total,
+)
 from lorainit.report.sizes import sizes_of
 from tests.adapters import tiny
 
@@ -109,7 +114,7 @@ def test_promise_against_autograd(reduction: str) -> None:
     )  # fmt: skip
     model = tiny.start(tiny.llama(), lorainit.LoraOne(), data=data, loss_reduction=reduction)
     slopes = {
-        name: promise_of(displacement, found[name])
+        name: predicted_decrease(displacement, found[name])
         for name, displacement in displacements_of(model, "default").items()
     }
     batch = data[0]
@@ -156,15 +161,19 @@ def test_bend_is_the_fisher_of_a_linear_classifier() -> None:
         label_tokens=count,
         positions=count,
     )
-    promise = promise_of(Displacement(left, right), found)
+    promise = predicted_decrease(Displacement(left, right), found)
     assert promise.bend == pytest.approx(hessian, rel=0.05)
     # Sequences of three such positions, whose mean is the loss: gradients a third, the same bend.
     found = replace(found, output_second_moment_sum=g.mT @ g / 9, sequences=count / 3)
-    assert promise_of(Displacement(left, right), found).bend == pytest.approx(hessian, rel=0.05)
+    assert predicted_decrease(Displacement(left, right), found).bend == pytest.approx(
+        hessian, rel=0.05
+    )
     found = replace(
         found, output_second_moment_sum=g.mT @ g, sequences=count / 3, loss_reduction="token"
     )
-    assert promise_of(Displacement(left, right), found).bend == pytest.approx(hessian, rel=0.05)
+    assert predicted_decrease(Displacement(left, right), found).bend == pytest.approx(
+        hessian, rel=0.05
+    )
 
 
 def test_curves_of_a_trainer_and_of_a_comparison(tmp_path: Path) -> None:

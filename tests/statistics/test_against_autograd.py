@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import lorainit
-from lorainit.statistics.positions import batch_positions
+from lorainit.statistics.collect.positions import batch_positions
 from lorainit.types import STATISTICS
 from tests.statistics import models, reference
 from tests.statistics.models import Batch, all_linear, batches, sequences

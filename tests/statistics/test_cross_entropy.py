@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorainit.statistics import cross_entropy
-from lorainit.statistics.cross_entropy import IGNORED, token_losses
-from lorainit.statistics.footprint import LiveBytes
+from lorainit.statistics.loss import cross_entropy
+from lorainit.statistics.loss.cross_entropy import token_losses
+from lorainit.statistics.memory.peak import LiveBytes
+from lorainit.types import IGNORED
 
 VOCABULARY = 37
 

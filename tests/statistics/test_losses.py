@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lorainit.data.packing import packed_segments
 from lorainit.errors import DataError
-from lorainit.statistics.anatomy import innermost
-from lorainit.statistics.losses import batch_loss, label_kind
-from lorainit.statistics.packing import packed_segments
+from lorainit.models.introspection import innermost_model
+from lorainit.statistics.loss.batch_loss import batch_loss, label_kind
 from tests.statistics import models
 from tests.statistics.models import VOCABULARY, batches, pad, sequences
 
@@ -110,9 +110,9 @@ def test_a_renamed_subclass_is_what_its_parent_is() -> None:
 def test_wrappers_are_looked_through() -> None:
     model = models.bert(head="TokenClassification", num_labels=VOCABULARY)
     parallel = nn.DataParallel(model)
-    assert innermost(parallel) is model
+    assert innermost_model(parallel) is model
     compiled = torch.compile(model)
-    assert innermost(compiled) is model
+    assert innermost_model(compiled) is model
     alone = batch_loss(model, pad(ROWS), "sequence").per_sequence
     torch.testing.assert_close(batch_loss(parallel, pad(ROWS), "sequence").per_sequence, alone)
 

@@ -15,22 +15,24 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import lorainit
 from lorainit.adapters.targets import match_targets
+from lorainit.data.batch import Batch
 from lorainit.errors import MemoryPlanError
-from lorainit.statistics import CollectSettings, collect, planning
-from lorainit.statistics.accumulators import FOLD_FROM, add_gram, panels, unfold
-from lorainit.statistics.batches import is_splittable, one_row, split_rows
-from lorainit.statistics.collect import prepare
-from lorainit.statistics.footprint import LiveBytes, held_bytes
-from lorainit.statistics.plan import (
+from lorainit.linalg.block_triangle import FOLD_FROM, mirror, panels
+from lorainit.statistics import CollectSettings
+from lorainit.statistics.collect.accumulators import add_gram
+from lorainit.statistics.memory import planner
+from lorainit.statistics.memory.peak import LiveBytes, held_bytes
+from lorainit.statistics.memory.plan import (
     BatchSize,
     make_plan,
-    parse_bytes,
     statistic_bytes,
     total_bytes,
 )
 from lorainit.types import STATISTICS, LayerStatistics
+from lorainit.types.byte_size import parse_bytes
+from tests.measuring import collected, planned
 
-collecting = importlib.import_module("lorainit.statistics.collect")
+collecting = importlib.import_module("lorainit.statistics.collection")
 
 NEEDS = frozenset(STATISTICS)
 LORA_DA = frozenset({"gradient", "input_second_moment", "output_second_moment_diagonal"})
@@ -78,7 +80,7 @@ def assert_same(one, other) -> None:
 )
 def test_predicted_bytes_are_the_tensors(needs: frozenset[str]) -> None:
     model, modules = model_and_modules()
-    found = collect(model, modules, batches(), CollectSettings(needs, progress=False))
+    found = collected(model, modules, batches(), needs)
     shapes = shapes_of(modules)
     shared: dict[int, list[str]] = {}
     for name in found:
@@ -91,18 +93,17 @@ def test_predicted_bytes_are_the_tensors(needs: frozenset[str]) -> None:
 @pytest.mark.parametrize("share", [0.9, 0.4, 0.2])
 def test_several_passes_and_split_batches_give_what_one_pass_gives(share: float, caplog) -> None:
     model, modules = model_and_modules()
-    settings = CollectSettings(NEEDS, progress=False)
     data = batches(count=2)
-    whole = collect(model, modules, data, settings)
-    easy = prepare(model, modules, data, replace(settings, max_memory="1GiB")).plan
+    whole = collected(model, modules, data, NEEDS)
+    easy = planned(model, modules, data, NEEDS, max_memory="1GiB").plan
     assert len(easy.passes) == 1
     assert easy.batch.rows is None
     assert easy.nbytes == whole.nbytes  # shared inputs are known before the first pass
     row = easy.batch.nbytes // 3
     budget = easy.held + row + int(share * whole.nbytes) + 1
     with caplog.at_level("INFO", logger="lorainit"):
-        parts = collect(model, modules, data, replace(settings, max_memory=budget))
-    plan = prepare(model, modules, data, replace(settings, max_memory=budget)).plan
+        parts = collected(model, modules, data, NEEDS, max_memory=budget)
+    plan = planned(model, modules, data, NEEDS, max_memory=budget).plan
     assert len(plan.passes) > 1
     assert plan.peak <= budget
     assert str(plan) in caplog.text
@@ -114,11 +115,10 @@ def test_several_passes_and_split_batches_give_what_one_pass_gives(share: float,
 def test_the_predicted_peak_is_within_a_tenth_of_the_measured_one(needs, rows) -> None:
     model, modules = model_and_modules(hidden=64, inner=160, vocabulary=300)
     data = batches(rows, length=48, count=3, vocabulary=300)
-    settings = CollectSettings(needs, progress=False, max_memory="8GiB")
-    plan = prepare(model, modules, data, settings).plan
+    plan = planned(model, modules, data, needs, max_memory="8GiB").plan
     gc.collect()
     with LiveBytes() as meter:
-        collect(model, modules, data, replace(settings, max_memory=None))
+        collected(model, modules, data, needs)
     measured = meter.peak + held_bytes(model, torch.device("cpu"))
     assert plan.held == held_bytes(model, torch.device("cpu"))
     assert plan.peak == pytest.approx(measured, rel=0.1)
@@ -127,13 +127,12 @@ def test_the_predicted_peak_is_within_a_tenth_of_the_measured_one(needs, rows) -
 def test_the_measured_peak_stays_within_a_tight_budget() -> None:
     model, modules = model_and_modules(hidden=64, inner=160, vocabulary=300)
     data = batches(8, length=48, count=2, vocabulary=300)
-    settings = CollectSettings(LORA_DA, progress=False, max_memory="8GiB")
-    roomy = prepare(model, modules, data, settings).plan
+    roomy = planned(model, modules, data, LORA_DA, max_memory="8GiB").plan
     budget = roomy.held + roomy.batch.nbytes // 4 + roomy.nbytes // 3
-    plan = prepare(model, modules, data, replace(settings, max_memory=budget)).plan
-    assert plan.batch.rows is not None
+    tight = planned(model, modules, data, LORA_DA, max_memory=budget)
+    assert tight.plan.batch.rows is not None
     with LiveBytes() as meter:
-        for part in prepare(model, modules, data, replace(settings, max_memory=budget)).parts():
+        for part in tight.parts():
             del part
     assert meter.peak + roomy.held <= 1.1 * budget
     assert meter.peak + roomy.held > 0.5 * budget
@@ -167,9 +166,8 @@ def test_a_start_within_a_budget_is_the_start_without_one() -> None:
 
 def test_too_small_a_budget_is_an_error_that_says_what_is_needed() -> None:
     model, modules = model_and_modules()
-    settings = CollectSettings(NEEDS, progress=False, max_memory=1000)
     with pytest.raises(MemoryPlanError, match="Allow"):
-        prepare(model, modules, batches(), settings)
+        planned(model, modules, batches(), NEEDS, max_memory=1000)
 
 
 def test_no_pass_is_above_the_budget() -> None:
@@ -213,17 +211,19 @@ def test_small_batches_buy_fewer_passes_where_that_is_quicker() -> None:
 
 
 def test_splitting_keeps_every_row_and_leaves_what_cannot_be_split() -> None:
-    batch = {"input_ids": torch.arange(10).reshape(5, 2), "flag": True, "words": list("abcde")}
-    parts = split_rows([batch], 2)
-    assert [part["input_ids"].shape[0] for part in parts] == [2, 2, 1]
-    assert torch.equal(torch.cat([p["input_ids"] for p in parts]), batch["input_ids"])
-    assert [w for p in parts for w in p["words"]] == list("abcde")
-    patches = {**batch, "pixel_values": torch.zeros(7, 3)}
-    assert not is_splittable(patches)
-    assert split_rows([patches], 2) == [patches]
-    assert torch.equal(one_row(batch)["input_ids"], batch["input_ids"][:1])
+    content = {"input_ids": torch.arange(10).reshape(5, 2), "flag": True, "words": list("abcde")}
+    batch = Batch(content)
+    parts = batch.cut(2)
+    assert [part.rows for part in parts] == [2, 2, 1]
+    assert [part.unit_names for part in parts] == [(0, 1), (2, 3), (4,)]
+    assert torch.equal(torch.cat([p.content["input_ids"] for p in parts]), content["input_ids"])
+    assert [w for p in parts for w in p.content["words"]] == list("abcde")
+    patches = Batch({**content, "pixel_values": torch.zeros(7, 3)})
+    assert not patches.separable
+    assert patches.cut(2) == [patches]
+    assert torch.equal(batch.first_row().content["input_ids"], content["input_ids"][:1])
     # One row of ids with the patches of all rows would be no batch of any model.
-    assert one_row(patches) is patches
+    assert patches.first_row() is patches
 
 
 @pytest.mark.parametrize("width", [3, FOLD_FROM - 1, FOLD_FROM, FOLD_FROM + 77, 1100])
@@ -234,7 +234,7 @@ def test_folded_grams_are_grams(width: int) -> None:
     if width >= FOLD_FROM:
         low, high = panels(width)[0]
         assert not total[high:, low:high].any()
-    torch.testing.assert_close(unfold(total), flat.mT @ flat)
+    torch.testing.assert_close(mirror(total), flat.mT @ flat)
 
 
 def test_a_budget_is_bytes_or_a_text() -> None:
@@ -245,7 +245,7 @@ def test_a_budget_is_bytes_or_a_text() -> None:
     assert parse_bytes(None) is None
     for wrong in (0, -1, "much", "1..5GB", "", True):
         with pytest.raises(ValueError, match="max_memory"):
-            CollectSettings(NEEDS, max_memory=wrong)
+            CollectSettings(max_memory=wrong)
 
 
 @pytest.mark.parametrize(
@@ -254,7 +254,7 @@ def test_a_budget_is_bytes_or_a_text() -> None:
 def test_a_batch_is_cut_in_every_useful_number_of_parts(rows: int, wanted: list[int]) -> None:
     """Parts of eight rows in two, three, four and eight: of other numbers one part is as large as of these."""
     batch = {"input_ids": torch.zeros(rows, 6, dtype=torch.long)}
-    sizes = planning._batch_sizes([batch], 10.0)
+    sizes = planner._batch_sizes([Batch(batch)], 10.0)
     assert [size.rows or rows for size in sizes] == wanted
     assert [size.nbytes for size in sizes] == [60 * n for n in wanted]
 
@@ -263,7 +263,7 @@ def test_what_is_handed_over_is_held_by_nobody_else(monkeypatch: pytest.MonkeyPa
     """A pass needs the memory of the statistics before it: they are gone when it begins."""
     model, modules = model_and_modules()
     most = max(sum(statistic_bytes(s, NEEDS).values()) for s in shapes_of(modules).values())
-    prepared = prepare(model, modules, batches(), CollectSettings(NEEDS, progress=False))
+    prepared = planned(model, modules, batches(), NEEDS)
     plan = make_plan(shapes_of(modules), NEEDS, most)
     assert len(plan.passes) > 2
     before: list[weakref.ref[object]] = []
@@ -286,11 +286,10 @@ def test_gradients_added_up_in_bfloat16_take_half_the_bytes(dtype: torch.dtype) 
     model, modules = model_and_modules()
     model.to(dtype)
     data = batches(count=5)
-    settings = CollectSettings(LORA_DA, progress=False, max_memory="1GiB")
-    wide = collect(model, modules, data, settings)
-    narrow = collect(model, modules, data, replace(settings, gradient_dtype="bfloat16"))
-    planned = prepare(model, modules, data, replace(settings, gradient_dtype="bfloat16")).plan
-    assert planned.nbytes == narrow.nbytes
+    options = {"max_memory": "1GiB", "gradient_dtype": "bfloat16"}
+    wide = collected(model, modules, data, LORA_DA, max_memory="1GiB")
+    narrow = collected(model, modules, data, LORA_DA, **options)
+    assert planned(model, modules, data, LORA_DA, **options).plan.nbytes == narrow.nbytes
     assert narrow.metadata["gradient_dtype"] == "bfloat16"
     for name in wide:
         one, other = wide[name], narrow[name]
@@ -350,18 +349,13 @@ def test_rounding_that_a_method_makes_large_is_said(
     model, modules = model_and_modules()
     for dtype in ("bfloat16", "float32"):
         caplog.clear()
-        settings = CollectSettings(
-            frozenset(needs),
-            gradient_dtype=dtype,  # type: ignore[arg-type]
-            progress=False,
-        )
-        prepare(model, modules, batches(), settings)
+        planned(model, modules, batches(), needs, gradient_dtype=dtype)
         assert ("divides it by the inputs'" in caplog.text) == (warned and dtype == "bfloat16")
 
 
 def test_another_dtype_of_gradients_is_refused() -> None:
     with pytest.raises(ValueError, match="gradient_dtype must be one of"):
-        CollectSettings(NEEDS, gradient_dtype="float16")  # type: ignore[arg-type]
+        CollectSettings(gradient_dtype="float16")  # type: ignore[arg-type]
 
 
 def test_a_start_adds_gradients_up_as_it_is_told(caplog: pytest.LogCaptureFixture) -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 import lorainit
 from lorainit.errors import StatisticsFileError
-from lorainit.statistics import files, records, triangles
+from lorainit.statistics.store import layer_table, packed_symmetric, sharded_files
 from lorainit.types import STATISTICS, LayerStatistics
 from tests.statistics import models
 from tests.statistics.models import all_linear, batches, sequences
@@ -165,7 +165,7 @@ def test_a_failure_leaves_what_was_there(
     path = tmp_path / "s.safetensors"
     statistics.save(path, max_shard_size=size)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-    original, calls = files._write_tensor, []
+    original, calls = sharded_files._write_tensor, []
 
     def failing(*arguments) -> None:
         calls.append(1)
@@ -173,7 +173,7 @@ def test_a_failure_leaves_what_was_there(
             raise OSError("no space left")
         original(*arguments)
 
-    monkeypatch.setattr(files, "_write_tensor", failing)
+    monkeypatch.setattr(sharded_files, "_write_tensor", failing)
     with pytest.raises(OSError, match="What was there before is still there"):
         statistics.save(path, max_shard_size=size)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
@@ -206,15 +206,15 @@ def test_a_matrix_that_is_not_symmetric_is_stored_whole(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_triangle_is_its_matrix(width: int, dtype: torch.dtype) -> None:
     rows = torch.randn(7, width, dtype=dtype)
-    matrix = triangles.mirror(rows.mT @ rows)
-    assert triangles.is_symmetric(matrix)
+    matrix = packed_symmetric.mirror(rows.mT @ rows)
+    assert packed_symmetric.is_symmetric(matrix)
     assert torch.equal(matrix, matrix.mT)
-    assert torch.equal(triangles.unpack(triangles.pack(matrix), width), matrix)
+    assert torch.equal(packed_symmetric.unpack(packed_symmetric.pack(matrix), width), matrix)
     if width > 1:
         matrix[width - 1, 0] += 1
-        assert not triangles.is_symmetric(matrix)
+        assert not packed_symmetric.is_symmetric(matrix)
     with pytest.raises(ValueError, match="numbers"):
-        triangles.unpack(torch.zeros(width), width + 1)
+        packed_symmetric.unpack(torch.zeros(width), width + 1)
 
 
 def test_a_file_of_the_first_version_still_loads(
@@ -225,7 +225,9 @@ def test_a_file_of_the_first_version_still_loads(
         "format": "lorainit-statistics",
         "version": "1",
         "lorainit": "0.1.0",
-        "layers": json.dumps({n: records.layer_record(statistics[n], places[n]) for n in places}),
+        "layers": json.dumps(
+            {n: layer_table.layer_record(statistics[n], places[n]) for n in places}
+        ),
         "metadata": json.dumps(statistics.metadata),
     }
     prints = {f"fingerprint/{n}": t for n, t in statistics.fingerprints.items()}

@@ -10,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from lorainit.data.batch import Batch
+from lorainit.data.sampling import arriving, take_sequences
 from lorainit.errors import DataError
-from lorainit.statistics import accumulators
-from lorainit.statistics.accumulators import (
+from lorainit.statistics.collect import accumulators
+from lorainit.statistics.collect.accumulators import (
     InputSums,
     LayerSums,
     add_product,
@@ -20,9 +22,8 @@ from lorainit.statistics.accumulators import (
     add_sum,
     sum_dtype,
 )
-from lorainit.statistics.batches import row_sequences, take, to_device
-from lorainit.statistics.footprint import LiveBytes
-from lorainit.statistics.positions import CountedPositions, batch_positions
+from lorainit.statistics.collect.positions import CountedPositions, batch_positions
+from lorainit.statistics.memory.peak import LiveBytes
 from tests.statistics import models
 
 CPU = torch.device("cpu")
@@ -254,7 +255,8 @@ def test_a_decoders_positions_end_with_its_labels() -> None:
 def test_batches_up_to_the_cap(sizes: list[int], cap: int | None) -> None:
     ids = torch.arange(sum(sizes))
     data = [{"input_ids": part[:, None], "labels": part[:, None]} for part in ids.split(sizes)]
-    found = [batch["input_ids"][:, 0] for batch in take(data, cap)]
+    taken = take_sequences(arriving(data), cap)
+    found = [batch.content["input_ids"][:, 0] for batch in taken]
     expected = ids if cap is None else ids[:cap]
     assert torch.equal(torch.cat([torch.empty(0, dtype=torch.long), *found]), expected)
 
@@ -264,24 +266,32 @@ def test_cutting_a_batch_cuts_all_that_has_one_entry_a_row() -> None:
         "input_ids": torch.ones(4, 3),
         "names": ["a", "b", "c", "d"],
         "scale": torch.tensor(2.0),
-        "table": torch.ones(7, 3),
+        "axes": torch.ones(3, 4, 3),
+        "position_ids": torch.ones(3, 4, 3),
     }
-    (cut,) = take([batch], 3)
-    assert cut["input_ids"].shape == (3, 3)
-    assert cut["names"] == ["a", "b", "c"]
-    assert float(cut["scale"]) == 2
-    assert cut["table"].shape == (7, 3)
+    (cut,) = take_sequences(arriving([{**batch, "axes": None}]), 3)
+    assert cut.content["input_ids"].shape == (3, 3)
+    assert cut.content["names"] == ["a", "b", "c"]
+    assert float(cut.content["scale"]) == 2
+    assert cut.content["position_ids"].shape == (3, 3, 3)
+    # What is not one entry a row cannot be cut: the batch is taken as it is.
+    (whole,) = take_sequences(arriving([batch]), 3)
+    assert whole.units == 1
+    assert whole.content["input_ids"].shape == (4, 3)
 
 
 def test_packed_rows_hold_several_sequences() -> None:
     ids = torch.tensor([[0, 1, 2, 0, 1, 0, 0], [0, 1, 2, 3, 4, 5, 6]])
-    batch = {"input_ids": torch.ones(2, 7).long(), "position_ids": ids}
-    assert row_sequences(batch, 2) == [2, 1]
+    batch = Batch({"input_ids": torch.ones(2, 7).long(), "position_ids": ids})
+    assert batch.sequences == batch.units == 3
 
 
-def test_one_packed_row_beyond_the_cap_is_still_read() -> None:
+def test_a_packed_row_is_cut_where_a_sequence_ends() -> None:
     packed = models.pack(models.sequences(4))
-    assert len(list(take([packed, packed], 3))) == 1
+    (cut,) = take_sequences(arriving([packed, packed]), 3)
+    alone = models.pack(models.sequences(4)[:3])
+    assert torch.equal(cut.content["input_ids"], alone["input_ids"])
+    assert torch.equal(cut.content["position_ids"], alone["position_ids"])
 
 
 def test_tensors_move_inside_whatever_holds_them() -> None:
@@ -289,7 +299,7 @@ def test_tensors_move_inside_whatever_holds_them() -> None:
 
     Pair = namedtuple("Pair", "left right")
     held: Any = {"a": [torch.ones(1)], "b": Pair(torch.ones(1), "text"), "c": (torch.ones(1), 3)}
-    moved = to_device(held, torch.device("meta"))
+    moved = Batch(held).to(torch.device("meta")).content
     assert moved["a"][0].is_meta
     assert moved["b"].left.is_meta
     assert moved["b"].right == "text"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
@@ -102,3 +103,18 @@ def name_in_patterns(name: str, layer: LoraLayer) -> str:
     while name.endswith(".base_layer"):
         name = name.removesuffix(".base_layer")
     return f"{name}.{layer.parameter_name}"
+
+
+@contextlib.contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """PEFT's own context lets every active adapter learn afterwards, frozen before or not."""
+    if not isinstance(model, PeftModel):
+        yield
+        return
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)

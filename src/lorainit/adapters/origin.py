@@ -17,7 +17,7 @@ from peft import LoraConfig, PeftModel
 
 from lorainit._version import __version__
 from lorainit.errors import AdapterError
-from lorainit.writing import write_text
+from lorainit.files.atomic import write_text
 
 SIDE_FILE = "lorainit.json"
 _FORMAT = 1

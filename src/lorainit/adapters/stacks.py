@@ -11,7 +11,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor
 
-from lorainit.experts import expert_parameters
+from lorainit.models.experts import expert_parameters
 
 
 def is_stack(layer: LoraLayer) -> bool:

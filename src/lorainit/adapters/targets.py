@@ -17,7 +17,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lorainit.errors import TargetError
-from lorainit.experts import ExpertLayer, ExpertStack, expert_parameters
+from lorainit.models.experts import ExpertLayer, ExpertStack, expert_parameters
 from lorainit.types import LayerSpec
 
 

@@ -31,10 +31,10 @@ from lorainit.cli.shared import (
     speaking,
 )
 from lorainit.data import batches_of
+from lorainit.data.batch import to_device
 from lorainit.errors import DataError
+from lorainit.files.atomic import write_text
 from lorainit.pipeline import collect_statistics, get_peft_model
-from lorainit.statistics.batches import to_device
-from lorainit.writing import write_text
 
 _POINTS = 4
 """How often the held-out loss is measured in a run, after its start."""

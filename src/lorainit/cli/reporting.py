@@ -20,7 +20,7 @@ from lorainit.cli.shared import (
 )
 from lorainit.report import report
 from lorainit.report.curves import Curve, read_curves
-from lorainit.report.promise import StartLoss
+from lorainit.report.predicted_decrease import StartLoss
 from lorainit.statistics import Statistics
 
 

@@ -21,9 +21,9 @@ from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 
 from lorainit.data import IGNORED, Records, batches_of, read_records
+from lorainit.data.batch import to_device
 from lorainit.errors import DataError
 from lorainit.methods import METHODS
-from lorainit.statistics.batches import to_device
 from lorainit.types import Method
 
 

@@ -13,11 +13,23 @@ results, float32 for quick ones. Precision and failure rules, for every function
 
 from __future__ import annotations
 
+from lorainit.linalg.batched import (
+    double_precision,
+    gram,
+    once,
+    product,
+)
 from lorainit.linalg.checks import (
     all_finite,
     check_finite,
     check_rank,
     compute_dtype,
+)
+from lorainit.linalg.damped_factors import (
+    add_to_diagonal,
+    damped_cholesky,
+    damping_value,
+    solve_triangular,
 )
 from lorainit.linalg.dense import (
     bottom_singular,
@@ -34,28 +46,16 @@ from lorainit.linalg.leading import (
     smallest_of_operator,
     top_singular,
 )
-from lorainit.linalg.limits import (
+from lorainit.linalg.signs import (
+    fix_pair_signs,
+    fix_signs,
+)
+from lorainit.linalg.thresholds import (
     block_width,
     dense_limit,
     has_matrix_units,
     iterates,
     on_matrix_units,
-)
-from lorainit.linalg.roots import (
-    add_to_diagonal,
-    damped_cholesky,
-    damping_value,
-    solve_triangular,
-)
-from lorainit.linalg.signs import (
-    fix_pair_signs,
-    fix_signs,
-)
-from lorainit.linalg.stacks import (
-    double_precision,
-    gram,
-    once,
-    product,
 )
 
 __all__ = [

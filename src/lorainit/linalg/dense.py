@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from lorainit.errors import FactorizationError
+from lorainit.linalg.batched import double_precision
 from lorainit.linalg.signs import column_signs, fix_triplet_signs
-from lorainit.linalg.stacks import double_precision
 
 
 def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,11 +7,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lorainit.linalg import subspace
+from lorainit.linalg import subspace_iteration
 from lorainit.linalg.dense import eigh, gram_svd, lapack_svd
-from lorainit.linalg.halves import Halves
-from lorainit.linalg.limits import block_width, dense_limit, on_matrix_units
 from lorainit.linalg.signs import fix_signs, fix_triplet_signs
+from lorainit.linalg.split_precision import SplitMatrix
+from lorainit.linalg.thresholds import block_width, dense_limit, on_matrix_units
 
 _SYMMETRIC_LIMIT = 256
 """The same of leading eigenvectors, whose iteration needs one product a step, not two."""
@@ -32,20 +32,20 @@ _HASTE = 0.7
 
 
 def smallest_of_operator(
-    apply: subspace.Apply,
+    apply: subspace_iteration.Apply,
     like: Tensor,
     k: int,
     *,
     upper: Tensor,
     tolerance: float | None = None,
     each: float = 0.0,
-    rough: subspace.Apply | None = None,
-    coarse: subspace.Apply | None = None,
+    rough: subspace_iteration.Apply | None = None,
+    coarse: subspace_iteration.Apply | None = None,
     start: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """Orthonormal eigenvectors of the ``k`` smallest eigenvalues of a matrix that is never formed.
 
-    By filtered subspace iteration (`lorainit.linalg.subspace`), until every residual ``|M v - mu v|`` is
+    By filtered subspace iteration (`subspace_iteration`), until every residual ``|M v - mu v|`` is
     below ``tolerance`` times the largest absolute eigenvalue sought, or below ``each`` times its own.
 
     Args:
@@ -57,7 +57,7 @@ def smallest_of_operator(
         each: the same for each eigenvalue by itself.
         rough: the same, quicker, on blocks in float32. It measures itself; what it comes to is measured
             by `apply` at the end, and mended by it where it falls short.
-        coarse: `rough` with still fewer digits, until the block is near (`subspace.filtered`).
+        coarse: `rough` with still fewer digits, until the block is near (`subspace_iteration.filtered`).
         start: ``(..., n, width)`` near the vectors sought, where such are known.
 
     Returns:
@@ -71,7 +71,9 @@ def smallest_of_operator(
         return None
     goal = _tolerance(like, tolerance)
 
-    def stage(times: subspace.Apply, dtype: torch.dtype, share: float) -> subspace.Stage:
+    def stage(
+        times: subspace_iteration.Apply, dtype: torch.dtype, share: float
+    ) -> subspace_iteration.Stage:
         def negative(block: Tensor) -> Tensor:
             return -times(block)
 
@@ -83,8 +85,8 @@ def smallest_of_operator(
             rounding = 8 * torch.finfo(dtype).eps * upper.abs().unsqueeze(-1).to(values)
             return torch.maximum(wanted, rounding)
 
-        ritz = subspace.symmetric_ritz(negative, k, allowed)
-        return subspace.Stage(negative, ritz, dtype, hasty=share < 1)
+        ritz = subspace_iteration.symmetric_ritz(negative, k, allowed)
+        return subspace_iteration.Stage(negative, ritz, dtype, hasty=share < 1)
 
     stages = [stage(apply, like.dtype, 1.0)]
     if rough is not None:
@@ -93,13 +95,13 @@ def smallest_of_operator(
             first = replace(first, coarse=lambda block: -coarse(block))
         stages.insert(0, first)
     block = _start_block(like, n, width) if start is None else start
-    found = subspace.in_stages(stages, block, k, lower=-upper, settled=start is not None)
+    found = subspace_iteration.in_stages(stages, block, k, lower=-upper, settled=start is not None)
     if found is None or not found.converged:
         return None
     return -found.values[..., :k], fix_signs(found.vectors[..., :k]), found.vectors
 
 
-def bound_of_operator(apply: subspace.Apply, like: Tensor) -> Tensor:
+def bound_of_operator(apply: subspace_iteration.Apply, like: Tensor) -> Tensor:
     """``(...)``: a number that hardly any eigenvalue of a positive definite matrix is above.
 
     After a few products with a random block the largest Ritz value and its residual; the true largest
@@ -111,13 +113,13 @@ def bound_of_operator(apply: subspace.Apply, like: Tensor) -> Tensor:
         like: any ``(..., n, m)`` tensor of the matrix's batch, size, dtype and device.
     """
     n = like.shape[-2]
-    block = _start_block(like, n, min(n, subspace.OVERSAMPLING))
+    block = _start_block(like, n, min(n, subspace_iteration.OVERSAMPLING))
     for _ in range(_BOUND_PRODUCTS):
         # The span is what counts, and its largest vector has not grown out of float32 by then.
         block = apply(block)
         block = block / torch.linalg.vector_norm(block, dim=-2, keepdim=True).clamp_min(1e-30)
-    block = subspace.orthonormal(block)
-    found = subspace.symmetric_ritz(apply, 1, lambda values: values)(block)
+    block = subspace_iteration.orthonormal(block)
+    found = subspace_iteration.symmetric_ritz(apply, 1, lambda values: values)(block)
     return found.values[..., 0] * (1 + found.error[..., 0]) * _BOUND_MARGIN
 
 
@@ -144,12 +146,12 @@ def largest_eigenvectors(
         tiny = torch.finfo(matrix.dtype).tiny
 
         goal, each = _tolerance(matrix, tolerance), _each(matrix, tolerance)
-        ritz = subspace.symmetric_ritz(
+        ritz = subspace_iteration.symmetric_ritz(
             matrix.matmul, k, lambda v: torch.maximum(goal * v[..., :1], each * v).clamp_min(tiny)
         )
         zero = torch.zeros(matrix.shape[:-2], dtype=torch.float64, device=matrix.device)
         # In plain float32: halves are no quicker here, and as many bytes again (docs/performance.md).
-        pairs = subspace.filtered(
+        pairs = subspace_iteration.filtered(
             matrix.matmul, ritz, _start_block(matrix, n, width), k, lower=zero
         )
         if pairs.converged:
@@ -167,9 +169,11 @@ def largest_eigenvalue(matrix: Tensor, *, near: Tensor) -> Tensor:
     """
     if near.shape[-1] > 1:
         tiny = torch.finfo(matrix.dtype).tiny
-        ritz = subspace.symmetric_ritz(matrix.matmul, 1, lambda v: (1e-6 * v).clamp_min(tiny))
+        ritz = subspace_iteration.symmetric_ritz(
+            matrix.matmul, 1, lambda v: (1e-6 * v).clamp_min(tiny)
+        )
         zero = torch.zeros(matrix.shape[:-2], dtype=matrix.dtype, device=matrix.device)
-        found = subspace.filtered(matrix.matmul, ritz, near, 1, lower=zero)
+        found = subspace_iteration.filtered(matrix.matmul, ritz, near, 1, lower=zero)
         if found.converged:
             # A value's error is the square of its vector's.
             return found.values[..., 0].clamp_min(0)
@@ -183,9 +187,9 @@ def top_singular(
     """Leading ``k`` singular triplets ``(U, S, V)`` of ``(..., m, n)``, signs fixed.
 
     Dense up to `dense_limit` (in the smaller dimension). Above it by filtered subspace iteration
-    (`lorainit.linalg.subspace`), until every residual ``|M^T u - s v|`` is below ``tolerance * S[0]`` (in
+    (`subspace_iteration`), until every residual ``|M^T u - s v|`` is below ``tolerance * S[0]`` (in
     float32 by default also `EACH` times its own value); a dense SVD finishes what does not converge. On
-    matrix units residuals are measured by products in `Halves`, some 1e-7 of ``S[0]`` off.
+    matrix units residuals are measured by products in `SplitMatrix`, some 1e-7 of ``S[0]`` off.
 
     Returns:
         ``(..., m, k)``, ``(..., k)`` descending, ``(..., n, k)``.
@@ -236,16 +240,16 @@ def _filtered_svd(
     matrix: Tensor, k: int, tolerance: float, each: float = 0.0
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """Leading triplets by filtered subspace iteration on ``M^T M``; None without convergence."""
-    times: subspace.Apply = matrix.matmul
-    transposed_times: subspace.Apply = matrix.mT.matmul
-    coarse: subspace.Apply | None = None
+    times: subspace_iteration.Apply = matrix.matmul
+    transposed_times: subspace_iteration.Apply = matrix.mT.matmul
+    coarse: subspace_iteration.Apply | None = None
     if on_matrix_units(matrix):
-        halves = Halves.of(matrix)
+        halves = SplitMatrix.of(matrix)
         times, transposed_times = halves.times, halves.transposed_times
         coarse = halves.leading.gram_times
-    found = subspace.filtered(
+    found = subspace_iteration.filtered(
         lambda block: transposed_times(times(block)),
-        subspace.gram_ritz(times, transposed_times, k, tolerance, each),
+        subspace_iteration.gram_ritz(times, transposed_times, k, tolerance, each),
         _start_block(matrix, matrix.shape[-1], block_width(matrix, k)),
         k,
         lower=torch.zeros(matrix.shape[:-2], dtype=torch.float64),

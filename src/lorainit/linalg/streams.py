@@ -13,7 +13,7 @@ _made: dict[torch.device, list[torch.cuda.Stream]] = {}
 
 
 @contextmanager
-def side_by_side(
+def concurrent_streams(
     device: torch.device, number: int
 ) -> Iterator[list[Callable[[], AbstractContextManager[object]]]]:
     """Contexts whose work need not wait for one another's.

@@ -19,34 +19,11 @@ from lorainit.methods.olora import OLoRA
 from lorainit.methods.pissa import PiSSA
 from lorainit.methods.random_init import Gaussian, Orthogonal
 from lorainit.methods.random_like import Random
+from lorainit.methods.table import STARTS
 from lorainit.methods.vanilla import Vanilla
 
-METHODS: dict[str, type] = {
-    "vanilla": Vanilla,
-    "gaussian": Gaussian,
-    "orthogonal": Orthogonal,
-    "init-ab": InitAB,
-    "pissa": PiSSA,
-    "milora": MiLoRA,
-    "olora": OLoRA,
-    "loram": LoRAM,
-    "eva": EVA,
-    "corda": CorDA,
-    "astra": Astra,
-    "lora-ga": LoraGA,
-    "lora-one": LoraOne,
-    "gora": GoRA,
-    "filet": FILet,
-    "farss": FARSS,
-    "cg-lora": CGLoRA,
-    "lora-da": LoraDA,
-    "natural": Natural,
-    "auto": Auto,
-    "random": Random,
-}
-"""Every method by its name on the command line: first those that read nothing, then the weight, the
-inputs, the gradient, those that read Fisher factors, and last the control that takes another's sizes.
-One contract test runs over this table."""
+METHODS: dict[str, type] = {**STARTS, "random": Random}
+"""Every method by its name on the command line; add one in `table`. One contract test runs over it."""
 
 __all__ = [
     "EVA",

@@ -16,11 +16,20 @@ FEW = 1000
 """A training set of fewer sequences than this is taken for a sample of one."""
 
 
-def median_damping(diagonal: Tensor, ratio: float) -> Tensor:
+def check_balance(balance: bool, calibrated: bool) -> None:
+    """Raise ValueError where factors are to be split that are not the paper's."""
+    if balance and calibrated:
+        raise ValueError("balance splits the paper's factors: leave scale at 'paper'")
+
+
+def median_damping(diagonal: Tensor, ratio: float | None, default: Tensor) -> Tensor:
     """``ratio`` times the median of each layer's ``diag(Sy)`` ``(..., out)``, above zero, ``(...)``.
 
-    The release's ``output_damping_ratio``. Of an even number the lower median, as there.
+    The release's ``output_damping_ratio``. Of an even number the lower median, as there. Without a
+    ratio the `default`.
     """
+    if ratio is None:
+        return default
     return (ratio * diagonal.median(-1).values).clamp_min(torch.finfo(torch.float32).tiny)
 
 

@@ -9,13 +9,19 @@ paper's, the size of the factors is not, see the class.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from lorainit import linalg
-from lorainit.methods._settings import ROW_NORM, require_choice, require_damping, require_number
+from lorainit.methods._settings import (
+    ROW_NORM,
+    TRUST_REGION,
+    require_choice,
+    require_damping,
+    require_number,
+)
 from lorainit.types import DampingMode, Factors, LayerStatistics
 
 
@@ -59,6 +65,9 @@ class CGLoRA:
     damping_mode: DampingMode = "relative"
     anchored: bool = False
     scale: Literal["fixed", "calibrated"] = "fixed"
+
+    trust_region: ClassVar[float] = TRUST_REGION
+    """Where the length is measured, no layer moves by more than this share of its weight's norm."""
 
     def __post_init__(self) -> None:
         require_choice("sides", self.sides, ("both", "input", "output"))

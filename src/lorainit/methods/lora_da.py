@@ -15,10 +15,16 @@ import torch
 from torch import Tensor
 
 from lorainit import linalg
-from lorainit.linalg.halves import Halves, apart, beside
-from lorainit.linalg.triangle import Triangle, gram_of_lower, lower_inverse
+from lorainit.linalg.split_precision import SplitMatrix, concatenate_columns, split_columns
+from lorainit.linalg.triangular import Triangle, gram_of_lower, lower_inverse
 from lorainit.methods import _lora_da_options as options
-from lorainit.methods._settings import ROW_NORM, require_choice, require_damping, require_number
+from lorainit.methods._settings import (
+    ROW_NORM,
+    TRUST_REGION,
+    require_choice,
+    require_damping,
+    require_number,
+)
 from lorainit.types import DampingMode, Factors, LayerStatistics
 
 _Operator = Callable[[Tensor], Tensor]
@@ -100,8 +106,8 @@ def _with_fewer_digits(
     weight, narrow = ratio[..., None, None].float(), unit.reshape(len(triangle.lower), -1)[:, 0]
     scale = narrow.rsqrt()[:, None, None]
     if linalg.has_matrix_units(h):
-        z = Halves.of(gram_of_lower(triangle.inverse_quickly().mul_(scale.float())))
-        z, halves = z._replace(number=triangle.number), Halves.of(h)
+        z = SplitMatrix.of(gram_of_lower(triangle.inverse_quickly().mul_(scale.float())))
+        z, halves = z._replace(number=triangle.number), SplitMatrix.of(h)
         both, leading = (
             _Products(inverse.times, change.times, change.transposed_times, weight)
             for inverse, change in ((z, halves), (z.leading, halves.leading))
@@ -110,7 +116,7 @@ def _with_fewer_digits(
     root, low = (lower_inverse(triangle.lower) * scale).float(), h.float()
 
     def inverse(block: Tensor) -> Tensor:
-        return apart(root.mT @ (root @ beside(block, triangle.number)), block)
+        return split_columns(root.mT @ (root @ concatenate_columns(block, triangle.number)), block)
 
     return _Products(inverse, low.matmul, low.mT.matmul, weight), None
 
@@ -150,9 +156,9 @@ class LoraDA:
             `beta`; ``N`` then has no effect.
         balance: split ``B A`` by roots of its singular values instead.
 
-    The last three are options of the release that its published run leaves off. Left out are its
-    output factor from few sequences (``sequence_lowrank``, by the Woodbury identity), which needs a
-    statistic of its own, every sequence's summed output gradient; and other powers of ``sigma``.
+    The last three are options that the published run leaves off. Left out are the release's output factor
+    from few sequences (``sequence_lowrank``, by the Woodbury identity), which needs a statistic of its
+    own, every sequence's summed output gradient; and other powers of ``sigma``.
 
     Deviations from the release: eigenvectors to a residual tolerance instead of ten LOBPCG
     iterations, the spectral norm to that tolerance instead of 16 power iterations, relative damping
@@ -173,6 +179,8 @@ class LoraDA:
     needs: ClassVar[frozenset[str]] = frozenset(
         {"gradient", "input_second_moment", "output_second_moment_diagonal"}
     )
+    trust_region: ClassVar[float] = TRUST_REGION
+    """Where the length is measured, see `Natural`."""
 
     def __post_init__(self) -> None:
         require_number("beta", self.beta)
@@ -184,8 +192,7 @@ class LoraDA:
             require_number("population", self.population, inclusive=False)
         if self.output_damping is not None:
             require_number("output_damping", self.output_damping, inclusive=False)
-        if self.balance and self.calibrated:
-            raise ValueError("balance splits the paper's factors: leave scale at 'paper'")
+        options.check_balance(self.balance, self.calibrated)
 
     @property
     def calibrated(self) -> bool:
@@ -197,11 +204,10 @@ class LoraDA:
         """Settings of the authors' release: absolute damping 1e-6, beta 0.03, gamma 1024.
 
         Args:
-            population: ``N``, 100,000 there. None: what the statistics know; a list of a few hundred
-                sequences makes the variance term hundreds of times heavier, which is said.
+            population: ``N``, 100,000 there. None: what the statistics know; a few hundred sequences
+                make the variance term hundreds of times heavier, which is said.
         """
-        settings = {"beta": 0.03, "gamma": 1024.0, "damping": 1e-6, "population": population}
-        return cls(**settings, damping_mode="absolute")  # type: ignore[arg-type]
+        return cls(0.03, 1.0, 1024.0, 1e-6, "absolute", population)
 
     def solve(
         self, weight: Tensor, statistics: LayerStatistics, rank: int, scaling: float
@@ -225,10 +231,8 @@ class LoraDA:
         found = self._iterated(fisher, rank, exact=dtype == torch.float64)
         subspace, content = self._dense(fisher, rank) if found is None else found
         a, b = options.balanced(subspace, content) if self.balance else (subspace.mT, content)
-        a_size, b_size = self.gamma**-0.5, self.gamma**-0.5
-        if self.calibrated:
-            a_size, b_size = ROW_NORM, 1 / ROW_NORM
-        a, b = (a * a_size).to(dtype), (b * b_size).to(dtype)
+        sizes = (ROW_NORM, 1 / ROW_NORM) if self.calibrated else (self.gamma**-0.5,) * 2
+        a, b = (a * sizes[0]).to(dtype), (b * sizes[1]).to(dtype)
         return Factors(a.to(weight.device), b.to(weight.device), anchored=False)
 
     def _fisher(self, statistics: LayerStatistics) -> _Fisher:
@@ -237,8 +241,7 @@ class LoraDA:
         # Damping is far below a factor's scale: what float32 factors, it may factor badly.
         diagonal = linalg.double_precision(statistics.output_second_moment_diagonal)
         y_damping = linalg.damping_value(diagonal, self.damping, self.damping_mode)
-        if self.output_damping is not None:
-            y_damping = options.median_damping(diagonal, self.output_damping)
+        y_damping = options.median_damping(diagonal, self.output_damping, y_damping)
 
         def z_damping(moment: Tensor) -> Tensor:
             own = linalg.double_precision(moment.diagonal(dim1=-2, dim2=-1))
@@ -249,17 +252,13 @@ class LoraDA:
 
         y_inverse = 1.0 / (diagonal + y_damping.unsqueeze(-1))
         number = self._population(statistics, y_damping)
-        found = _Fisher(
-            linalg.once(factor, second),
-            gradient.to(y_inverse.device),
-            y_inverse,
-            self.beta * y_inverse.sum(-1) / number,
-            1 / z_damping(second),
-        )
-        if not self.rescale_variance:
-            return found
-        ratio = options.rescaled_variance(found.change(), found.z_factor)
-        return replace(found, variance=self.beta * self.bias_weight * ratio)
+        variance = self.beta * y_inverse.sum(-1) / number
+        root, bound = linalg.once(factor, second), 1 / z_damping(second)
+        found = _Fisher(root, gradient.to(y_inverse.device), y_inverse, variance, bound)
+        if self.rescale_variance:
+            ratio = options.rescaled_variance(found.change(), found.z_factor)
+            found = replace(found, variance=self.beta * self.bias_weight * ratio)
+        return found
 
     def _iterated(self, fisher: _Fisher, rank: int, *, exact: bool) -> tuple[Tensor, Tensor] | None:
         """``A0`` and ``D^T A0``, with ``D`` never formed; None if that is no gain, or fails.

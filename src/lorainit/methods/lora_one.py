@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lorainit import linalg
-from lorainit.methods._settings import ROW_NORM, require_choice, require_number
+from lorainit.methods._settings import ROW_NORM, TRUST_REGION, require_choice, require_number
 from lorainit.types import Factors, LayerStatistics
 
 
@@ -49,6 +49,9 @@ class LoraOne:
     scale: Literal["paper", "calibrated"] = "paper"
 
     needs: ClassVar[frozenset[str]] = frozenset({"gradient"})
+
+    trust_region: ClassVar[float] = TRUST_REGION
+    """Where the length is measured, see `Natural`."""
 
     workspace: ClassVar[int] = 7
     """A solve in float32 takes so many times the bytes of a stack's statistics and gradient, beside them."""

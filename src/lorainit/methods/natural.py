@@ -18,7 +18,7 @@ from torch import Tensor
 from lorainit import linalg
 from lorainit.methods._settings import ROW_NORM, TRUST_REGION, require_damping, require_number
 from lorainit.methods.metric import KroneckerMetric
-from lorainit.types import DampingMode, Factors, LayerStatistics
+from lorainit.types import DampingMode, Factors, LayerStatistics, LowRankStep
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,8 @@ class Natural:
         linalg.check_rank(rank, *weight.shape[-2:])
         require_number("scaling", scaling, inclusive=False)
         dtype = linalg.compute_dtype(weight, statistics)
-        left, right = self.step(statistics, rank)[1]
+        step = self.step(statistics, rank)
+        left, right = step.left, step.right
         left = left if self.length is None else left * self.length
         a, b = self.factors(left, right, scaling, statistics)
         return Factors(a.to(weight.device, dtype), b.to(weight.device, dtype), anchored=False)
@@ -143,22 +144,21 @@ class Natural:
         """Whether the length is to be measured."""
         return self.length is None
 
-    def step(
-        self, statistics: LayerStatistics, rank: int
-    ) -> tuple[KroneckerMetric, tuple[Tensor, Tensor]]:
-        """The metric, and one ``Delta`` as ``left @ right``, strongest directions first.
+    def refusal(self, gain: float) -> str | None:
+        """Why a start that takes away this share of the loss is not taken: it is below `least_gain`."""
+        return None if gain >= self.least_gain else f"less than {self.least_gain:.0%}"
+
+    def step(self, statistics: LayerStatistics, rank: int) -> LowRankStep:
+        """One ``Delta``, strongest directions first, and the metric that it is cut in.
 
         Args:
             statistics: of one layer or a stack of layers.
             rank: of the step.
-
-        Returns:
-            The metric; ``left`` ``(..., out, rank)`` and ``right`` ``(..., rank, in)``.
         """
         metric, whitened = self._whiten(statistics)
         u, s, v = linalg.top_singular(whitened, rank)
         left, right = -(u * s.unsqueeze(-2)).to(metric.y_root), v.mT.to(metric.x_root)
-        return metric, metric.out_of(left, right)
+        return LowRankStep(*metric.out_of(left, right), metric)
 
     def factors(
         self,

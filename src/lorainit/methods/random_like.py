@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from lorainit import linalg
-from lorainit.methods._settings import require_whole
+from lorainit.methods._settings import TRUST_REGION, require_whole
 from lorainit.methods.natural import Natural
+from lorainit.methods.table import STARTS
 from lorainit.types import Factors, LayerStatistics, Method
 
 
@@ -71,6 +72,11 @@ class Random:
         return bool(getattr(self.like, "calibrated", False))
 
     @property
+    def trust_region(self) -> float:
+        """The other's, where its length is measured."""
+        return float(getattr(self.like, "trust_region", TRUST_REGION))
+
+    @property
     def steps(self) -> int:
         """How often the other takes statistics."""
         return int(getattr(self.like, "steps", 1))
@@ -89,9 +95,9 @@ class Random:
         Returns:
             ``A`` ``(..., rank, in)``, ``B`` ``(..., out, rank)``; anchored as the other method's are.
         """
-        return self.derived(self.like.solve(weight, statistics, rank, scaling), weight)
+        return self.changed(self.like.solve(weight, statistics, rank, scaling), weight)
 
-    def derived(self, start: Factors, weight: Tensor) -> Factors:
+    def changed(self, start: Factors, weight: Tensor) -> Factors:
         """Factors of the same sizes in random subspaces.
 
         Args:
@@ -132,9 +138,7 @@ def _seed_of(weight: Tensor, seed: int, which: int) -> int:
 
 def _method(like: object) -> Method:
     """A method from itself, its name, or its settings."""
-    from lorainit.methods import METHODS
-
-    by_name = {**METHODS, **{kind.__name__: kind for kind in METHODS.values()}}
+    by_name = STARTS | {kind.__name__: kind for kind in STARTS.values()}
     settings: dict[str, object] = {}
     name = like
     if isinstance(like, Mapping):
@@ -142,7 +146,7 @@ def _method(like: object) -> Method:
         name = like.get("method")
     if isinstance(name, str):
         if name not in by_name:
-            raise ValueError(f"like names no method, {name!r}. There are: {', '.join(METHODS)}.")
+            raise ValueError(f"like names no method, {name!r}. There are: {', '.join(STARTS)}.")
         kind = by_name[name]
         known = {f.name for f in fields(kind)} if is_dataclass(kind) else set()
         if unknown := sorted(set(settings) - known):

@@ -32,6 +32,11 @@ class Vanilla:
     def __post_init__(self) -> None:
         require_number("size", self.size, inclusive=False)
 
+    @property
+    def uses_default_start(self) -> bool:
+        """Whether it is PEFT's own: at size 1."""
+        return self.size == 1
+
     @classmethod
     def paper(cls) -> Vanilla:
         """The same: PEFT's own."""

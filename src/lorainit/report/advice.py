@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lorainit.report.measure import LayerReport
-from lorainit.report.promise import StartLoss, total
+from lorainit.report.predicted_decrease import StartLoss, total
 
 
 def advice(

@@ -13,17 +13,22 @@ from tqdm.auto import tqdm
 
 from lorainit.adapters.origin import origin_of
 from lorainit.adapters.targets import match_targets
-from lorainit.checks import check_statistics, with_possible_ranks
+from lorainit.files.atomic import write_text
 from lorainit.methods import METHODS
 from lorainit.methods.vanilla import Vanilla
+from lorainit.pipeline.checks import check_statistics, with_possible_ranks
 from lorainit.report.advice import advice
 from lorainit.report.curves import Curve
 from lorainit.report.measure import measure_layer, methods_served, spread
 from lorainit.report.page import Facts, render
-from lorainit.report.promise import Displacement, StartLoss, displacements_of, measured_loss
+from lorainit.report.predicted_decrease import (
+    Displacement,
+    StartLoss,
+    displacements_of,
+    measured_loss,
+)
 from lorainit.report.sizes import sizes_of
 from lorainit.statistics import Statistics
-from lorainit.writing import write_text
 
 _DEPTHS_COMPARED = 8
 """Every method is solved again for the layers of so many depths; for all it would take longest."""

@@ -15,7 +15,7 @@ from lorainit.adapters.targets import Target
 from lorainit.adapters.weights import read_weight
 from lorainit.errors import LorainitError
 from lorainit.methods.natural import Natural
-from lorainit.report.promise import Displacement, Promise, promise_of
+from lorainit.report.predicted_decrease import Displacement, PredictedDecrease, predicted_decrease
 from lorainit.statistics import Statistics
 from lorainit.types import LayerStatistics, Method
 
@@ -61,7 +61,7 @@ class LayerReport:
     positions: float = 0.0
     overlap: dict[tuple[str, str], float] = field(default_factory=dict)
     size: float | None = None
-    promise: Promise | None = None
+    promise: PredictedDecrease | None = None
 
 
 def measure_layer(
@@ -118,7 +118,7 @@ def measure_layer(
             found.signal = _signal(statistics, count)
             found.kept = sum(found.signal[: spec.rank]) if found.signal else None
         if displacement is not None:
-            found.promise = promise_of(displacement, statistics)
+            found.promise = predicted_decrease(displacement, statistics)
         found.overlap = _overlaps(target, statistics, methods)
     return found
 

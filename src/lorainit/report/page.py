@@ -12,7 +12,7 @@ from lorainit._version import __version__
 from lorainit.report.curves import Curve
 from lorainit.report.drawing import COLOURS, DRAWN_LAYERS, chart, heat_map, matrix, spectra
 from lorainit.report.measure import LayerReport
-from lorainit.report.promise import StartLoss, total
+from lorainit.report.predicted_decrease import StartLoss, total
 from lorainit.report.style import STYLE
 
 

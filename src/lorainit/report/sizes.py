@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lorainit.adapters.anchor import AnchoredA, AnchoredB
 from lorainit.adapters.layers import adapter_layers, is_linear
 from lorainit.adapters.weights import read_weight
-from lorainit.solving import relative_size
+from lorainit.solve.layers import relative_size
 from lorainit.types import Factors
 
 

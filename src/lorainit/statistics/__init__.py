@@ -1,9 +1,7 @@
-"""Hooks, accumulators, token masks, loss reduction: sums and counts of every target layer."""
+"""Sums and counts of every target layer: collected by hooks, held by name, kept in files."""
 
-from lorainit.statistics.collect import collect, prepare
-from lorainit.statistics.finishing import check_unused
-from lorainit.statistics.losses import LossFunction
+from lorainit.statistics.loss.batch_loss import LossFunction
 from lorainit.statistics.settings import CollectSettings
-from lorainit.statistics.store import Statistics
+from lorainit.statistics.store.statistics import Statistics
 
-__all__ = ["CollectSettings", "LossFunction", "Statistics", "check_unused", "collect", "prepare"]
+__all__ = ["CollectSettings", "LossFunction", "Statistics"]

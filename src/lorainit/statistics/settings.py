@@ -2,52 +2,72 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal, get_args
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Literal, TypedDict, get_args
 
 import torch
 from torch import nn
 
-from lorainit.statistics.anatomy import input_device
-from lorainit.statistics.losses import LossFunction
-from lorainit.statistics.plan import parse_bytes
+from lorainit.models.introspection import input_device
+from lorainit.statistics.loss.batch_loss import LossFunction
 from lorainit.types import STATISTICS, GradientDtype, LossReduction, TokenMask
+from lorainit.types.byte_size import parse_bytes
+
+OnNonfinite = Literal["raise", "skip"]
+OnUnused = Literal["raise", "default"]
 
 
 @dataclass(frozen=True)
 class CollectSettings:
-    """How statistics are collected; see `lorainit.collect_statistics` for each."""
+    """How statistics are collected: what `collect_statistics` and `get_peft_model` have in common.
 
-    needs: frozenset[str]
+    Both take such an object as ``settings``, or its fields as keywords.
+
+    Args:
+        token_mask: ``"attention"``: positions that attend count in the second moments; ``"labels"``:
+            positions that predict a label (causal language models). The gradient is never masked.
+        loss_reduction: ``"sequence"``: each sequence's loss is the mean over its own label tokens;
+            ``"token"``: their sum, and the gradient is divided by all label tokens.
+        max_sequences: a cap, over all processes together; None for all of the data.
+        loss_fn: ``loss_fn(model, batch)`` to ``(sequences,)`` losses, where the default (cross-entropy
+            from the logits; mean squared error for regression) does not fit.
+        on_nonfinite: what to do about sequences whose loss is not finite: ``"raise"``, or
+            ``"skip"``: they are named in the log, counted in the statistics' ``metadata`` under
+            ``"skipped_sequences"``, and the rest of their batch is run without them.
+        on_unused: what to do about targets that no sequence reached, experts of a mixture among
+            them: ``"raise"``, or ``"default"``: start them as PEFT does, and name them in the log.
+        max_memory: what the model, the statistics and a batch may take together on the model's device,
+            in bytes or as ``"24GiB"``. Default: what is free there; no limit on a CPU. Where that is
+            too little for one pass, batches are cut to fewer rows, and layers are collected in several
+            passes, each moved to the host (in `get_peft_model`: solved before the next pass); the log
+            says which.
+        gradient_dtype: what gradients are added up in: ``"float32"`` (float64 where the model computes in
+            it), or ``"bfloat16"``, half the bytes, rounded once a batch (or part of one) as a model's own
+            ``.grad`` is; for methods that follow the gradient itself, LoRA-GA and LoRA-One.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: a value that is not allowed, with those that are.
+    """
+
     token_mask: TokenMask = "attention"
     loss_reduction: LossReduction = "sequence"
     max_sequences: int | None = 256
-    on_nonfinite: Literal["raise", "skip"] = "raise"
-    on_unused: Literal["raise", "default"] = "raise"
-    progress: bool = True
+    loss_fn: LossFunction | None = None
+    on_nonfinite: OnNonfinite = "raise"
+    on_unused: OnUnused = "raise"
     max_memory: int | str | None = None
-    gather: bool = True
     gradient_dtype: GradientDtype = "float32"
+    progress: bool = True
 
     def __post_init__(self) -> None:
-        if not self.needs:
-            raise ValueError(
-                "needs is empty, so there is nothing to collect. Pass method.needs, or some of: "
-                f"{', '.join(sorted(STATISTICS))}."
-            )
-        unknown = set(self.needs) - STATISTICS
-        if unknown:
-            raise ValueError(
-                f"unknown statistics in needs: {', '.join(sorted(map(str, unknown)))}. "
-                f"There are: {', '.join(sorted(STATISTICS))}."
-            )
         for name, choices in (
             ("token_mask", get_args(TokenMask)),
             ("loss_reduction", get_args(LossReduction)),
             ("gradient_dtype", get_args(GradientDtype)),
-            ("on_nonfinite", ("raise", "skip")),
-            ("on_unused", ("raise", "default")),
+            ("on_nonfinite", get_args(OnNonfinite)),
+            ("on_unused", get_args(OnUnused)),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(
@@ -58,15 +78,81 @@ class CollectSettings:
         if self.max_sequences is not None and self.max_sequences < 1:
             raise ValueError(f"max_sequences must be at least 1 or None, got {self.max_sequences}")
 
+    @property
+    def budget(self) -> int | None:
+        """``max_memory`` in bytes; None where the user did not say."""
+        return parse_bytes(self.max_memory)
+
+
+class CollectOptions(TypedDict, total=False):
+    """The fields of `CollectSettings` as keywords."""
+
+    token_mask: TokenMask
+    loss_reduction: LossReduction
+    max_sequences: int | None
+    loss_fn: LossFunction | None
+    on_nonfinite: OnNonfinite
+    on_unused: OnUnused
+    max_memory: int | str | None
+    gradient_dtype: GradientDtype
+    progress: bool
+
+
+def settings_with(
+    settings: CollectSettings | None, options: CollectOptions, function: str
+) -> CollectSettings:
+    """`settings`, or the defaults, with the fields that `options` gives.
+
+    Raises:
+        TypeError: `options` holds what is no field, as Python itself says it of `function`.
+    """
+    known = [field.name for field in fields(CollectSettings)]
+    for name in options:
+        if name not in known:
+            raise TypeError(
+                f"{function}() got an unexpected keyword argument {name!r}. The settings of a "
+                f"collection are: {', '.join(known)}."
+            )
+    return replace(settings or CollectSettings(), **options)
+
+
+def checked_needs(needs: Iterable[str]) -> frozenset[str]:
+    """The names of statistics to collect.
+
+    Raises:
+        ValueError: there are none, or one names no statistic.
+    """
+    known = ", ".join(sorted(STATISTICS))
+    names = frozenset(needs)
+    if not names:
+        raise ValueError(
+            "needs is empty, so there is nothing to collect. Pass method.needs, or some of: "
+            + known
+        )
+    if unknown := names - STATISTICS:
+        raise ValueError(
+            f"unknown statistics in needs: {', '.join(sorted(map(str, unknown)))}. There are: {known}."
+        )
+    return names
+
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """A model, its layers to measure by target name, and how; `loss_fn` None: the default loss."""
+    """A model, its layers to measure by target name, and what is collected of them and how.
+
+    Attributes:
+        model: a base model, or a PeftModel whose adapters are switched off.
+        modules: base layers by target name.
+        needs: names of the statistics.
+        settings: how they are collected.
+        gather: give all layers to every process; if not, each keeps its share.
+    """
 
     model: nn.Module
     modules: Mapping[str, nn.Module]
+    needs: frozenset[str]
     settings: CollectSettings
-    loss_fn: LossFunction | None = None
+    gather: bool = True
 
     @property
     def device(self) -> torch.device:

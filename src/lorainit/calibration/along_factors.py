@@ -1,0 +1,51 @@
+"""The length of a start along its own factors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from lorainit.adapters.targets import Target
+from lorainit.calibration.held_out_loss import HeldOutLoss
+from lorainit.calibration.line_search import SearchResult, search_length
+from lorainit.calibration.sizes import FIRST_SIZE, length_for, relative_sizes, weight_norms
+from lorainit.models.displacement import LowRank
+from lorainit.types import Factors
+
+
+def scale_factors(factors: Mapping[str, Factors], length: float) -> dict[str, Factors]:
+    """Factors with ``B`` times `length`."""
+    return {n: Factors(f.A, f.B * length, f.anchored) for n, f in factors.items()}
+
+
+def calibrate_factors(
+    factors: Mapping[str, Factors],
+    targets: Mapping[str, Target],
+    loss: HeldOutLoss,
+    trust_region: float,
+) -> tuple[dict[str, Factors], SearchResult]:
+    """Any method's displaced start at the length, along its own direction, with the least loss.
+
+    A layer that would move by more than `trust_region` of its weight's norm stays at that size.
+    """
+    terms = {
+        name: LowRank(pair.B * targets[name].spec.scaling, pair.A) for name, pair in factors.items()
+    }
+    sizes = relative_sizes(terms, weight_norms(targets))
+    first = length_for(sizes, FIRST_SIZE)
+
+    def lengths(length: float) -> dict[str, float]:
+        return {
+            name: min(length, trust_region / size) if size > 0 else length
+            for name, size in sizes.items()
+        }
+
+    with loss.measuring() as loss_at:
+        result = search_length(
+            lambda length: loss_at({n: terms[n].scaled(x) for n, x in lengths(length).items()}),
+            first,
+            precision=0.3,
+            max_trials=16,
+        )
+    found = lengths(result.length)
+    scaled = {n: Factors(f.A, f.B * found[n], f.anchored) for n, f in factors.items()}
+    return scaled, result

@@ -1,0 +1,259 @@
+"""Low-rank steps, each from statistics at the point that the one before led to.
+
+The one loop of the package that goes back: collect, solve, measure, and collect again at the
+displaced point. Nothing is installed while it runs; the displacement lives in hooks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from lorainit.adapters.targets import Target
+from lorainit.calibration import SearchResult, search_length
+from lorainit.calibration.held_out_loss import HeldOutLoss
+from lorainit.calibration.sizes import FIRST_SIZE, length_for, relative_sizes, weight_norms
+from lorainit.calibration.step_stack import Pairs, StepStack
+from lorainit.models.displacement import LowRank
+from lorainit.parallel import collectives
+from lorainit.parallel.exchange import Slot, broadcast_from_owners
+from lorainit.solve.ownership import device_of, layer_owners
+from lorainit.statistics import Statistics
+from lorainit.types import Factors, TakesSteps
+
+logger = logging.getLogger("lorainit")
+
+
+@dataclass(eq=False)
+class RepeatedSteps:
+    """Steps of a method over all layers, one after the other.
+
+    Many processes divide the layers: each takes the steps of its own, and all know the displacement
+    of all layers.
+
+    Attributes:
+        method: its settings.
+        targets: by name.
+        searches: one a step.
+        directions: how many the newest step used.
+    """
+
+    method: TakesSteps
+    targets: Mapping[str, Target]
+    searches: list[SearchResult] = field(default_factory=list)
+    directions: int | None = None
+    _at: Pairs = field(default_factory=dict)
+    _stacks: list[StepStack] = field(default_factory=list)
+    _owners: Mapping[str, int] = field(default_factory=dict)
+    _norms: Mapping[str, float] = field(default_factory=dict)
+
+    def present(self) -> dict[str, LowRank]:
+        """The displacement so far."""
+        return {n: LowRank(left.float(), right.float()) for n, (left, right) in self._at.items()}
+
+    def take(self, statistics: Statistics, held_out: HeldOutLoss) -> SearchResult:
+        """One step from statistics taken at the present displacement; `held_out` measures its length."""
+        self._owners = layer_owners(self.targets, statistics)
+        self._norms = self._norms or weight_norms(self.targets)
+        with collectives.shared_errors():
+            self._stacks = [
+                stack
+                for members in self._groups()
+                for stack in StepStack.all_measured(
+                    self.method, members, statistics, self._at, self._norms
+                )
+            ]
+        with held_out.measuring() as loss:
+            result, directions = self._search(loss)
+        if result.length > 0 or not self.searches:
+            # Where not one length helps the model starts where it is.
+            directions = directions if result.length > 0 else 0
+            self._at = self._pairs(
+                lambda s: s.factors(self.method, statistics, result.length, directions),
+                torch.float64,
+            )
+        self.searches.append(result)
+        self._stacks = []
+        return result
+
+    def factors(self) -> dict[str, Factors]:
+        """The displacement as the adapter's factors."""
+        return {
+            name: Factors(
+                self._at[name][1].float(),
+                (self._at[name][0] / target.spec.scaling).float(),
+                anchored=False,
+            )
+            for name, target in self.targets.items()
+        }
+
+    def stay(self) -> None:
+        """No displacement after all; the directions are kept."""
+        self._at = {n: (torch.zeros_like(left), right) for n, (left, right) in self._at.items()}
+
+    def _groups(self) -> list[list[Target]]:
+        """This process's layers, those of one shape, rank and device together."""
+        groups: dict[tuple[Any, ...], list[Target]] = {}
+        for name, target in self.targets.items():
+            if self._owners[name] == collectives.world()[0]:
+                spec = target.spec
+                device = next((p.device for p in target.module.parameters()), None)
+                key = (spec.out_features, spec.in_features, spec.rank, device)
+                groups.setdefault(key, []).append(target)
+        return list(groups.values())
+
+    def _pairs(
+        self,
+        placed: Callable[[StepStack], tuple[Tensor, Tensor]],
+        dtype: torch.dtype,
+        width: int | None = None,
+    ) -> Pairs:
+        """What `placed` gives for each stack, by layer, of all processes' layers.
+
+        Its pairs have the layer's rank, or `width` where that is given.
+        """
+        own: dict[Any, Tensor] = {}
+        with collectives.shared_errors():
+            for stack in self._stacks:
+                left, right = (half.to(dtype).contiguous() for half in placed(stack))
+                for i, target in enumerate(stack.targets):
+                    own[target.name, "left"], own[target.name, "right"] = left[i], right[i]
+        slots = []
+        for name, target in self.targets.items():
+            spec, owner = target.spec, self._owners[name]
+            rank = spec.rank if width is None else min(width, spec.rank)
+            slots.append(Slot((name, "left"), owner, (spec.out_features, rank), dtype))
+            slots.append(Slot((name, "right"), owner, (rank, spec.in_features), dtype))
+        device = device_of(next(iter(self.targets.values())))
+        broadcast_from_owners(own, slots, device)
+        return {name: (own[name, "left"], own[name, "right"]) for name in self.targets}
+
+    def _terms(
+        self, placed: Callable[[StepStack], tuple[Tensor, Tensor]], width: int | None = None
+    ) -> dict[str, LowRank]:
+        return {n: LowRank(*p) for n, p in self._pairs(placed, torch.float32, width).items()}
+
+    def _search(self, loss: Callable[[Mapping[str, LowRank]], float]) -> tuple[SearchResult, int]:
+        """Length, and how many directions to use: as many as before, then more or fewer near by."""
+        largest = max(target.spec.rank for target in self.targets.values())
+        counts = sorted({min(2**i, largest) for i in range(largest.bit_length() + 1)})
+        base = loss(self.present())
+        trials: list[tuple[float, float]] = []
+        best = (0.0, base, self.directions or counts[min(1, len(counts) - 1)])
+
+        def better(length: float, directions: int) -> bool:
+            """Measure; keep it if it is the best so far."""
+            nonlocal best
+            value = loss(self._terms(lambda s: s.moved(length, directions)))
+            trials.append((length, value))
+            if not (math.isfinite(value) and value < best[1]):
+                return False
+            best = (length, value, directions)
+            return True
+
+        def measured(length: float) -> float:
+            better(length, begin)
+            return trials[-1][1]
+
+        begin = best[2]
+        # A later step's length is near the one before: a narrower scan will do.
+        later = bool(self.searches)
+        search_length(
+            measured,
+            self._first_length(begin),
+            precision=1.0,
+            max_trials=14,
+            start_loss=base,
+            scan=1 if later else 2,
+        )
+        place = counts.index(begin)
+        for way in (counts[place + 1 :], counts[:place][::-1]):
+            for directions in way if best[0] > 0 else ():
+                length = best[0]
+                # More directions make a longer step of the same length.
+                shorter = length * (best[2] / directions) ** 0.5
+                gains = [better(length, directions), better(shorter, directions)]
+                if not any(gains):
+                    break
+            if best[2] != begin:
+                break
+        if best[0] > 0:
+            length = best[0]
+            for factor in (1.4, 1 / 1.4):
+                better(length * factor, best[2])
+        self.directions = best[2]
+        return SearchResult(best[0], best[1], base, tuple(trials)), best[2]
+
+    def _first_length(self, directions: int) -> float:
+        if self.searches and self.searches[-1].length > 0:
+            return self.searches[-1].length / 2
+        unit = self._terms(
+            lambda s: (s.step[0][..., :directions], s.step[1][..., :directions, :]), directions
+        )
+        return length_for(relative_sizes(unit, self._norms), FIRST_SIZE)
+
+
+@contextlib.contextmanager
+def _bar(method: TakesSteps, progress: bool) -> Iterator[Any]:
+    total, name = method.steps, type(method).__name__
+    with tqdm(total=total, desc=name, unit="step", disable=None if progress else True) as bar:
+        yield bar
+
+
+def take_steps(
+    method: TakesSteps,
+    targets: Mapping[str, Target],
+    held_out: Callable[[int], HeldOutLoss],
+    collect_at: Callable[[int, Mapping[str, LowRank]], Statistics],
+    *,
+    first: Statistics | None = None,
+    progress: bool = True,
+    on_step: Callable[[int, dict[str, LowRank], SearchResult], None] | None = None,
+) -> tuple[dict[str, Factors], SearchResult]:
+    """`method.steps` steps, each measured; the start they lead to.
+
+    Args:
+        method: its settings.
+        targets: layers by name.
+        held_out: the loss on calibration sequences, by number of the step, from one.
+        collect_at: statistics from the step's other sequences, at a displacement.
+        first: statistics at the base model, where they are there already.
+        progress: show a progress bar.
+        on_step: called after each step, with its number, the displacement and the search.
+
+    Returns:
+        Factors by layer; and the last search, its first loss that of the base model on the same
+        sequences. If the base's is lower, the factors displace nothing.
+    """
+    steps = RepeatedSteps(method, targets)
+    number = 0
+    with _bar(method, progress) as bar:
+        for number in range(1, method.steps + 1):
+            at_base = number == 1 and first is not None
+            statistics = first if at_base else collect_at(number, steps.present())
+            assert statistics is not None
+            result = steps.take(statistics, held_out(number))
+            bar.set_postfix(loss=f"{result.loss:.4g}")
+            bar.update()
+            if on_step is not None:
+                on_step(number, steps.present(), result)
+            if result.length == 0:
+                logger.info("step %d of %d found no way down; stopping", number, method.steps)
+                break
+    found = steps.searches[-1]
+    if number > 1:
+        with held_out(number).measuring() as loss:
+            base = loss({})
+        if not found.loss < base:
+            steps.stay()
+            found = replace(found, loss=base, length=0.0)
+        found = replace(found, start_loss=base)
+    return steps.factors(), found

@@ -1,0 +1,61 @@
+"""A model displaced by low-rank terms on some layers; its weights stay as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lorainit.models.experts import routed
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """``left @ right``, added to a layer's weight.
+
+    Attributes:
+        left: ``(out, rank)``.
+        right: ``(rank, in)``.
+    """
+
+    left: Tensor
+    right: Tensor
+
+    def scaled(self, length: float) -> LowRank:
+        """The same directions, `length` times as long."""
+        return LowRank(self.left * length, self.right)
+
+
+@contextmanager
+def displaced(modules: Mapping[str, nn.Module], terms: Mapping[str, LowRank]) -> Iterator[None]:
+    """Layers compute ``W x + left (right x)`` inside the context.
+
+    `terms` is looked up at every call, so whoever holds it may change the displacement meanwhile;
+    layers without a term compute what they always do. Hooks that are registered inside the context
+    see the displaced output.
+    """
+
+    def make_hook(name: str) -> Any:
+        def hook(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+        ) -> Tensor | None:
+            term = terms.get(name)
+            if term is None:
+                return None
+            x = args[0] if args else kwargs.get("input", kwargs.get("x"))
+            assert isinstance(x, Tensor)
+            right, left = term.right.to(x), term.left.to(x)
+            return output + F.linear(F.linear(x, right), left)
+
+        return hook
+
+    with ExitStack() as stack:
+        stack.enter_context(routed(modules.values()))
+        for name, module in modules.items():
+            handle = module.register_forward_hook(make_hook(name), with_kwargs=True)
+            stack.callback(handle.remove)
+        yield

@@ -1,0 +1,59 @@
+"""What a model says of itself: what is inside its wrappers, its encoder, its dtype and device."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+def innermost_model(model: nn.Module) -> nn.Module:
+    """The model inside wrappers (PEFT, data parallel, compile), which know little of themselves."""
+    while True:
+        if callable(get := getattr(model, "get_base_model", None)):
+            inner = get()
+        else:
+            inner = getattr(model, "_orig_mod", None)
+            if inner is None and not hasattr(model, "config"):
+                inner = getattr(model, "module", None)
+        if not isinstance(inner, nn.Module) or inner is model:
+            return model
+        model = inner
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Where the model wants its inputs: its embedding's device, or its first parameter's."""
+    get = getattr(model, "get_input_embeddings", None)
+    try:
+        embedding = get() if callable(get) else None
+    except (AttributeError, NotImplementedError):
+        embedding = None
+    for owner in (embedding, model):
+        if isinstance(owner, nn.Module):
+            for parameter in owner.parameters():
+                if parameter.device.type != "meta":
+                    return _where_it_runs(parameter)
+    return torch.device("cpu")
+
+
+def _where_it_runs(parameter: nn.Parameter) -> torch.device:
+    """Weights may wait on the CPU for a device that they are copied to when they are used."""
+    mesh = getattr(parameter, "device_mesh", None)
+    if mesh is not None and mesh.device_type not in ("cpu", parameter.device.type):
+        kind = str(mesh.device_type)
+        return torch.device(kind, torch.get_device_module(kind).current_device())
+    return parameter.device
+
+
+def model_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype of the model's first floating-point parameter; float32 where it has none."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+def encoder_of(model: nn.Module) -> nn.Module | None:
+    """The encoder of an encoder-decoder model, None of others."""
+    base = innermost_model(model)
+    if not getattr(getattr(base, "config", None), "is_encoder_decoder", False):
+        return None
+    get = getattr(base, "get_encoder", None)
+    encoder = get() if callable(get) else None
+    return encoder if isinstance(encoder, nn.Module) else None

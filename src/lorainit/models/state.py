@@ -1,0 +1,131 @@
+"""The model as it was: gradients' flags, modes and the random state restored whatever happens."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from lorainit.parallel.sharding import reshard
+
+
+@contextmanager
+def unchanged_rng(device: torch.device) -> Iterator[None]:
+    """Restore the generators of torch (on the CPU and the model's device), NumPy and Python."""
+    restore = _random_state(device)
+    try:
+        yield
+    finally:
+        restore()
+
+
+@contextmanager
+def unchanged_rng_on_error(device: torch.device) -> Iterator[None]:
+    """The same, only where the work fails: what succeeds may have drawn."""
+    restore = _random_state(device)
+    try:
+        yield
+    except BaseException:
+        restore()
+        raise
+
+
+def _random_state(device: torch.device) -> Callable[[], None]:
+    """What puts every generator back to where it is now."""
+    numpy = sys.modules.get("numpy")
+    python_state = random.getstate()
+    numpy_state = None if numpy is None else numpy.random.get_state()
+    cpu_state = torch.get_rng_state()
+    own = None
+    if device.type not in ("cpu", "meta"):
+        own = torch.get_device_module(device)
+        # MPS has one generator, and no argument for it.
+        place = () if device.type == "mps" else (device,)
+        device_state = own.get_rng_state(*place)
+
+    def restore() -> None:
+        random.setstate(python_state)
+        if numpy is not None:
+            numpy.random.set_state(numpy_state)
+        torch.set_rng_state(cpu_state)
+        if own is not None:
+            own.set_rng_state(device_state, *place)
+
+    return restore
+
+
+@contextmanager
+def measuring(model: nn.Module) -> Iterator[None]:
+    """Freeze every parameter and switch dropout off, and put everything back afterwards.
+
+    The model goes to eval mode, but where its layers are gradient-checkpointed and it is in train
+    mode: such layers must stay in train mode to be checkpointed at all, so their own dropout rates
+    are set to zero for the time being.
+    """
+    reshard(model)
+    required = [(p, p.requires_grad) for p in model.parameters()]
+    modes = [(m, m.training) for m in model.modules()]
+    checkpointed = [
+        m for m, training in modes if training and getattr(m, "gradient_checkpointing", False)
+    ]
+    rates = [
+        (m, key, value)
+        for m in checkpointed
+        for key, value in vars(m).items()
+        if isinstance(value, float)
+        and ("dropout" in key or "drop_prob" in key or "layerdrop" in key)
+    ]
+    with ExitStack() as stack:
+        stack.callback(_put_back, required, modes, rates)
+        stack.callback(reshard, model)
+        if checkpointed:
+            _inputs_require_grad(model, stack)
+        for parameter, _ in required:
+            parameter.requires_grad_(False)
+        for module, _ in modes:
+            module.training = False
+        for module in checkpointed:
+            module.training = True
+        for module, key, _ in rates:
+            setattr(module, key, 0.0)
+        yield
+
+
+def _put_back(
+    required: list[tuple[nn.Parameter, bool]],
+    modes: list[tuple[nn.Module, bool]],
+    rates: list[tuple[nn.Module, str, float]],
+) -> None:
+    for module, key, value in rates:
+        setattr(module, key, value)
+    for module, training in modes:
+        module.training = training
+    for parameter, flag in required:
+        parameter.requires_grad_(flag)
+
+
+def _inputs_require_grad(model: nn.Module, stack: ExitStack) -> None:
+    """Reentrant checkpointing drops the graph unless what goes into a block requires a gradient.
+
+    Every part with embeddings of its own gets the hook: an encoder's may be convolutions.
+    """
+
+    def hook(module: nn.Module, args: object, output: object) -> None:
+        if isinstance(output, Tensor) and output.is_leaf and output.is_floating_point():
+            output.requires_grad_(True)
+
+    embeddings: dict[int, nn.Module] = {}
+    for part in model.modules():
+        get = getattr(part, "get_input_embeddings", None)
+        try:
+            embedding = get() if callable(get) else None
+        except (AttributeError, NotImplementedError):
+            continue
+        if isinstance(embedding, nn.Module):
+            embeddings[id(embedding)] = embedding
+    for embedding in embeddings.values():
+        stack.callback(embedding.register_forward_hook(hook).remove)

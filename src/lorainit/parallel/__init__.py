@@ -1,0 +1,1 @@
+"""Many processes as one: collectives, exchange of tensors, sharded models."""

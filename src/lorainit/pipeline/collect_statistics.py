@@ -1,0 +1,62 @@
+"""From a model, a configuration and data to statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Unpack
+
+from peft import LoraConfig
+from torch import nn
+
+from lorainit.adapters.layers import adapters_off, check_not_merged
+from lorainit.adapters.targets import match_targets
+from lorainit.adapters.wrappers import unwrapped
+from lorainit.pipeline.measurements import Measurements
+from lorainit.statistics.settings import (
+    CollectOptions,
+    CollectSettings,
+    checked_needs,
+    settings_with,
+)
+from lorainit.statistics.store.statistics import Statistics
+
+
+def collect_statistics(
+    model: nn.Module,
+    peft_config: LoraConfig,
+    *,
+    data: Iterable[Any],
+    needs: Iterable[str],
+    gather: bool = True,
+    settings: CollectSettings | None = None,
+    **options: Unpack[CollectOptions],
+) -> Statistics:
+    """Collect what methods read, in one pass over a few batches of target data.
+
+    Args:
+        model: a base model or a PeftModel (of which the base is measured, adapters switched off). It
+            is the same afterwards, bit for bit.
+        peft_config: says which layers are targets.
+        data: any iterable of keyword batches that the model's forward takes, with ``labels``.
+        needs: names of the statistics, ``method.needs``; a union of several methods' serves them all.
+        gather: over several processes, give all layers to every process. If not, each keeps about as
+            many bytes of layers as every other, and the result serves `get_peft_model` on the same
+            processes, or ``save``, which all of them must call.
+        settings: how they are collected, see `CollectSettings`.
+        **options: its fields, as keywords: ``token_mask``, ``loss_reduction``, ``max_sequences``,
+            ``loss_fn``, ``on_nonfinite``, ``on_unused``, ``max_memory``, ``gradient_dtype``, ``progress``.
+
+    Returns:
+        Statistics by module name, in the units of their docstrings.
+
+    Raises:
+        TargetError, DataError, NonFiniteError, MemoryPlanError: see each; the model is as it was.
+    """
+    settings = settings_with(settings, options, "collect_statistics")
+    names = checked_needs(needs)
+    model = unwrapped(model)
+    check_not_merged(model)
+    targets = match_targets(model, peft_config)
+    measurements = Measurements(model, targets, names, settings, gather=gather)
+    with adapters_off(model), measurements.unchanged_rng():
+        return measurements.statistics(measurements.sample(data))

@@ -1,0 +1,133 @@
+"""What can be measured of a model's target layers: statistics and losses, also where they are displaced."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import nn
+
+from lorainit.adapters.targets import Target, Targets
+from lorainit.adapters.weights import fingerprints
+from lorainit.calibration.held_out_loss import HeldOutLoss
+from lorainit.data.sampling import Sample, draw_sample
+from lorainit.errors import AdapterError
+from lorainit.models.displacement import LowRank, displaced
+from lorainit.models.introspection import innermost_model, input_device
+from lorainit.models.state import unchanged_rng
+from lorainit.parallel import collectives
+from lorainit.pipeline.checks import unused_targets
+from lorainit.solve.importance import ranks_by_importance
+from lorainit.solve.layers import value_directions
+from lorainit.solve.ranks import allocate_ranks, rank_limits
+from lorainit.statistics.collection import collect_layers, plan_collection
+from lorainit.statistics.settings import CollectSettings, Subject
+from lorainit.statistics.store.statistics import Statistics
+from lorainit.types import LimitsRank, Method, RanksDirections, RanksLayers
+
+
+@dataclass(frozen=True, eq=False)
+class Measurements:
+    """A model and its targets, and how they are measured.
+
+    Attributes:
+        model: a base model, or a PeftModel whose adapters are switched off.
+        targets: its target layers.
+        needs: names of the statistics; empty where nothing is collected.
+        settings: how they are collected.
+        gather: give all layers' statistics to every process.
+        with_ranks: the targets with other ranks, written into the configuration; None where ranks stay.
+    """
+
+    model: nn.Module
+    targets: Targets
+    needs: frozenset[str]
+    settings: CollectSettings
+    gather: bool = False
+    with_ranks: Callable[[Mapping[str, int]], Targets] | None = None
+
+    @cached_property
+    def subject(self) -> Subject:
+        """The layers as statistics see them."""
+        modules = {name: target.module for name, target in self.targets.layers.items()}
+        return Subject(self.model, modules, self.needs, self.settings, self.gather)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model wants its inputs."""
+        return input_device(self.model)
+
+    def unchanged_rng(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, random numbers may be drawn; afterwards the generators are as they were."""
+        return unchanged_rng(self.device)
+
+    def sample(self, data: object) -> Sample:
+        """This process's part of the data, kept."""
+        config = getattr(innermost_model(self.model), "config", None)
+        return draw_sample(data, self.settings.max_sequences, config)
+
+    def statistics(self, sample: Sample, at: Mapping[str, LowRank] | None = None) -> Statistics:
+        """Statistics of the base model, displaced by `at`, with its fingerprints."""
+        known = self._fingerprints()
+        with displaced(self.subject.modules, at) if at else contextlib.nullcontext():
+            found = collect_layers(self.subject, sample)
+        found.fingerprints = {name: known[name] for name in found.names}
+        return found
+
+    def passes(self, sample: Sample) -> Iterator[Statistics]:
+        """The same pass by pass, for whoever needs no two passes' statistics at a time."""
+        self._fingerprints()
+        yield from plan_collection(self.subject, sample).parts()
+
+    def held_out_loss(self, sample: Sample) -> HeldOutLoss:
+        """The loss on these sequences."""
+        return HeldOutLoss(self.subject, sample.batches)
+
+    def served(self, unused: Mapping[str, str]) -> dict[str, Target]:
+        """The targets that are not `unused`."""
+        return {name: t for name, t in self.targets.layers.items() if name not in unused}
+
+    def redistributes(self, method: Method) -> bool:
+        """Whether the layers' ranks follow from all layers' statistics."""
+        if isinstance(method, RanksLayers):
+            return self.with_ranks is not None and method.redistributes
+        return (
+            self.with_ranks is not None and isinstance(method, RanksDirections) and method.rho > 1
+        )
+
+    def reallocated(self, method: Method, statistics: Statistics | None) -> Measurements:
+        """The same, each layer at the rank that its directions deserve, where the method says so."""
+        if statistics is None or not self.redistributes(method):
+            return self
+        assert self.with_ranks is not None
+        served = self.served(unused_targets(statistics, self.targets))
+        # The experts of one parameter have one rank: theirs stays.
+        served = {name: target for name, target in served.items() if not target.is_expert}
+        if isinstance(method, RanksLayers):
+            ranks = ranks_by_importance(served, statistics, method)
+            return replace(self, targets=self.with_ranks(ranks))
+        assert isinstance(method, RanksDirections)
+        configured = {name: target.spec.rank for name, target in served.items()}
+        share = method.rank_factor if isinstance(method, LimitsRank) else 1
+        possible = {
+            n: min(t.spec.out_features, t.spec.in_features) // share for n, t in served.items()
+        }
+        limits = rank_limits(configured, possible, method.rho)
+        values = value_directions(served, statistics, method, limits, self.settings.budget)
+        return replace(self, targets=self.with_ranks(allocate_ranks(values, configured)))
+
+    def _fingerprints(self) -> dict[str, torch.Tensor]:
+        """Of all targets' weights, which must be the same on every process."""
+        with torch.no_grad(), collectives.shared_errors():
+            found = fingerprints(self.subject.modules)
+        if not collectives.equal_everywhere([f.tolist() for f in found.values()]):
+            raise AdapterError(
+                "the processes hold different base weights: their statistics cannot be added. Load "
+                "the same checkpoint on all of them; under accelerate's FSDP, set "
+                "fsdp_cpu_ram_efficient_loading to false, which leaves the weights of all processes "
+                "but the first empty."
+            )
+        return found

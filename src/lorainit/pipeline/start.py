@@ -1,0 +1,241 @@
+"""From a sample or statistics to the start: solve, and measure its length where the method asks for it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from lorainit.adapters.targets import Target
+from lorainit.adapters.weights import read_weight
+from lorainit.calibration.along_factors import calibrate_factors, scale_factors
+from lorainit.calibration.line_search import SearchResult
+from lorainit.calibration.repeated_steps import take_steps
+from lorainit.calibration.sizes import (
+    UNMEASURED_SIZE,
+    length_for,
+    relative_sizes,
+    weight_norms,
+)
+from lorainit.data.sampling import Sample
+from lorainit.methods.vanilla import Vanilla
+from lorainit.models.displacement import LowRank
+from lorainit.pipeline.checks import UNUSED, unused_targets
+from lorainit.pipeline.measurements import Measurements
+from lorainit.solve.layers import relative_size, solve_layers
+from lorainit.solve.stacks import solving_bytes
+from lorainit.statistics.collect.finalize import check_unused
+from lorainit.statistics.memory.peak import held_bytes
+from lorainit.statistics.store.statistics import Statistics
+from lorainit.types import (
+    ChangesStart,
+    Factors,
+    MeasuresLength,
+    Method,
+    RefusesStart,
+    TakesSteps,
+)
+
+logger = logging.getLogger("lorainit")
+
+Precision = Literal["fast", "exact"]
+
+
+@dataclass(frozen=True, eq=False)
+class Start:
+    """What was found for one adapter.
+
+    Attributes:
+        factors: by target name.
+        sizes: ``|s B A| / |W|`` by target name.
+        unused: targets that no sequence reached, with the reason.
+        search: the last measurement of a length, if any.
+        refusal: why it is plain LoRA after all, in the method's words; there are no factors then, unless
+            the adapter was there before.
+    """
+
+    factors: dict[str, Factors] = field(default_factory=dict)
+    sizes: dict[str, float] = field(default_factory=dict)
+    unused: dict[str, str] = field(default_factory=dict)
+    search: SearchResult | None = None
+    refusal: str | None = None
+
+
+def needs_sample(method: Method, statistics: Statistics | None, *, has_data: bool) -> bool:
+    """Whether data are looked at: statistics are to be collected, or a length measured."""
+    return has_data and (_is_measured(method) or (statistics is None and bool(method.needs)))
+
+
+def _is_measured(method: Method) -> bool:
+    return isinstance(method, MeasuresLength) and bool(method.calibrated)
+
+
+def find_start(
+    method: Method,
+    measurements: Measurements,
+    sample: Sample | None,
+    statistics: Statistics | None,
+    precision: Precision,
+    calibration_share: float,
+) -> Start:
+    """Factors by the method, from statistics or from a sample; measured, where it asks for that.
+
+    Args:
+        method: how to find the start.
+        measurements: of the model.
+        sample: of the data, see `needs_sample`; None where there is none.
+        statistics: collected before, or None.
+        precision: of the solves.
+        calibration_share: of the sample, held back to measure lengths on where statistics are collected.
+    """
+    if isinstance(method, ChangesStart):
+        like = find_start(
+            method.like, measurements, sample, statistics, precision, calibration_share
+        )
+        return like if like.refusal is not None else _changed(method, measurements, like)
+    if sample is not None and isinstance(method, MeasuresLength) and method.calibrated:
+        return _measured(method, measurements, sample, statistics, precision, calibration_share)
+    if sample is not None and not measurements.redistributes(method):
+        return _pass_by_pass(method, measurements, sample, precision)
+    if sample is not None:
+        statistics = measurements.statistics(sample)
+    measurements = measurements.reallocated(method, statistics)
+    start = _solved(method, measurements, statistics, precision)
+    return _at_stated_length(start, measurements, method) if _is_measured(method) else start
+
+
+def _measured(
+    method: MeasuresLength,
+    measurements: Measurements,
+    sample: Sample,
+    statistics: Statistics | None,
+    precision: Precision,
+    calibration_share: float,
+) -> Start:
+    """A start whose length is found on sequences that its statistics do not hold."""
+    steps = method.steps if isinstance(method, TakesSteps) else 1
+    apart = statistics is None or steps > 1
+
+    def parts(step: int) -> tuple[Sample, Sample]:
+        """Sequences of a step's statistics, and those that it is measured on: others every time."""
+        return sample.held_back(calibration_share, step - 1) if apart else (sample, sample)
+
+    # Too few sequences are an error before long work.
+    first = parts(1)
+    if statistics is None and method.needs:
+        statistics = measurements.statistics(first[0])
+    measurements = measurements.reallocated(method, statistics)
+    unused = {} if statistics is None else unused_targets(statistics, measurements.targets)
+    served = measurements.served(unused)
+    if isinstance(method, TakesSteps):
+        factors, search = take_steps(
+            method,
+            served,
+            lambda step: measurements.held_out_loss(parts(step)[1]),
+            lambda step, at: measurements.statistics(parts(step)[0], at),
+            first=statistics,
+            progress=measurements.settings.progress,
+        )
+    else:
+        start = _solved(method, measurements, statistics, precision)
+        held_out = measurements.held_out_loss(first[1])
+        factors, search = calibrate_factors(start.factors, served, held_out, method.trust_region)
+    refusal = method.refusal(search.gain) if isinstance(method, RefusesStart) else None
+    if refusal is not None:
+        return _refused(measurements, unused, search, refusal)
+    return Start(factors, _sizes(factors, served), unused, search)
+
+
+def _pass_by_pass(
+    method: Method, measurements: Measurements, sample: Sample, precision: Precision
+) -> Start:
+    """Solve each pass's layers before the next pass, and forget what is solved."""
+    budget, device = measurements.settings.budget, measurements.device
+    factors: dict[str, Factors] = {}
+    sizes: dict[str, float] = {}
+    names: list[str] = []
+    for part in measurements.passes(sample):
+        if budget is not None and device.type != "cpu":
+            room = budget - solving_bytes(measurements.targets.layers, method.needs)
+            part.relieve(device, held_bytes(measurements.model, device) - room)
+        names += part.metadata["unused"]
+        served = {name: measurements.targets.layers[name] for name in part.names}
+        found = solve_layers(
+            served,
+            part,
+            method,
+            precision=precision,
+            progress=measurements.settings.progress,
+            release=True,
+            max_memory=budget,
+        )
+        factors |= found[0]
+        sizes |= found[1]
+        del part
+    check_unused(names, factors, measurements.subject)
+    unused = {n: UNUSED for n in names}
+    ordered = [name for name in measurements.targets.layers if name in factors]
+    return Start({n: factors[n] for n in ordered}, {n: sizes[n] for n in ordered}, unused)
+
+
+def _solved(
+    method: Method,
+    measurements: Measurements,
+    statistics: Statistics | None,
+    precision: Precision,
+) -> Start:
+    unused = {} if statistics is None else unused_targets(statistics, measurements.targets)
+    factors, sizes = solve_layers(
+        measurements.served(unused),
+        statistics,
+        method,
+        precision=precision,
+        progress=measurements.settings.progress,
+        max_memory=measurements.settings.budget,
+    )
+    return Start(factors, sizes, unused)
+
+
+def _at_stated_length(start: Start, measurements: Measurements, method: Method) -> Start:
+    """The start at a length that is stated, since there is no data to measure it on."""
+    served = measurements.served(start.unused)
+    terms = {n: LowRank(f.B * served[n].spec.scaling, f.A) for n, f in start.factors.items()}
+    length = length_for(relative_sizes(terms, weight_norms(served)), UNMEASURED_SIZE)
+    logger.warning(
+        "%s: there is no data to measure the length of the start on; it is set so that the median "
+        "layer moves by %g of its weight's norm. Pass data=... beside statistics=... to measure it.",
+        type(method).__name__,
+        UNMEASURED_SIZE,
+    )
+    sizes = {name: size * length for name, size in start.sizes.items()}
+    return Start(scale_factors(start.factors, length), sizes, start.unused)
+
+
+def _refused(
+    measurements: Measurements, unused: dict[str, str], search: SearchResult, refusal: str
+) -> Start:
+    """Plain LoRA: what PEFT draws for a new adapter, drawn anew for one that was there before."""
+    factors: dict[str, Factors] = {}
+    if measurements.with_ranks is None:
+        served = measurements.served(unused)
+        factors = solve_layers(served, None, Vanilla(), progress=False)[0]
+    return Start(factors, {}, unused, search, refusal)
+
+
+def _changed(method: ChangesStart, measurements: Measurements, like: Start) -> Start:
+    """Another method's start, changed layer by layer; what was measured was that one's loss."""
+    factors = {}
+    for name, pair in like.factors.items():
+        weight = read_weight(measurements.targets.layers[name].module, name)
+        factors[name] = method.changed(pair, weight)
+    return replace(like, factors=factors, search=None)
+
+
+def _sizes(factors: Mapping[str, Factors], targets: Mapping[str, Target]) -> dict[str, float]:
+    return {
+        name: float(
+            relative_size(pair, read_weight(targets[name].module, name), targets[name].spec.scaling)
+        )
+        for name, pair in factors.items()
+    }

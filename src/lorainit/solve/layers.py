@@ -1,0 +1,322 @@
+"""Factors of every target from its statistics: layers of one shape are solved together."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from typing import Literal
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from lorainit.adapters.targets import Target
+from lorainit.adapters.weights import part_of_gather, read_weight
+from lorainit.errors import AdapterError, LorainitError, NonFiniteError
+from lorainit.linalg import double_precision
+from lorainit.parallel import collectives
+from lorainit.parallel.exchange import Slot, broadcast_from_owners
+from lorainit.solve.ownership import after_out_of_memory, device_of, layer_owners
+from lorainit.solve.stacks import input_key, rounds, stack_bytes, stacks_of
+from lorainit.statistics import Statistics
+from lorainit.types import (
+    OF_INPUT,
+    Factors,
+    LayerSpec,
+    LayerStatistics,
+    Method,
+    RanksDirections,
+)
+
+logger = logging.getLogger("lorainit")
+
+
+def solve_layers(
+    targets: Mapping[str, Target],
+    statistics: Statistics | None,
+    method: Method,
+    *,
+    precision: Literal["fast", "exact"] = "fast",
+    progress: bool = True,
+    release: bool = False,
+    max_memory: int | None = None,
+) -> tuple[dict[str, Factors], dict[str, float]]:
+    """Factors of every target, and ``|s B A| / |W|`` of each.
+
+    Layers of one shape, rank and scaling are solved together. Many processes divide the work: each
+    solves its part (the layers whose statistics it holds, where they are shared out), and gives it to
+    the others. With `release` the statistics of solved layers are forgotten; `max_memory` is what
+    everything on a device may take, in bytes.
+    """
+    rank, size = collectives.world()
+    owners = layer_owners(targets, statistics)
+    failure: Exception | None = None
+    solved: dict[str, Factors] = {}
+    sizes: dict[str, float] = {}
+    silent: list[str] = []
+    bar = tqdm(
+        total=len(targets),
+        desc=type(method).__name__,
+        unit="layer",
+        disable=None if progress else True,
+    )
+    with bar, torch.no_grad():
+        exact = precision == "exact"
+        for chunks in rounds(targets, owners, size, statistics, method, max_memory, exact=exact):
+            try:
+                weights = _weights(chunks, rank)
+                if chunks[rank] and failure is None:
+                    chunk = chunks[rank]
+                    layers = [
+                        LayerStatistics() if statistics is None else statistics[t.name]
+                        for t in chunk
+                    ]
+                    if method.needs & {"gradient", "output_second_moment"}:
+                        silent += _without_gradient(chunk, layers)
+                    pairs = _solve_parts(chunk, weights, layers, method, precision)
+                    del layers
+                    found = [
+                        relative_size(pair, weight, target.spec.scaling)
+                        for target, weight, pair in zip(chunk, weights, pairs, strict=True)
+                    ]
+                    names = [target.name for target in chunk]
+                    solved |= dict(zip(names, pairs, strict=True))
+                    sizes |= dict(zip(names, torch.stack(found).tolist(), strict=True))
+            except Exception as error:
+                # Others wait for this process where weights are gathered: raise when all are done.
+                failure = failure or error
+                if size == 1:
+                    break
+            if release and statistics is not None:
+                for target in chunks[rank]:
+                    statistics.release(target.name)
+            bar.update(sum(map(len, chunks)))
+        collectives.raise_everywhere(failure)
+        if silent:
+            logger.warning(
+                "%s: the gradient of %d of %d layers is exactly zero (%s): the data say nothing about "
+                "them. Look at the labels and at loss_fn, or leave them out with exclude_modules.",
+                type(method).__name__,
+                len(silent),
+                len(targets),
+                ", ".join(silent[:3]) + (", ..." if len(silent) > 3 else ""),
+            )
+        if size > 1:
+            solved, sizes = _exchanged(targets, owners, solved, sizes)
+    return {name: solved[name] for name in targets}, {name: sizes[name] for name in targets}
+
+
+def value_directions(
+    targets: Mapping[str, Target],
+    statistics: Statistics,
+    method: RanksDirections,
+    limits: Mapping[str, int],
+    max_memory: int | None = None,
+) -> dict[str, Tensor]:
+    """What each layer's leading directions are worth, ``(limit,)`` by name, the same everywhere."""
+    rank, _ = collectives.world()
+    owners = layer_owners(targets, statistics)
+    found: dict[str, Tensor] = {}
+    by_limit: dict[int, dict[str, Target]] = {}
+    for name, target in targets.items():
+        if owners[name] == rank:
+            by_limit.setdefault(limits[name], {})[name] = target
+    budget = stack_bytes(targets, method, max_memory)
+    with torch.no_grad(), collectives.shared_errors():
+        for limit, members in by_limit.items():
+            for chunk in stacks_of(members, budget, method.needs):
+                layers = [
+                    _for_solving(statistics[t.name], method.needs, device_of(t), None)
+                    for t in chunk
+                ]
+                values = method.rank_values(LayerStatistics.stack(layers), limit)
+                # In one dtype, so that all know what is coming.
+                found |= {t.name: values[i].cpu().double() for i, t in enumerate(chunk)}
+    slots = [Slot(n, owners[n], (limits[n],), torch.float64) for n in targets]
+    broadcast_from_owners(found, slots, torch.device("cpu"))
+    return {name: found[name] for name in targets}
+
+
+def _without_gradient(chunk: Sequence[Target], layers: Sequence[LayerStatistics]) -> list[str]:
+    names, told = [], []
+    for target, layer in zip(chunk, layers, strict=True):
+        # FILet reads what gradients are like without their sum.
+        one = layer.output_second_moment_sum if layer.gradient_sum is None else layer.gradient_sum
+        if one is not None:
+            names.append(target.name)
+            told.append(one.any())
+    # All are asked before the first is waited for; some may lie on the host.
+    return [name for name, one in zip(names, told, strict=True) if not bool(one)]
+
+
+def _weights(chunks: Sequence[list[Target]], rank: int) -> list[Tensor]:
+    """The weights of this process's chunk; sharded ones are gathered by everyone, one at a time."""
+    weights = []
+    failure: Exception | None = None
+    for owner, chunk in enumerate(chunks):
+        for target in chunk:
+            try:
+                if owner == rank:
+                    weights.append(read_weight(target.module, target.name))
+                else:
+                    part_of_gather(target.module)
+            except Exception as error:
+                # The others go on gathering, and this process with them.
+                failure = failure or error
+    if failure is not None:
+        raise failure
+    return weights
+
+
+def _exchanged(
+    targets: Mapping[str, Target],
+    owners: Mapping[str, int],
+    solved: Mapping[str, Factors],
+    sizes: Mapping[str, float],
+) -> tuple[dict[str, Factors], dict[str, float]]:
+    """Every process's factors on every process, the same to the last bit."""
+    described = {n: (f.A.dtype, f.B.dtype, f.anchored, sizes[n]) for n, f in solved.items()}
+    known = {
+        n: entry for theirs in collectives.gather_objects(described) for n, entry in theirs.items()
+    }
+    tensors = {(n, "A"): f.A for n, f in solved.items()} | {
+        (n, "B"): f.B for n, f in solved.items()
+    }
+    by_device: dict[torch.device, list[Slot]] = {}
+    for name, target in targets.items():
+        spec, (a_dtype, b_dtype, *_) = target.spec, known[name]
+        by_device.setdefault(device_of(target), []).extend(
+            [
+                Slot((name, "A"), owners[name], (spec.rank, spec.in_features), a_dtype),
+                Slot((name, "B"), owners[name], (spec.out_features, spec.rank), b_dtype),
+            ]
+        )
+    for device, slots in by_device.items():
+        broadcast_from_owners(tensors, slots, device)
+    factors = {n: Factors(tensors[n, "A"], tensors[n, "B"], known[n][2]) for n in targets}
+    return factors, {n: known[n][3] for n in targets}
+
+
+def _solve_parts(
+    chunk: list[Target],
+    weights: list[Tensor],
+    layers: list[LayerStatistics],
+    method: Method,
+    precision: Literal["fast", "exact"],
+) -> list[Factors]:
+    """Solve a stack of layers of one shape; if that fails, one by one, to name the layer.
+
+    Where the device's memory does not do: in halves, and a single layer on the CPU.
+    """
+    try:
+        return _solve_stack(chunk, weights, layers, method, precision)
+    except torch.OutOfMemoryError:
+        # Handled below: until here the traceback holds what was allocated.
+        pass
+    device = weights[0].device
+    parts, place = after_out_of_memory(chunk, device)
+    pairs, first = [], 0
+    for part in parts:
+        own = slice(first, first := first + len(part))
+        held = [weight.to(place) for weight in weights[own]]
+        pairs += _solve_parts(part, held, layers[own], method, precision)
+    return [Factors(p.A.to(device), p.B.to(device), p.anchored) for p in pairs]
+
+
+def _solve_stack(
+    chunk: list[Target],
+    weights: list[Tensor],
+    layers: list[LayerStatistics],
+    method: Method,
+    precision: Literal["fast", "exact"],
+) -> list[Factors]:
+    spec = chunk[0].spec
+    dtype = torch.float64 if precision == "exact" else None
+    wide = weights if dtype is None else [double_precision(weight) for weight in weights]
+    if len(chunk) > 1:
+        try:
+            stacked = _solve_together(wide, layers, spec, method, dtype)
+            _check_factors(stacked, spec, (len(chunk),))
+            return [stacked[i] for i in range(len(chunk))]
+        except LorainitError:
+            # One of them cannot be solved: which, is found below.
+            pass
+    return [
+        _solve_one(target, weight, _for_solving(layer, method.needs, weight.device, dtype), method)
+        for target, weight, layer in zip(chunk, wide, layers, strict=True)
+    ]
+
+
+def _solve_together(
+    weights: list[Tensor],
+    layers: list[LayerStatistics],
+    spec: LayerSpec,
+    method: Method,
+    dtype: torch.dtype | None,
+) -> Factors:
+    """All layers at once; what belongs to an input that several share is there once."""
+    sharing = _sharing(layers)
+    needs = [
+        method.needs if i % sharing == 0 else method.needs - OF_INPUT for i in range(len(layers))
+    ]
+    moved = [
+        _for_solving(layer, read, weight.device, dtype)
+        for layer, read, weight in zip(layers, needs, weights, strict=True)
+    ]
+    stack = torch.stack(weights)
+    if sharing > 1:
+        stack = stack.reshape(-1, sharing, *stack.shape[1:])
+    found = method.solve(
+        stack, LayerStatistics.stack(moved, sharing=sharing), spec.rank, spec.scaling
+    )
+    if sharing == 1:
+        return found
+    return Factors(found.A.flatten(0, 1), found.B.flatten(0, 1), found.anchored)
+
+
+def _sharing(layers: Sequence[LayerStatistics]) -> int:
+    """How many consecutive layers share one input's sums: the same number throughout, or 1."""
+    runs = [len(list(run)) for _, run in groupby(input_key(layer) for layer in layers)]
+    return runs[0] if len(set(runs)) == 1 else 1
+
+
+def _solve_one(target: Target, weight: Tensor, layer: LayerStatistics, method: Method) -> Factors:
+    try:
+        pair = method.solve(weight, layer, target.spec.rank, target.spec.scaling)
+        _check_factors(pair, target.spec, ())
+        return pair
+    except LorainitError as error:
+        raise type(error)(f"layer '{target.name}': {error}") from error
+
+
+def _check_factors(pair: Factors, spec: LayerSpec, leading: tuple[int, ...]) -> None:
+    """A method of the user's own may return anything."""
+    have = tuple(pair.A.shape), tuple(pair.B.shape)
+    want = (*leading, spec.rank, spec.in_features), (*leading, spec.out_features, spec.rank)
+    if have != want:
+        raise AdapterError(
+            f"the method gave A, B of shapes {have}; the layer wants {want}. "
+            "Correct the method's solve."
+        )
+    if not bool(torch.isfinite(pair.A).all() and torch.isfinite(pair.B).all()):
+        raise NonFiniteError(
+            "the method gave factors that are not finite. Look at the statistics, or raise damping."
+        )
+
+
+def _for_solving(
+    layer: LayerStatistics, needs: frozenset[str], device: torch.device, dtype: torch.dtype | None
+) -> LayerStatistics:
+    """Only what the method reads, where the weight lies."""
+    return layer.only(needs).to(device=device, dtype=dtype)
+
+
+def relative_size(pair: Factors, weight: Tensor, scaling: float) -> Tensor:
+    """``|s B A|_F / |W|_F``, 0-dimensional, without forming the product."""
+    a, b = pair.A.float(), pair.B.float()
+    square = ((b.mT @ b) * (a @ a.mT)).sum().clamp_min(0)
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(weight, dtype=wide)
+    size: Tensor = scaling * square.sqrt() / norm.clamp_min(1e-30)
+    return size

@@ -1,0 +1,135 @@
+"""Which layers are solved together: stacks of one shape, as large as memory allows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import zip_longest
+from typing import Any
+
+import torch
+
+from lorainit.adapters.targets import Target
+from lorainit.parallel import collectives
+from lorainit.solve.ownership import device_of
+from lorainit.statistics import Statistics
+from lorainit.statistics.memory.plan import statistic_bytes
+from lorainit.types import OF_INPUT, EstimatesWorkspace, LayerStatistics, Method
+
+_STACK_BYTES = 1 << 30
+
+_SHARE_OF_FREE = 10
+_SHARE_OF_BUDGET = 16
+"""Of the memory that is free, or that the user allows, one part in this many goes into a stack's statistics
+in float32: a solve holds them in float64, and intermediates beside them. A method that says what its solves
+in float32 take (``workspace``, times those bytes) gets as much of a budget as that allows, up to
+`_ENOUGH_BYTES`."""
+
+_ENOUGH_BYTES = 1 << 32
+
+_WORKSPACE = 9
+"""A solve of one layer takes so many times its statistics' bytes in float32, beside them."""
+
+
+def rounds(
+    targets: Mapping[str, Target],
+    owners: Mapping[str, int],
+    size: int,
+    statistics: Statistics | None,
+    method: Method,
+    max_memory: int | None = None,
+    *,
+    exact: bool = False,
+) -> Iterator[list[list[Target]]]:
+    """Rounds of one chunk for each process, so that all solve at once between two gathers."""
+    budget = stack_bytes(targets, method, max_memory, exact=exact)
+    mine: list[dict[str, Target]] = [{} for _ in range(size)]
+    for name, target in targets.items():
+        mine[owners[name]][name] = target
+    chunks = [stacks_of(members, budget, method.needs, statistics) for members in mine]
+    yield from (list(turn) for turn in zip_longest(*chunks, fillvalue=[]))
+
+
+def stacks_of(
+    targets: Mapping[str, Target],
+    budget: int,
+    needs: frozenset[str],
+    statistics: Statistics | None = None,
+) -> Iterator[list[Target]]:
+    """Targets of one shape, rank, scaling and device, as many as `budget` bytes allow.
+
+    A layer counts with the statistics that its method needs, and with its weight in float32.
+
+    Where `statistics` say so, those that share an input stand together, apart from those that do not
+    or with more or fewer others.
+    """
+    groups: dict[tuple[Any, ...], dict[int, list[Target]]] = {}
+    for name, target in targets.items():
+        spec = target.spec
+        device = next((p.device for p in target.module.parameters()), None)
+        key = (spec.out_features, spec.in_features, spec.rank, spec.scaling, device)
+        held = None if statistics is None else statistics.get(name)
+        source = 0 if held is None else input_key(held)
+        groups.setdefault(key, {}).setdefault(source, []).append(target)
+    for (rows, columns, *_), sources in groups.items():
+        sizes = statistic_bytes((rows, columns), needs - {"gradient"})
+        once = sum(size for name, size in sizes.items() if name in OF_INPUT)
+        each = 4 * rows * columns + sum(sizes.values()) - once
+        by_number: dict[int, list[Target]] = {}
+        for members in sources.values():
+            together = statistics is not None and len(members) * each + once <= budget
+            by_number.setdefault(len(members) if together else 1, []).extend(members)
+        for number, members in by_number.items():
+            whole = number * max(1, budget // (number * each + once))
+            for first in range(0, len(members), whole):
+                yield members[first : first + whole]
+
+
+def stack_bytes(
+    targets: Mapping[str, Target],
+    method: Method,
+    max_memory: int | None = None,
+    *,
+    exact: bool = False,
+) -> int:
+    """How large a stack may be, in bytes of its statistics; the same on every process.
+
+    Args:
+        targets: the layers.
+        method: what they are solved by.
+        max_memory: what everything on a device may take, in bytes; None: what is free.
+        exact: whether all is in float64.
+    """
+    budget = None
+    for device in {device_of(target) for target in targets.values()}:
+        size = _STACK_BYTES
+        if device.type == "cuda":
+            held = torch.cuda.memory_allocated(device)
+            free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - held
+            if max_memory is None:
+                size = max(size, free // _SHARE_OF_FREE)
+            else:
+                share = _SHARE_OF_BUDGET
+                if isinstance(method, EstimatesWorkspace) and not exact:
+                    share = method.workspace
+                size = max(1, min(free, max_memory - held) // share)
+                size = min(size, _ENOUGH_BYTES)
+        budget = size if budget is None else min(budget, size)
+    # What is free differs between processes, and all must cut the same.
+    return -collectives.maximum(-(budget or _STACK_BYTES))
+
+
+def solving_bytes(targets: Mapping[str, Target], needs: frozenset[str]) -> int:
+    """What solving the largest layer alone takes beside its statistics, roughly."""
+    return _WORKSPACE * max(
+        (
+            sum(statistic_bytes((t.spec.out_features, t.spec.in_features), needs).values())
+            for t in targets.values()
+        ),
+        default=0,
+    )
+
+
+def input_key(layer: LayerStatistics) -> int:
+    """Equal for layers that hold the very same second moment of their input."""
+    moment = layer.input_second_moment_sum
+    return id(layer) if moment is None else id(moment)

@@ -1,0 +1,265 @@
+"""Hooks on the target layers: what goes in on the forward pass, what comes back on the backward.
+
+A tap is an identity on the layer's output whose backward sees the output's gradient together with
+the saved input. Saving goes through autograd, so gradient checkpointing drops and recomputes the
+input as it does every other one, and each call counts exactly once: a recomputed forward has no
+backward of its own. No weight needs a gradient, so weights may be frozen, quantized or sharded.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorainit.errors import DataError
+from lorainit.linalg import all_finite
+from lorainit.models.experts import ExpertLayer, routed
+from lorainit.statistics.collect.accumulators import InputSums, LayerSums
+from lorainit.statistics.collect.positions import BatchPositions
+from lorainit.types import GRADIENT_STATISTICS, GradientDtype
+
+
+@dataclass(eq=False)
+class _InputTensor:
+    """A tensor that arrived at one or more layers in one forward pass, and whose sums count it."""
+
+    tensor: weakref.ref[Tensor]
+    version: int
+    sums: InputSums
+    reads_encoder: bool
+    opens: bool
+    layers: set[str]
+    rows: tuple[Tensor, int] | None = None
+    counted: bool = False
+
+
+@dataclass(eq=False)
+class HookState:
+    """What the hooks share: sums by layer, and the batch that is under way.
+
+    Attributes:
+        needs: names of the statistics to collect.
+        layers: running sums by target name.
+        share_inputs: let layers that read the same tensor share one sum.
+        positions: which positions of the batch count.
+        counts: whether the batch counts at all; if not, it only keeps other processes company.
+        encoder_layers: names of the layers inside an encoder, whose mask is not the decoder's.
+        unknown: shapes of inputs by layer, where the batch is padded and no mask says where.
+        gradient_dtype: what gradients are added up in.
+    """
+
+    needs: frozenset[str]
+    layers: dict[str, LayerSums]
+    share_inputs: bool = True
+    positions: BatchPositions | None = None
+    counts: bool = True
+    _reads: list[_InputTensor] = field(default_factory=list)
+    _met: set[str] = field(default_factory=set)
+    encoder_layers: frozenset[str] = frozenset()
+    unknown: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    gradient_dtype: GradientDtype = "float32"
+    _encoder_outputs: set[int] = field(default_factory=set)
+
+    @property
+    def backward(self) -> bool:
+        """Whether any statistic needs a backward pass."""
+        return bool(self.needs & GRADIENT_STATISTICS)
+
+    @property
+    def keeps_input(self) -> bool:
+        """Whether the backward needs the layer's input."""
+        return bool(self.needs & {"gradient", "input_second_moment", "input_mean"})
+
+    def begin_batch(self, positions: BatchPositions, *, counted: bool = True) -> None:
+        """Forget the tensors of the batch before."""
+        self.positions = positions
+        self.counts = counted
+        self._reads.clear()
+        self._encoder_outputs.clear()
+
+    def arrived(self, name: str, x: Tensor, rows: tuple[Tensor, int] | None = None) -> _InputTensor:
+        """Note that layer `name` reads `x`, at `rows` of the model's positions, and which sums count it.
+
+        A layer that on its very first call reads a tensor that another layer's very first call read
+        joins its sums. From then on they are expected to read the same tensors; `sharing_held`
+        checks it at the end. A layer that reads one tensor twice counts it twice.
+        """
+        self._reads = [read for read in self._reads if read.tensor() is not None]
+        layer = self.layers[name]
+        first = name not in self._met
+        self._met.add(name)
+        for read in self._reads:
+            if read.tensor() is not x or read.version != x._version or name in read.layers:
+                continue
+            if first and self.share_inputs and read.opens:
+                layer.inputs = read.sums
+            if read.sums is layer.inputs:
+                read.layers.add(name)
+                return read
+        reads_encoder = name in self.encoder_layers or x.data_ptr() in self._encoder_outputs
+        read = _InputTensor(
+            weakref.ref(x), x._version, layer.inputs, reads_encoder, first, {name}, rows
+        )
+        self._reads.append(read)
+        return read
+
+    def count(self, name: str, read: _InputTensor, x: Tensor | None, g: Tensor | None) -> None:
+        """Add one call of layer `name`: its input, and its output gradient where there is one."""
+        if not self.counts:
+            return
+        layer = self.layers[name]
+        operand = x if x is not None else g
+        assert operand is not None
+        assert self.positions is not None
+        leading = operand.shape[:-1]
+        indices = self.positions.indices_for(
+            leading, reads_encoder=read.reads_encoder, rows=read.rows
+        )
+        if indices is None and self.positions.unknown(
+            leading, reads_encoder=read.reads_encoder, rows=read.rows
+        ):
+            self.unknown.setdefault(name, tuple(operand.shape))
+        flat_x = None if x is None else x.reshape(-1, x.shape[-1])
+        flat_g = None if g is None else g.reshape(-1, g.shape[-1])
+        if "gradient" in self.needs and flat_g is not None and flat_x is not None:
+            layer.add_gradient(flat_g, flat_x.to(flat_g.device), self.gradient_dtype)
+        positions = leading.numel() if indices is None else indices.numel()
+        layer.positions += positions
+        if flat_g is not None:
+            layer.add_output(_rows(flat_g, indices), self.needs)
+        if flat_x is not None and not read.counted:
+            read.counted = True
+            if read.sums.second_moment is not None:
+                flat_x = flat_x.to(read.sums.second_moment.device)
+            read.sums.add(_rows(flat_x, indices), self.needs)
+
+    def note_encoder_output(self, output: object) -> None:
+        """Remember an encoder's output: layers that read it count the encoder's positions."""
+        hidden = getattr(output, "last_hidden_state", output)
+        hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+        if isinstance(hidden, Tensor):
+            self._encoder_outputs.add(hidden.data_ptr())
+
+    def tensors(self) -> list[Tensor]:
+        """All sums so far, shared ones once."""
+        found = {
+            id(tensor): tensor
+            for layer in self.layers.values()
+            for tensor in (
+                layer.gradient,
+                layer.output_second_moment,
+                layer.output_squares,
+                layer.inputs.second_moment,
+                layer.inputs.total,
+            )
+            if tensor is not None
+        }
+        return list(found.values())
+
+    def finite(self) -> bool:
+        """Whether all sums so far are finite."""
+        return all(bool(all_finite(tensor)) for tensor in self.tensors())
+
+    def sharing_held(self) -> bool:
+        """Whether every layer read every input that its shared sums counted."""
+        return all(
+            layer.positions == layer.inputs.positions
+            for layer in self.layers.values()
+            if layer.inputs.positions
+        )
+
+
+def _in_model(module: nn.Module) -> nn.Module:
+    """The module of the model that a layer is, or is a part of."""
+    return module.stack.owner if isinstance(module, ExpertLayer) else module
+
+
+def _rows(flat: Tensor, indices: Tensor | None) -> Tensor:
+    return flat if indices is None else flat.index_select(0, indices.to(flat.device))
+
+
+class _CaptureGradient(torch.autograd.Function):
+    """Identity on a layer's output; its backward adds the call to the running sums."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        output: Tensor,
+        x: Tensor | None,
+        anchor: Tensor,
+        state: HookState,
+        name: str,
+        read: _InputTensor,
+    ) -> Tensor:
+        ctx.mark_dirty(output)
+        ctx.save_for_backward(*([] if x is None else [x]))
+        ctx.call = (state, name, read)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (g,) = grads
+        state, name, read = ctx.call
+        # Read once: checkpointing without reentry recomputes for one read, and forbids another.
+        saved = ctx.saved_tensors
+        x = saved[0] if saved else None
+        with torch.autocast(g.device.type, enabled=False):
+            state.count(name, read, x, g.detach())
+        return g, None, None, None, None, None
+
+
+@contextmanager
+def hooks_on(
+    state: HookState, modules: Mapping[str, nn.Module], encoder: nn.Module | None
+) -> Iterator[None]:
+    """Hooks on `modules` (by target name) for the time of the context, removed whatever happens."""
+    # An input that requires a gradient makes autograd follow the outputs of frozen layers.
+    anchor = torch.zeros((), requires_grad=True)
+
+    def make_hook(name: str) -> Any:
+        def hook(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+        ) -> Any:
+            x = args[0] if args else kwargs.get("input", kwargs.get("x"))
+            if not isinstance(x, Tensor) or not isinstance(output, Tensor):
+                raise DataError(
+                    f"layer '{name}' ({type(module).__name__}) does not map one tensor to one "
+                    "tensor, so "
+                    "no statistics can be taken of it. Leave it out with exclude_modules."
+                )
+            rows = module.rows if isinstance(module, ExpertLayer) else None
+            if not state.backward:
+                state.count(name, state.arrived(name, x, rows), x.detach(), None)
+                return None
+            if not torch.is_grad_enabled():
+                # The discarded forward of reentrant checkpointing; the recomputed one will come.
+                return None
+            read = state.arrived(name, x, rows)
+            saved = x.detach() if state.keeps_input else None
+            if output._is_view():
+                # Of a quantized layer's own autograd function, say, whose views stay untouched.
+                output = output.clone()
+            return _CaptureGradient.apply(output, saved, anchor, state, name, read)  # type: ignore[no-untyped-call]
+
+        return hook
+
+    with ExitStack() as stack:
+        stack.enter_context(routed(modules.values()))
+        if encoder is not None:
+            inside = {id(module) for module in encoder.modules()}
+            state.encoder_layers = frozenset(
+                n for n, m in modules.items() if id(_in_model(m)) in inside
+            )
+            handle = encoder.register_forward_hook(
+                lambda module, args, output: state.note_encoder_output(output)
+            )
+            stack.callback(handle.remove)
+        for name, module in modules.items():
+            stack.callback(module.register_forward_hook(make_hook(name), with_kwargs=True).remove)
+        yield

@@ -1,0 +1,291 @@
+"""One pass over the batches: forward, backward, and what to do about losses that are not finite."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from lorainit.data.batch import Batch
+from lorainit.data.even_rounds import even_rounds
+from lorainit.errors import DataError, TargetError
+from lorainit.models.introspection import encoder_of, model_dtype
+from lorainit.parallel import collectives
+from lorainit.parallel.sharding import is_sharded
+from lorainit.statistics.collect.accumulators import LayerSums
+from lorainit.statistics.collect.hooks import HookState, hooks_on
+from lorainit.statistics.collect.positions import batch_positions
+from lorainit.statistics.loss.batch_loss import batch_loss, run_forward
+from lorainit.statistics.loss.nonfinite import DeferredChecks, checks_at_once, without_bad
+from lorainit.statistics.settings import CollectSettings, Subject
+
+logger = logging.getLogger("lorainit")
+
+_FP16_LOSS_SCALE = 2.0**12
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """What one pass left behind.
+
+    Attributes:
+        state: the layers' sums.
+        sequences: that counted.
+        label_tokens: of these sequences.
+        skipped: sequences whose loss is not finite.
+        loss_scale: what every loss was multiplied by for its backward.
+        outputs: by batch, of a pass without losses: ``(rows,)`` numbers, finite where the row is.
+    """
+
+    state: HookState
+    sequences: float
+    label_tokens: float
+    skipped: int
+    loss_scale: float
+    outputs: list[Tensor | None]
+
+
+def run_batches(subject: Subject, batches: Sequence[Batch], rows: int | None) -> Run:
+    """One pass; one more without shared inputs if layers that shared are apart in another batch.
+
+    And where there is no loss to look at, once more without the sequences that are not finite.
+
+    Args:
+        subject: what is measured.
+        batches: this process's.
+        rows: at once; None: the batches as they come.
+
+    Raises:
+        DataError: a loss function that does not give one loss a sequence.
+        NonFiniteError: a loss that is not finite, where that is not allowed.
+        TargetError: the loss depends on no target layer.
+        ProcessError: any of these on another process.
+    """
+    parts = [part for batch in batches for part in batch.cut(rows)]
+    share, dropped = True, 0
+    while True:
+        with collectives.shared_errors():
+            run = _pass(subject, parts, share_inputs=share)
+            parts, bad = _without_suspects(parts, run, subject.settings)
+        dropped += bad
+        if not collectives.any_process(bad > 0):
+            if not share or collectives.every_process(run.state.sharing_held()):
+                _say_unknown(run.state.unknown)
+                return replace(run, skipped=run.skipped + dropped)
+            logger.info("inputs shared in one batch were not in another; collecting them apart")
+            share = False
+        # Its sums make room for the next pass's.
+        del run
+
+
+def _pass(subject: Subject, parts: list[Batch], *, share_inputs: bool) -> Run:
+    """Run every batch once.
+
+    On a device that nobody should wait for, losses are looked at when it is done with them; a bad one
+    costs the pass, and the next looks at each loss before its backward, as is done elsewhere.
+    """
+    late = not (is_sharded(subject.model) or checks_at_once(subject.device))
+    under_way = _Pass(subject, share_inputs, DeferredChecks() if late else None)
+    spoiled = under_way.over(parts)
+    if spoiled is not None:
+        if subject.settings.on_nonfinite == "raise":
+            without_bad(*spoiled, subject.settings.on_nonfinite)
+        logger.info("batch %d has a loss that is not finite: beginning again", spoiled[0].index)
+        del under_way
+        under_way = _Pass(subject, share_inputs, None)
+        under_way.over(parts)
+    return under_way.result()
+
+
+class _Pass:
+    """A pass under way: the layers' sums, and what is counted beside them."""
+
+    def __init__(self, subject: Subject, share_inputs: bool, checks: DeferredChecks | None) -> None:
+        needs = subject.needs
+        if "output_second_moment" in needs:
+            # The full matrix serves the diagonal too.
+            needs = needs - {"output_second_moment_diagonal"}
+        self.subject = subject
+        self.device = subject.device
+        self.sharded = is_sharded(subject.model)
+        self.scale = _FP16_LOSS_SCALE if model_dtype(subject.model) == torch.float16 else 1.0
+        self.state = HookState(
+            needs,
+            {name: LayerSums() for name in subject.modules},
+            share_inputs,
+            gradient_dtype=subject.settings.gradient_dtype,
+        )
+        self.checks = checks
+        self.sequences: list[Tensor] = []
+        self.tokens: list[Tensor] = []
+        self.outputs: list[Tensor | None] = []
+        self.left: list[Batch] = []
+        self.skipped = 0
+
+    def over(self, parts: list[Batch]) -> tuple[Batch, Tensor] | None:
+        """Run the batches; one that checks find bad ends it, and comes back with its finite ones."""
+        model, settings, state = self.subject.model, self.subject.settings, self.state
+        work = self._backward if state.backward else self._forward
+        bar = tqdm(
+            total=sum(part.sequences for part in parts if part.counts),
+            desc="statistics",
+            unit="seq",
+            disable=None if settings.progress else True,
+        )
+        taps = hooks_on(state, self.subject.modules, encoder_of(model))
+        with bar, taps, _explained(state) as under_way:
+            for part in _rounds(parts, self.left, sharded=self.sharded):
+                under_way[:] = [part]
+                positions = batch_positions(model, part.content, settings.token_mask, self.device)
+                state.begin_batch(positions, counted=part.counts)
+                bar.update(work(part, part.to(self.device).content))
+                if self.checks is not None and (spoiled := self.checks.bad()) is not None:
+                    return spoiled
+        return None if self.checks is None else self.checks.bad(wait=True)
+
+    def result(self) -> Run:
+        """What all batches came to; waits for the device."""
+        return Run(
+            self.state,
+            float(sum(int(n) for n in self.sequences)),
+            float(sum(int(n) for n in self.tokens)),
+            self.skipped,
+            self.scale,
+            self.outputs,
+        )
+
+    def _forward(self, part: Batch, inputs: Mapping[str, Any]) -> int:
+        """A batch's forward alone; how many sequences are done with."""
+        rows = part.sequences if part.counts else 0
+        with torch.no_grad(), self._shared_work():
+            seen = run_forward(self.subject.model, inputs, self.subject.settings.loss_fn)
+        if part.counts:
+            self.outputs.append(seen)
+        self.sequences.append(torch.tensor(rows))
+        return rows
+
+    def _backward(self, part: Batch, inputs: Mapping[str, Any]) -> int:
+        """A batch's forward and backward; how many sequences are done with."""
+        subject, taken_out = self.subject, 0
+        rows = part.sequences if part.counts else 0
+        with torch.enable_grad():
+            with self._shared_work():
+                result = batch_loss(
+                    subject.model, inputs, subject.settings.loss_reduction, subject.settings.loss_fn
+                )
+                if subject.settings.loss_fn is not None and part.counts:
+                    _check_count(result.per_sequence, part.index, rows, part.rows)
+                loss = result.per_sequence.sum()
+                finite = self._goes_on(part, loss)
+                if not finite:
+                    taken_out = self._set_aside(part, result.per_sequence)
+                elif not loss.requires_grad:
+                    raise TargetError(
+                        "the loss does not depend on any target layer: none of the targets ran in "
+                        "the forward pass, or the loss was computed under torch.no_grad()."
+                    )
+            self.state.counts = self.state.counts and finite
+            if finite or self.sharded:
+                torch.autograd.backward(loss * self.scale if self.scale != 1.0 else loss)
+        if not self.state.counts:
+            return taken_out
+        self.sequences.append(result.sequences)
+        self.tokens.append(result.label_tokens)
+        if self.checks is not None:
+            self.checks.add(part, result.per_sequence)
+        return rows
+
+    def _shared_work(self) -> Any:
+        """Where the backward is shared work, nobody begins it unless everyone can."""
+        return collectives.shared_errors() if self.sharded else nullcontext()
+
+    def _goes_on(self, part: Batch, loss: Tensor) -> bool:
+        """Whether a loss may have its backward: it is finite, or nobody looks, or it counts nothing."""
+        if self.checks is not None or not part.counts:
+            return True
+        return bool(torch.isfinite(loss.detach()))
+
+    def _set_aside(self, part: Batch, losses: Tensor) -> int:
+        """Take the bad sequences out of a batch, and say how many they were."""
+        finite = torch.isfinite(losses.detach())
+        rest, count = without_bad(part, finite, self.subject.settings.on_nonfinite)
+        self.skipped += count
+        # What is left of it has its turn when all others have had theirs.
+        self.left += rest
+        return count
+
+
+def _rounds(parts: list[Batch], left: list[Batch], *, sharded: bool) -> Iterator[Batch]:
+    """Every batch, then what has come to be `left` of some, as often on every process as it must."""
+    while collectives.any_process(bool(parts)) if sharded else parts:
+        yield from even_rounds(parts, sharded=sharded)
+        parts = list(left)
+        left.clear()
+
+
+def _check_count(losses: Tensor, index: int, sequences: int, rows: int) -> None:
+    """A loss function of the user's own might return one loss per token."""
+    if losses.shape[0] not in (sequences, rows):
+        raise DataError(
+            f"loss_fn returned {losses.shape[0]} losses for batch {index}, which has {sequences} "
+            "sequences. It must return one loss per sequence: average over each sequence's tokens."
+        )
+
+
+def _without_suspects(
+    parts: list[Batch], run: Run, settings: CollectSettings
+) -> tuple[list[Batch], int]:
+    """After a pass without losses: the batches without rows that spoiled the sums, and how many."""
+    finite = [None if rows is None else torch.isfinite(rows) for rows in run.outputs]
+    known = [rows.all() for rows in finite if rows is not None]
+    if not known or bool(torch.stack(known).all()) or run.state.finite():
+        return parts, 0
+    left, dropped = [], 0
+    for part, rows in zip(parts, finite, strict=True):
+        rest = [part]
+        if rows is not None and not bool(rows.all()):
+            rest, count = without_bad(part, rows, settings.on_nonfinite)
+            dropped += count
+        left += rest
+    return left, dropped
+
+
+def _say_unknown(unknown: Mapping[str, tuple[int, ...]]) -> None:
+    if unknown:
+        name, shape = next(iter(unknown.items()))
+        logger.warning(
+            "the inputs of %d layer(s) do not lie like the attention mask (first '%s', %s), so all of "
+            "their positions are counted, and padding too if it is among them; batches without "
+            "padding avoid that",
+            len(unknown),
+            name,
+            shape,
+        )
+
+
+@contextmanager
+def _explained(state: HookState) -> Iterator[list[Batch]]:
+    """Say what there was no memory for, and what to do about it; the list holds the batch."""
+    under_way: list[Batch] = []
+    try:
+        yield under_way
+    except torch.OutOfMemoryError as error:
+        part = under_way[0]
+        size = sum(t.numel() * t.element_size() for t in state.tensors()) / 2**30
+        shapes = ", ".join(
+            f"{k} {tuple(v.shape)}" for k, v in part.content.items() if isinstance(v, Tensor)
+        )
+        raise torch.OutOfMemoryError(
+            f"out of memory while statistics were taken of batch {part.index} ({shapes}); the sums "
+            f"of {len(state.layers)} layers take {size:.3g} GiB of it. Give smaller batches or "
+            "shorter sequences (the statistics do not depend on the batches), call "
+            "model.gradient_checkpointing_enable() and model.train(), or pass max_memory='20GiB', or "
+            "whatever is free, to plan for smaller batches and fewer layers at a time. "
+            f"{str(error).splitlines()[0]}"
+        ) from error

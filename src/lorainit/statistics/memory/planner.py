@@ -1,0 +1,149 @@
+"""The plan of the passes over a model: its bytes added up and, where they may be too many, one row run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorainit.data.batch import Batch
+from lorainit.data.even_rounds import even_rounds
+from lorainit.models.introspection import encoder_of, model_dtype
+from lorainit.models.state import measuring
+from lorainit.parallel import collectives
+from lorainit.parallel.sharding import is_sharded
+from lorainit.statistics.collect.accumulators import LayerSums
+from lorainit.statistics.collect.hooks import HookState, hooks_on
+from lorainit.statistics.collect.positions import batch_positions
+from lorainit.statistics.loss.batch_loss import batch_loss, run_forward
+from lorainit.statistics.memory.peak import held_bytes, peak_bytes
+from lorainit.statistics.memory.plan import (
+    BatchSize,
+    Plan,
+    default_budget,
+    is_easy,
+    make_plan,
+    total_bytes,
+)
+from lorainit.statistics.settings import Subject
+
+
+def plan_passes(subject: Subject, batches: Sequence[Batch]) -> Plan:
+    """The passes, the same on every process; one row is run to know what a batch takes.
+
+    Raises:
+        MemoryPlanError: ``max_memory`` is too small even for one layer a pass.
+        ProcessError: the row failed on another process.
+    """
+    settings, device = subject.settings, subject.device
+    found = {name: _shape(module) for name, module in subject.modules.items()}
+    shapes = {name: shape or (0, 0) for name, shape in found.items()}
+    element = 8 if model_dtype(subject.model) == torch.float64 else 4
+    needs = subject.needs
+    own = settings.budget
+    budget = own if own is not None else default_budget(device)
+    held = 0 if budget is None else held_bytes(subject.model, device)
+    # The tightest process decides.
+    room = [b - h for b, h in collectives.gather_objects((budget or 0, held)) if b]
+    if budget is not None and room:
+        budget = held + min(room)
+    gradient = 2 if settings.gradient_dtype == "bfloat16" else element
+    nbytes = total_bytes(shapes, needs, element=element, gradient=gradient)
+    if budget is None or (own is None and is_easy(nbytes, budget, held)) or None in found.values():
+        return make_plan(shapes, needs, None, element=element, gradient=gradient)
+    shared, position = _footprint(subject, batches, device)
+    return make_plan(
+        shapes,
+        needs,
+        budget,
+        shared=shared,
+        element=element,
+        gradient=gradient,
+        held=held,
+        batches=_batch_sizes(batches, position),
+        strict=own is not None,
+    )
+
+
+def _footprint(
+    subject: Subject, batches: Sequence[Batch], device: torch.device
+) -> tuple[list[list[str]], float]:
+    """Groups of layers that read one input, and the bytes that a position of a batch takes."""
+    model, settings = subject.model, subject.settings
+    state = HookState(subject.needs, {name: LayerSums() for name in subject.modules})
+    largest = max(batches, key=_row_positions, default=None)
+    rows = [] if largest is None else [largest.first_row()]
+    sharded = is_sharded(model)
+    rounds = even_rounds(rows, sharded=sharded)
+    taken = 0.0
+
+    def forward(inputs: Mapping[str, Any]) -> Tensor | None:
+        """The loss, where a backward pass will follow."""
+        if not state.backward:
+            with torch.no_grad():
+                run_forward(model, inputs, settings.loss_fn)
+            return None
+        with torch.enable_grad():
+            result = batch_loss(model, inputs, settings.loss_reduction, settings.loss_fn)
+            return result.per_sequence.sum()
+
+    # Collectives of a sharded model run in the backward, which everyone begins or nobody.
+    shared_work = collectives.shared_errors if sharded else nullcontext
+    own_work = nullcontext if sharded else collectives.shared_errors
+    with measuring(model), hooks_on(state, subject.modules, encoder_of(model)), own_work():
+        for batch in rounds:
+            positions = batch_positions(model, batch.content, settings.token_mask, device)
+            state.begin_batch(positions, counted=False)
+            inputs = batch.to(device).content
+            with peak_bytes(device) as peak:
+                with shared_work():
+                    loss = forward(inputs)
+                if loss is not None and loss.requires_grad:
+                    torch.autograd.backward(loss)
+                del loss
+                taken = peak() / batch.positions
+    groups: dict[int, list[str]] = {}
+    for name, sums in state.layers.items():
+        groups.setdefault(id(sums.inputs), []).append(name)
+    known = [group for group in groups.values() if len(group) > 1]
+    both = collectives.gather_objects((known, taken))
+    return next((g for g, t in both if t), known), max(t for _, t in both)
+
+
+def _row_positions(batch: Batch) -> float:
+    return batch.positions / max(1, batch.rows)
+
+
+def _batch_sizes(batches: Sequence[Batch], position: float) -> list[BatchSize]:
+    """The batches as they come, and cut to fewer and fewer rows, where that can be done."""
+    whole = max((b.positions for b in batches), default=1)
+    row = max((_row_positions(b) for b in batches), default=1.0)
+    most = max((b.rows for b in batches), default=1)
+    whole, row, most, together = (
+        max(column)
+        for column in zip(
+            *collectives.gather_objects((whole, row, most, not all(b.separable for b in batches))),
+            strict=True,
+        )
+    )
+    # In two parts, three, four: every number of rows that makes fewer batches than the next one.
+    cut = [] if together else list(dict.fromkeys(-(-most // parts) for parts in range(2, most + 1)))
+    return [
+        BatchSize(None, whole, int(whole * position)),
+        *(BatchSize(rows, int(rows * row), int(rows * row * position)) for rows in cut),
+    ]
+
+
+def _shape(module: nn.Module) -> tuple[int, int] | None:
+    """``(out, in)`` as the layer says it, whatever its weight is stored as."""
+    for names in (("out_features", "in_features"), ("nf", "nx")):
+        out, inner = (getattr(module, name, None) for name in names)
+        if isinstance(out, int) and isinstance(inner, int):
+            return out, inner
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, Tensor) and weight.dim() == 2 and hasattr(module, "nf"):
+        return weight.shape[1], weight.shape[0]
+    return None

@@ -1,0 +1,1 @@
+"""Statistics as files: safetensors in shards, symmetric matrices as triangles."""

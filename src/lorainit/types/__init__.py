@@ -1,0 +1,56 @@
+"""The data that travels between the rooms: statistics of a layer, factors, and what a method is."""
+
+from lorainit.types.factors import Factors, LayerSpec
+from lorainit.types.layer_statistics import LayerStatistics
+from lorainit.types.method import (
+    ChangesStart,
+    EstimatesWorkspace,
+    LimitsRank,
+    LowRankStep,
+    MeasuresLength,
+    Method,
+    Metric,
+    RanksDirections,
+    RanksLayers,
+    RefusesStart,
+    TakesSteps,
+    UsesDefaultStart,
+    settings_of,
+)
+from lorainit.types.names import (
+    GRADIENT_STATISTICS,
+    IGNORED,
+    OF_INPUT,
+    STATISTICS,
+    DampingMode,
+    GradientDtype,
+    LossReduction,
+    TokenMask,
+)
+
+__all__ = [
+    "GRADIENT_STATISTICS",
+    "IGNORED",
+    "OF_INPUT",
+    "STATISTICS",
+    "ChangesStart",
+    "DampingMode",
+    "EstimatesWorkspace",
+    "Factors",
+    "GradientDtype",
+    "LayerSpec",
+    "LayerStatistics",
+    "LimitsRank",
+    "LossReduction",
+    "LowRankStep",
+    "MeasuresLength",
+    "Method",
+    "Metric",
+    "RanksDirections",
+    "RanksLayers",
+    "RefusesStart",
+    "TakesSteps",
+    "TokenMask",
+    "UsesDefaultStart",
+    "settings_of",
+]
