@@ -68,19 +68,21 @@ def without_bad(
         NonFiniteError: under ``"raise"``; it names batch and sequences.
     """
     bad = batch.bad_units(finite)
-    apart = batch.separable
-    named = [batch.unit_names[unit] for unit in bad] if apart else list(range(batch.rows))
+    named = [batch.unit_names[unit] for unit in bad]
+    if not batch.separable:
+        named = (~finite).nonzero().flatten().tolist()
     if policy == "raise":
         raise NonFiniteError(
             f"the loss of batch {batch.index} is not finite (sequences {named} in it). Look at that "
             "batch, load the model in bfloat16 or float32 instead of float16, or pass "
             "on_nonfinite='skip'."
         )
-    if not apart and batch.rows > 1:
+    if not batch.separable and len(named) < batch.sequences:
         logger.warning(
-            "batch %d skipped: the loss of a sequence in it is not finite, and it holds tensors "
+            "batch %d skipped: the loss of its sequences %s is not finite, and it holds tensors "
             "that are not one entry a sequence, so the others cannot be told apart",
             batch.index,
+            named,
         )
         return [], batch.sequences
     logger.warning(
