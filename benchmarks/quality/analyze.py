@@ -383,7 +383,7 @@ def report(records: Iterable[Record]) -> str:
     """All tables that the records allow, in Markdown, one part a model."""
     from benchmarks.quality.rule import fresh_table, rule_table
 
-    records = list(records)
+    records = in_order(records)
     parts = ["# Quality: what the records say", f"{len(records)} runs."]
     parts += ["## The default, by the rule of benchmarks/README.md", rule_table(chosen_on(records))]
     if any(r["task"] in FRESH_TASKS for r in records):
@@ -392,6 +392,11 @@ def report(records: Iterable[Record]) -> str:
     for model, mine in by_model(records).items():
         parts += [f"## {model}", *_part(mine)]
     return "\n\n".join(parts) + "\n"
+
+
+def in_order(records: Iterable[Record]) -> list[Record]:
+    """By stage and id, so that a bootstrap draws the same numbers however the records are stored."""
+    return sorted(records, key=lambda record: (record["stage"], record["id"]))
 
 
 def _part(records: Sequence[Record]) -> list[str]:
@@ -498,7 +503,7 @@ def main() -> None:
     arguments = parser.parse_args()
     here = arguments.out.resolve() == RESULTS.resolve()
     picture = arguments.picture or (PICTURE if here else arguments.out / PICTURE.name)
-    records = list(read_records(arguments.records).values())
+    records = in_order(read_records(arguments.records).values())
     text = report(records)
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "tables.md").write_text(text, encoding="utf-8")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from benchmarks.quality import rule
+from benchmarks.quality import analyze, rule
 from benchmarks.quality.analyze import chosen_on, report
 from benchmarks.quality.claims import against_best, family
 from benchmarks.quality.labelled import shifted
@@ -154,3 +154,17 @@ def test_ranges_as_wide_as_the_same_start_searched_twice_are_equal(narrower, out
     records = runs("vanilla", 0.5, [3.0, 2.0, 1.0]) + runs("natural", 0.6, [2.0, 1.0, 0.5])
     (row,) = (x for x in rule_table({"model": records}).splitlines() if x.startswith("| natural"))
     assert ("narrower range on model" in row) is out
+
+
+def test_the_order_of_the_records_does_not_matter(monkeypatch):
+    """Where two rates tie on validation, the choice follows the ids, not the files."""
+    tied = [
+        record("natural", seed, rate, 0.6 + 100 * rate, [2.0, 0.5])
+        for seed in range(5)
+        for rate in (1e-3, 2e-3)
+    ]
+    tied = [r | {"validation": {"loss": 1.0, "exact": 0.6, "sequences": 10}} for r in tied]
+    records = runs("vanilla", 0.5, [3.0, 2.0, 1.0], count=5) + tied
+    assert report(records) == report(records[::-1])
+    monkeypatch.setattr(analyze, "in_order", list)
+    assert report(records) != report(records[::-1])

@@ -10,7 +10,7 @@ import torch
 from benchmarks.quality import data as quality_data
 from benchmarks.quality.analyze import PICTURE
 from benchmarks.quality.experiment import Experiment, percent_steps
-from benchmarks.quality.records import read_records, write_single
+from benchmarks.quality.records import keep, read_records
 from benchmarks.quality.run import ROOT, Bench, Clock, OutOfTime
 from benchmarks.quality.stages import best_rates, parse_method, search, seeds
 
@@ -88,9 +88,14 @@ def test_a_stage_is_recorded_resumed_and_merged(folder, tmp_path):
     assert set(record["heldout_at_percent"]) == {"0", "1", "2", "5", "10", "25", "50", "100"}
     assert record["init_seconds"] > 0
     assert Experiment.from_json(record["experiment"]).id == record["id"]
-    for found in records.values():
-        write_single(tmp_path / "merged", found)
+    # Kept in two calls, the second with one record again.
+    every = list(records.values())
+    keep(tmp_path / "merged", every[:3])
+    keep(tmp_path / "merged", every[2:])
     assert read_records([tmp_path / "merged"]) == records
+    (file,) = (tmp_path / "merged" / "records").iterdir()
+    assert file.name == "search-smollm2-135m-instruct.jsonl"
+    assert len(file.read_text().splitlines()) == len(records)
     following = seeds(records.values(), methods, ["tiny"], [0, 1], rates=1, **SMALL)
     assert len(following) == 8
 
