@@ -6,10 +6,10 @@ import json
 
 import pytest
 import torch
-from benchmarks.timing import table
-from benchmarks.timing.cases import big_plan, processor_plan, tiny_plan
-
-from benchmarks import speed
+from benchmarks.speed import figure
+from benchmarks.speed import measure as speed
+from benchmarks.speed import tables as table
+from benchmarks.speed.plans import big_plan, processor_plan, tiny_plan
 
 CPU = torch.device("cpu")
 WANTED = ("floor", "LoRA-DA", "full Sy", "LoRA-DA within 24 GiB", "PEFT LoRA-GA", "ranks")
@@ -47,7 +47,7 @@ def test_measured_once_and_shown(tmp_path) -> None:
     again = speed.measure(cases(*WANTED), CPU, out, 1e6)
     assert [r["name"] for r in again].count("LoRA-DA") == 1  # not measured again
     pytest.importorskip("matplotlib")
-    table.picture(records, tmp_path / "speed.png")
+    figure.picture(records, tmp_path / "speed.png")
     assert (tmp_path / "speed.png").stat().st_size > 1000
 
 
