@@ -7,7 +7,8 @@ A run is ``variant:steps:damping:reduction:mask:fisher``. Variants: full steps c
 Fisher metric (``cut``, with ``shrink`` of singular values; ``late``: the length searched before the cut),
 steps in the ``tangent`` space of the rank-r matrices, rank shared among the steps (``share``; a number
 after it: the rank of each), and ``lora``: plain LoRA, for which damping is the learning rate, mask
-``fit`` or ``train`` the data, and fisher the number of steps between reports.
+``fit`` or ``train`` the data, and fisher the number of steps between reports. The kept rows were made with
+256 other problems of the same tasks and prompt.
 """
 
 from __future__ import annotations
@@ -52,11 +53,12 @@ def rows_of(
     found = [{"k": 0, "loss": loss, "match": match}]
     dampings = [float(value) for value in damping.split("/")]
     if variant == "lora":
-        many = training_rows(len(train), 4096, seed).tolist()
+        if mask == "train":
+            rows = training_rows(len(train), 4096, seed).tolist()
         found += train_lora(
             model,
             modules,
-            train.batches(many if mask == "train" else rows, 32),
+            train.batches(rows, 32),
             held,
             test_batches,
             rank=arguments.rank,
