@@ -10,10 +10,10 @@ tests/life/test_quantized.py runs the same checks where bitsandbytes is installe
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
+from benchmarks.common import json_lines
 from benchmarks.quantized.checks import run
 
 
@@ -24,11 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     good = True
     for record in run(options.bits):
-        line = json.dumps(record)
-        print(line, flush=True)
-        if options.output is not None:
-            with options.output.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+        json_lines.say(record, options.output)
         good = good and record["passed"]
     return 0 if good else 1
 

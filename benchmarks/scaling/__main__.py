@@ -27,6 +27,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from benchmarks.common import json_lines
 from benchmarks.common.clock import cleared, limited
 from benchmarks.scaling.cases import plan_of
 from benchmarks.scaling.measure import provenance, run_case, run_links
@@ -73,10 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     def say(record: dict[str, Any]) -> None:
         if machine.rank == 0 or "error" in record:
-            line = json.dumps({"rank": machine.rank, "processes": machine.world, **record})
-            print(line, flush=True)
-            with path.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+            json_lines.say({"rank": machine.rank, "processes": machine.world, **record}, path)
 
     say({"name": "provenance", **provenance(machine)})
     works: list[tuple[dict[str, Any], int, Callable[[], dict[str, Any]]]] = [

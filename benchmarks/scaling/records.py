@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from benchmarks.common import json_lines
 
 Records = Sequence[dict[str, Any]]
 
 
 def read_folder(folder: Path) -> list[dict[str, Any]]:
     """All launches' lines, the one-process launch first."""
-    lines = [line for path in sorted(folder.glob("*.jsonl")) for line in path.open()]
-    return [json.loads(line) for line in lines]
+    return [line for path in sorted(folder.glob("*.jsonl")) for line in json_lines.read(path)]
 
 
 def find(

@@ -21,8 +21,9 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.common import json_lines
 from benchmarks.speed.figure import PICTURE, picture
-from benchmarks.speed.measure import measure, read
+from benchmarks.speed.measure import measure
 from benchmarks.speed.plans import big_plan, processor_plan, tiny_plan
 from benchmarks.speed.tables import tables
 
@@ -42,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     if options.table is not None:
-        records = read(options.table)
+        records = json_lines.read(options.table)
         print(tables(records))
         picture(records, options.picture)
         return 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 import traceback
@@ -13,6 +12,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.common import json_lines
 from benchmarks.common.clock import Clock, cleared, limited, peak_gib, reset_peak
 from benchmarks.common.decoder import Case, build
 from benchmarks.common.provenance import provenance
@@ -52,7 +52,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Run what is not recorded yet, within `seconds` altogether."""
     end = time.monotonic() + seconds
-    records = read(out) if out is not None and out.exists() else []
+    records = json_lines.read(out) if out is not None and out.exists() else []
     done = {record["name"] for record in records if "error" not in record}
     say({"name": "provenance", **provenance(device)}, records, out)
     model, built = None, None
@@ -108,14 +108,4 @@ def capped(case: Case, records: list[dict[str, Any]]) -> Case:
 def say(record: dict[str, Any], records: list[dict[str, Any]], out: Path | None) -> None:
     record = {k: v for k, v in record.items() if v not in ("", {}, None)}
     records.append(record)
-    line = json.dumps(record)
-    print(line[:2000], flush=True)
-    if out is not None:
-        with out.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """Records of a file of JSON lines."""
-    with path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file if line.strip()]
+    json_lines.say(record, out)

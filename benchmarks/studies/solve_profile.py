@@ -11,7 +11,6 @@ of a list of functions, not of all.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections import Counter, defaultdict
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 
 import lorainit
+from benchmarks.common import json_lines
 from benchmarks.common.clock import Clock
 from benchmarks.common.decoder import SHAPES, Case, build
 from benchmarks.common.provenance import provenance
@@ -106,11 +106,7 @@ def main() -> None:
     for method in options.methods:
         case = Case("solve profile", "start", options.shape, options.layers, 64, 256, method=method)
         record = {"method": method, "shape": options.shape} | measure(case, device)
-        line = json.dumps(record | {"provenance": provenance(device)})
-        print(line, flush=True)
-        if options.out is not None:
-            with options.out.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+        json_lines.say(record | {"provenance": provenance(device)}, options.out)
 
 
 if __name__ == "__main__":

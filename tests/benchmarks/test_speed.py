@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from benchmarks.common import json_lines
 from benchmarks.speed import figure
 from benchmarks.speed import measure as speed
 from benchmarks.speed import tables as table
@@ -31,7 +32,7 @@ def test_measured_once_and_shown(tmp_path) -> None:
     out = tmp_path / "speed.jsonl"
     records = speed.measure(cases(*WANTED), CPU, out, 1e6)
     assert not [r for r in records if "error" in r]
-    assert {r["name"] for r in speed.read(out)} == {"provenance", *WANTED}
+    assert {r["name"] for r in json_lines.read(out)} == {"provenance", *WANTED}
     start = table.by_name(records)["LoRA-DA"]
     spent = start["seconds"]
     assert (

@@ -10,12 +10,11 @@ gradients added up in bfloat16. Random numbers are seeded. What came out stands 
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from benchmarks.common import json_lines
 from benchmarks.common.provenance import provenance
 from benchmarks.studies.precision.products import objective, singular
 from benchmarks.studies.precision.smollm2 import layers, sums
@@ -27,17 +26,11 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    with arguments.out.open("w", encoding="utf-8") as file:
-
-        def say(record: dict[str, Any]) -> None:
-            line = json.dumps(record)
-            print(line, flush=True)
-            file.write(line + "\n")
-
-        say(provenance(torch.device("cpu")))
-        for part in (singular, objective, layers, sums):
-            for record in part():
-                say(record)
+    arguments.out.write_text("", encoding="utf-8")
+    json_lines.say(provenance(torch.device("cpu")), arguments.out)
+    for part in (singular, objective, layers, sums):
+        for record in part():
+            json_lines.say(record, arguments.out)
 
 
 if __name__ == "__main__":

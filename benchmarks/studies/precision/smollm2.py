@@ -35,7 +35,7 @@ def config() -> LoraConfig:
     )  # fmt: skip
 
 
-def apart(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+def distances_between(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     """How far two starts of the same layers are from each other: largest, and median."""
     sines, changes = [], []
     for name, pair in one.items():
@@ -70,7 +70,11 @@ def layers() -> Iterator[dict[str, Any]]:
             found[precision] = start_of(wrapped).factors
             model = wrapped.unload()
         name = f"SmolLM2, {type(method).__name__}"
-        yield {"name": name, **apart(found["fast"], found["exact"]), "cpu_seconds": seconds}
+        yield {
+            "name": name,
+            **distances_between(found["fast"], found["exact"]),
+            "cpu_seconds": seconds,
+        }
 
 
 def sums() -> Iterator[dict[str, Any]]:
@@ -105,4 +109,4 @@ def sums() -> Iterator[dict[str, Any]]:
         wide = started(method, kinds["float32"])
         for kind, found in list(kinds.items())[1:]:
             name = f"sums in {kind}, {type(method).__name__}"
-            yield {"name": name, **apart(started(method, found), wide)}
+            yield {"name": name, **distances_between(started(method, found), wide)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 import traceback
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.common import json_lines
 from benchmarks.common.clock import cleared, limited
 
 
@@ -22,11 +22,7 @@ class Study:
         self.rank = 8
 
     def say(self, record: dict[str, Any]) -> None:
-        line = json.dumps(record)
-        print(line[:1500], flush=True)
-        if self.out is not None:
-            with self.out.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+        json_lines.say(record, self.out)
 
     def run(self, name: str, work: Callable[[], dict[str, Any]], limit: int = 25) -> None:
         left = int(self.end - time.monotonic())

@@ -12,18 +12,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.common.clock import cleared
+from benchmarks.common.subspaces import sine_between
 from benchmarks.studies.solver.harness import Study
 from benchmarks.studies.solver.statistics import count
 from lorainit import linalg
 from lorainit.linalg import leading
 from lorainit.methods import EVA, CorDA, FILet, LoraDA, LoraGA, Natural
 from lorainit.types import LayerStatistics
-
-
-def sine(first: Tensor, second: Tensor) -> float:
-    """Largest over the stack; subspaces of columns."""
-    u, v = (torch.linalg.qr(t.double())[0] for t in (first, second))
-    return float(torch.linalg.matrix_norm(v - u @ (u.mT @ v), ord=2).max())
 
 
 def solved(
@@ -47,7 +42,7 @@ def solved(
         found["seconds"] += seconds
         entry: dict[str, Any] = {"seconds": round(seconds, 3)}
         if name in truth:
-            entry["sine"] = sine(truth[name], basis)
+            entry["sine"] = sine_between(truth[name].double(), basis.double())
         else:
             truth[name] = basis
         found["stacks"][name] = entry
