@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,12 @@ ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "benchmarks"
 PACKAGE = ROOT / "src" / "lorainit"
 LONGEST = 350
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "Makefile")),
+    *(BENCHMARKS / "README.md", ROOT / "tests" / "life" / "README.md"),
+    *sorted((ROOT / "docs").glob("**/*.md")),
+]
+"""What readers start from."""
 
 RECORDS = {
     "methods_report/results/methods_report.json": "methods_report/__main__.py",
@@ -156,6 +163,30 @@ def test_what_is_not_public(tmp_path: Path, text: str, count: int) -> None:
     path = tmp_path / "file.py"
     path.write_text(text + "\n")
     assert len(internal_imports(path)) == count
+
+
+def missing(text: str) -> list[str]:
+    """Paths and modules of benchmarks that a page names and that are not there."""
+    paths = re.findall(r"(?<![\w./])benchmarks/[\w./-]*\w", text)
+    commands = re.findall(r"-m (benchmarks[\w.]*\w)", text)
+    gone = [path for path in paths if not (ROOT / path).exists()]
+    for name in filter(lambda name: not name.rpartition(".")[2].isupper(), commands):
+        place = ROOT / name.replace(".", "/")
+        if not (place.with_suffix(".py").is_file() or (place / "__main__.py").is_file()):
+            gone.append(name)
+    return gone
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_pages_name_what_is_there(page: Path) -> None:
+    assert missing(page.read_text(encoding="utf-8")) == []
+
+
+def test_what_a_page_names_and_is_not_there_is_found() -> None:
+    text = (
+        "`benchmarks/quality/old.jsonl`, `benchmarks/README.md`, `python -m benchmarks.old --out x`"
+    )
+    assert missing(text) == ["benchmarks/quality/old.jsonl", "benchmarks.old"]
 
 
 def test_files_are_read_in_one_sitting() -> None:
