@@ -49,7 +49,7 @@ methods-report: env
 	$(BIN)/python -m benchmarks.methods_report --speed
 
 quality: env
-	$(BIN)/python -m benchmarks.quality.cpu
+	$(BIN)/python -m benchmarks.quality.cpu_slice
 
 clean:
 	rm -rf $(VENV) .cache outputs dist build

@@ -1,1 +1,1 @@
-"""What every benchmark shares: real models, real tasks, scoring."""
+"""What several benchmarks use: models, tasks, scoring, clocks, random decoders."""

@@ -27,7 +27,7 @@ class Experiment:
     """What is trained, how, and on how much.
 
     Attributes:
-        task: name in a list of tasks of ``benchmarks.quality.kinds``.
+        task: name in a list of tasks of ``benchmarks.quality.models.registry``.
         method: name in ``lorainit.METHODS``, or ``"full"``.
         settings: keyword arguments of the method, JSON values; ``{"paper": true}`` stands for
             ``Method.paper()``.

@@ -1,4 +1,4 @@
-"""Put returned ``records.jsonl`` files under ``benchmarks/results/quality``, one file a record.
+"""Add the ``records.jsonl`` files of finished calls to the kept records.
 
 ``python -m benchmarks.quality.merge FOLDER ...``
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from benchmarks.quality.records import RESULTS, append, read_records, write_single
+from benchmarks.quality.records import RESULTS, append, keep, read_records
 
 
 def main() -> None:
@@ -18,8 +18,7 @@ def main() -> None:
     arguments = parser.parse_args()
     have = read_records([arguments.into])
     new = read_records(arguments.folders)
-    for record in new.values():
-        write_single(arguments.into, record)
+    keep(arguments.into, new.values())
     failed = read_records(arguments.folders, "failures")
     known = read_records([arguments.into], "failures")
     fresh = [r for key, r in failed.items() if key not in known]

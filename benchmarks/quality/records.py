@@ -1,7 +1,8 @@
-"""Results as JSON records, one a run, named by their experiment; failures apart.
+"""Results as JSON lines, one a run, named by their experiment; failures in a file of their own.
 
 A run appends to ``records.jsonl`` and ``failures.jsonl`` of its output folder, so that a call that
-is stopped loses nothing; ``python -m benchmarks.quality.merge`` makes one file a record of them.
+is stopped loses nothing. ``python -m benchmarks.quality.merge`` adds them to the kept records, one
+sorted file a stage and model.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import platform
 import subprocess
 import tempfile
+from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -23,47 +25,63 @@ import transformers
 import lorainit
 from benchmarks.quality.experiment import Experiment
 
-RESULTS = Path(__file__).resolve().parents[1] / "results" / "quality"
+RESULTS = Path(__file__).resolve().parent / "results"
+"""The kept records, and the tables and figures of them."""
 
 Record = dict[str, Any]
 
 
 def read_records(folders: Iterable[Path], name: str = "records") -> dict[str, Record]:
-    """Every record below the folders, by id: single files, and lines of ``{name}.jsonl``."""
+    """Every record below the folders, by id: lines of ``{name}.jsonl`` and of ``{name}/*.jsonl``."""
     found: dict[str, Record] = {}
     for folder in folders:
-        if not folder.exists():
-            continue
-        for path in sorted(folder.rglob(f"{name}.jsonl")):
+        for path in sorted([*folder.rglob(f"{name}.jsonl"), *folder.rglob(f"{name}/*.jsonl")]):
             for line in path.read_text(encoding="utf-8").splitlines():
                 try:
                     record = json.loads(line)
                 except ValueError:
                     continue  # the last line of a call that was stopped in the middle of it
                 found[record["id"]] = record
-        if name == "records":
-            for path in sorted(folder.rglob("*.json")):
-                if len(path.stem) == 16:
-                    record = json.loads(path.read_text(encoding="utf-8"))
-                    found[record["id"]] = record
     return found
 
 
 def append(folder: Path, record: Record, name: str = "records") -> None:
+    """One line more in ``folder/{name}.jsonl``."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / f"{name}.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(clean(record), sort_keys=True) + "\n")
+        file.write(_line(record))
 
 
-def write_single(folder: Path, record: Record) -> Path:
-    """One file a record, ``{folder}/{stage}/{id}.json``; written aside and renamed."""
-    target = folder / str(record.get("stage", "other")) / f"{record['id']}.json"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, scratch = tempfile.mkstemp(dir=target.parent, suffix=".part")
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(json.dumps(clean(record), sort_keys=True) + "\n")
-    os.replace(scratch, target)
-    return target
+def keep(folder: Path, records: Iterable[Record]) -> None:
+    """Records into ``folder/records/{stage}-{model}.jsonl``, sorted; of equal ids the new one stays."""
+    known = read_records([folder]) | {record["id"]: record for record in records}
+    by_file: dict[str, list[Record]] = defaultdict(list)
+    for record in known.values():
+        by_file[f"{record['stage']}-{record['experiment']['model']}.jsonl"].append(record)
+    for name, members in by_file.items():
+        target = folder / "records" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, scratch = tempfile.mkstemp(dir=target.parent, suffix=".part")
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.writelines(_line(record) for record in sorted(members, key=_order))
+        os.replace(scratch, target)
+
+
+def _order(record: Record) -> tuple[Any, ...]:
+    experiment = record["experiment"]
+    budgets = (record["rank"], experiment["train_samples"], experiment["statistics_samples"])
+    return (
+        record["task"],
+        record["label"],
+        *budgets,
+        record["learning_rate"],
+        record["seed"],
+        record["id"],
+    )
+
+
+def _line(record: Record) -> str:
+    return json.dumps(clean(record), sort_keys=True, separators=(",", ":")) + "\n"
 
 
 def clean(value: Any) -> Any:

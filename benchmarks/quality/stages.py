@@ -9,9 +9,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from benchmarks.quality.data import TASKS
+from benchmarks.quality.data.reasoning import TASKS
 from benchmarks.quality.experiment import FULL, FULL_RATES, LEARNING_RATES, Experiment
-from benchmarks.quality.kinds import defaults
+from benchmarks.quality.models.registry import defaults
 from benchmarks.quality.records import Record
 
 METHODS: tuple[str, ...] = (
@@ -38,8 +38,11 @@ METHODS: tuple[str, ...] = (
 starts stand last, so that a call cut short has the rest."""
 
 SEEDS = (0, 1, 2, 3, 4)
+
 SHORT_STEPS = 64
+
 BASELINE = "vanilla"
+
 STANDARD_RANK, STANDARD_STYLE = (
     Experiment.__dataclass_fields__[name].default for name in ("rank", "style")
 )

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from benchmarks.common.tasks import IGNORED, Example
-from benchmarks.quality.data import batch_order, pools_from_examples
-from benchmarks.quality.initialise import start_of
-from benchmarks.quality.plain import score_plain, train_plain
-from benchmarks.quality.stacked import StackedLlama
-from benchmarks.quality.trainer import Job, StackTrainer
+from benchmarks.quality.data.order import batch_order
+from benchmarks.quality.data.pools import pools_from_examples
+from benchmarks.quality.initialization import start_of
+from benchmarks.quality.training.llama import StackedLlama
+from benchmarks.quality.training.reference import score_plain, train_plain
+from benchmarks.quality.training.trainer import Job, StackTrainer
 from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from benchmarks.quality.row_sizes import BALANCED, KINDS, balanced, resized
-from benchmarks.quality.stacked import Start
+from benchmarks.quality.training.adapters import Start
+from benchmarks.studies.row_sizes import BALANCED, KINDS, balanced, resized
 
 from lorainit.types import LayerStatistics
 

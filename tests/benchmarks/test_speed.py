@@ -6,10 +6,11 @@ import json
 
 import pytest
 import torch
-from benchmarks.timing import table
-from benchmarks.timing.cases import big_plan, processor_plan, tiny_plan
-
-from benchmarks import speed
+from benchmarks.common import json_lines
+from benchmarks.speed import figure
+from benchmarks.speed import measure as speed
+from benchmarks.speed import tables as table
+from benchmarks.speed.plans import big_plan, processor_plan, tiny_plan
 
 CPU = torch.device("cpu")
 WANTED = ("floor", "LoRA-DA", "full Sy", "LoRA-DA within 24 GiB", "PEFT LoRA-GA", "ranks")
@@ -31,7 +32,7 @@ def test_measured_once_and_shown(tmp_path) -> None:
     out = tmp_path / "speed.jsonl"
     records = speed.measure(cases(*WANTED), CPU, out, 1e6)
     assert not [r for r in records if "error" in r]
-    assert {r["name"] for r in speed.read(out)} == {"provenance", *WANTED}
+    assert {r["name"] for r in json_lines.read(out)} == {"provenance", *WANTED}
     start = table.by_name(records)["LoRA-DA"]
     spent = start["seconds"]
     assert (
@@ -47,7 +48,7 @@ def test_measured_once_and_shown(tmp_path) -> None:
     again = speed.measure(cases(*WANTED), CPU, out, 1e6)
     assert [r["name"] for r in again].count("LoRA-DA") == 1  # not measured again
     pytest.importorskip("matplotlib")
-    table.picture(records, tmp_path / "speed.png")
+    figure.picture(records, tmp_path / "speed.png")
     assert (tmp_path / "speed.png").stat().st_size > 1000
 
 

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks.quantized.bench import Bench
+from benchmarks.quantized.checks import CHECKS
 from peft import PeftModel
 from torch import nn
 
 import lorainit
-from benchmarks import quantized_check
 from lorainit.adapters.targets import match_targets
 from lorainit.adapters.weights import read_weight
 from lorainit.solve import layers, stacks
@@ -150,9 +151,9 @@ def test_start_train_save_reload(kind: str, method: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("name", quantized_check.CHECKS)
+@pytest.mark.parametrize("name", CHECKS)
 def test_bitsandbytes(name: str, bits: int, tmp_path: Path) -> None:
     """On an accelerator where there is one; bitsandbytes runs on a CPU, too."""
     pytest.importorskip("bitsandbytes")
-    passed, figures = quantized_check.CHECKS[name](quantized_check.Bench(tmp_path, bits))
+    passed, figures = CHECKS[name](Bench(tmp_path, bits))
     assert passed, figures

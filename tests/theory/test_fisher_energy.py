@@ -12,17 +12,15 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from benchmarks.theory import (
-    DTYPE,
+from benchmarks.studies.theory.algebra import DTYPE, normal, spearman
+from benchmarks.studies.theory.kl_curvature import (
     categorical_kl,
     curvature,
     gram_candidates,
-    normal,
-    spearman,
     svd_candidates,
-    tiny_llama,
     transformer_correlations,
 )
+from benchmarks.studies.theory.tiny_llama import tiny_llama
 from torch import Tensor
 from torch.distributions import MultivariateNormal, kl_divergence
 

@@ -11,20 +11,16 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from benchmarks.theory import (
-    LinearProblem,
-    alignment,
+from benchmarks.studies.theory.algebra import alignment, orthonormal, spearman, z_score
+from benchmarks.studies.theory.linear_model import LinearProblem, linear_problem
+from benchmarks.studies.theory.lora_da_error import (
     effective_samples,
     exact_lora_da,
     inside_terms,
-    linear_problem,
     lora_da_subspace,
-    orthonormal,
     other_subspaces,
     projection_terms,
     simulate,
-    spearman,
-    z_score,
 )
 
 from lorainit import linalg

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from benchmarks.theory import DTYPE, alignment, kron, linear_problem, normal, other_subspaces
+from benchmarks.studies.theory.algebra import DTYPE, alignment, kron, normal
+from benchmarks.studies.theory.linear_model import linear_problem
+from benchmarks.studies.theory.lora_da_error import other_subspaces
 from torch import Tensor
 
 from lorainit.methods.natural import Natural

@@ -1,0 +1,1 @@
+"""Every method against every check of the test suite."""

@@ -1,0 +1,76 @@
+"""Run a stage of the benchmark: many small runs in one process, resumable.
+
+    python -m benchmarks.quality search --data DATA --model PACKED --out OUT --time-limit 400
+    python -m benchmarks.quality seeds  --records OUT ...
+    python -m benchmarks.quality sweep --over rank --values 1 4 16 64 --methods vanilla eva ...
+
+Every finished run is a line of ``OUT/records.jsonl``. What is recorded there, or below
+``--records``, is not run again; a call stops cleanly at its time limit and the same call goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+from benchmarks.quality import stages
+from benchmarks.quality.arguments import add_common, experiments_of
+from benchmarks.quality.bench import Bench
+from benchmarks.quality.models.loading import choose_device, load_model
+from benchmarks.quality.models.registry import model_of
+from benchmarks.quality.records import read_records
+from benchmarks.quality.time_limit import Clock, OutOfTime
+
+
+def main() -> None:
+    clock_began = time.perf_counter()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("stage", choices=("search", "seeds", "sweep"))
+    add_common(parser)
+    parser.add_argument("--methods", nargs="+", help="name, or name:key=value;key=value")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(stages.SEEDS))
+    parser.add_argument("--rates", type=int, default=2, help="learning rates taken from the search")
+    parser.add_argument(
+        "--set",
+        nargs="*",
+        action="extend",
+        default=[],
+        metavar="NAME=VALUE",
+        help="settings of every experiment",
+    )
+    parser.add_argument("--over", choices=("rank", "train_samples", "statistics_samples"))
+    parser.add_argument("--values", type=int, nargs="+", default=[])
+    arguments = parser.parse_args()
+    if arguments.stage == "sweep" and not (arguments.over and arguments.values):
+        parser.error("the stage 'sweep' needs --over and --values")
+    clock = Clock(arguments.time_limit)
+    clock.began = clock_began
+    done = read_records([*arguments.records, arguments.out])
+    experiments = experiments_of(arguments, list(done.values()))
+    left = sum(e.id not in done for e in experiments)
+    print(f"{arguments.stage}: {len(experiments)} runs, {left} to do", flush=True)
+    if not left:
+        return
+    bench = Bench(
+        load_model(arguments.model, choose_device(), model_of(arguments.tasks)),
+        arguments.data,
+        arguments.out,
+        arguments.stage,
+        stack=arguments.stack,
+        test=arguments.stage != "search",
+        commit=arguments.commit,
+        clock=clock,
+    )
+    try:
+        bench.run(experiments, set(done))
+        print(f"done in {clock.gone:.0f} s", flush=True)
+    except OutOfTime:
+        now = read_records([arguments.out])
+        left = sum(e.id not in now and e.id not in done for e in experiments)
+        print(f"time limit: {left} runs left after {clock.gone:.0f} s; call again", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Tasks as prepared token and image arrays."""

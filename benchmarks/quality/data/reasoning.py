@@ -1,0 +1,88 @@
+"""Reasoning tasks as token arrays."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.common.models import load_smollm2_tokenizer
+from benchmarks.common.tasks import Style, check_disjoint, make_examples, make_split
+from benchmarks.quality.data.pools import Pool, fitting, pool_of, store
+
+TASKS: tuple[str, ...] = (
+    "chain_sum",
+    "family_relationships",
+    "letter_counting",
+    "simple_equations",
+    "calendar_arithmetic",
+    "gsm_symbolic",
+)
+"""The reasoning tasks of the benchmark, the one with the longest sequences last."""
+
+FRESH: tuple[str, ...] = ("syllogism", "word_sorting", "spell_backward")
+"""Tasks that no choice was made on: what was decided on `TASKS` is tried on these."""
+
+OTHER = {task: "letter_counting" for task in TASKS + FRESH} | {
+    "letter_counting": "simple_equations"
+}
+"""What is looked at after fine-tuning on a task, to see what was forgotten."""
+
+SIZES = {"train": 6144, "validation": 512, "test": 1024}
+
+
+def load_reasoning(task: str, folder: Path) -> dict[str, Pool]:
+    """The splits of a reasoning task; ``"other"`` if the other task is prepared too."""
+    with np.load(folder / f"{task}.npz") as file:
+        slots = int(file["slots"])
+        pools = {split: pool_of(*_arrays(file, split), slots) for split in SIZES}
+    other = folder / f"{OTHER.get(task, task)}.npz"
+    if task in OTHER and other.exists():
+        with np.load(other) as file:
+            pools["other"] = fitting(_arrays(file, "validation"), pools["train"])
+    return pools
+
+
+def _arrays(file: Any, split: str) -> list[Tensor]:
+    return [torch.from_numpy(file[f"{split}_{k}"].astype(np.int64)) for k in _KEYS]
+
+
+_KEYS = ("tokens", "lengths", "prompts")
+
+
+def prepare_reasoning(task: str, folder: Path, style: Style = "plain") -> Path:
+    """The one percent of sequences that are longest are passed over: one fixed length serves all."""
+    path = folder / f"{task}.npz"
+    tokenizer = load_smollm2_tokenizer()
+    sample = make_examples(task, "train", 512, tokenizer=tokenizer, style=style)
+    limit = sorted(map(len, sample))[int(0.99 * len(sample))]
+    limit = -(-limit // 8) * 8
+    splits = {
+        name: make_examples(
+            task,
+            name,  # type: ignore[arg-type]
+            size,
+            tokenizer=tokenizer,
+            max_length=limit,
+            style=style,
+        )
+        for name, size in SIZES.items()
+    }
+    check_disjoint(**{name: make_split(task, name, size) for name, size in SIZES.items()})  # type: ignore[arg-type]
+    everything = [e for examples in splits.values() for e in examples]
+    arrays: dict[str, np.ndarray] = {
+        "slots": np.array(max(len(e) - e.prompt_length for e in everything)),
+        "style": np.array(style),
+    }
+    for name, examples in splits.items():
+        tokens = np.full((len(examples), limit), tokenizer.pad_token_id, dtype=np.uint16)
+        for row, example in enumerate(examples):
+            tokens[row, : len(example)] = example.input_ids
+        arrays[f"{name}_tokens"] = tokens
+        arrays[f"{name}_lengths"] = np.array([len(e) for e in examples], dtype=np.uint16)
+        arrays[f"{name}_prompts"] = np.array([e.prompt_length for e in examples], dtype=np.uint16)
+    store(path, arrays)
+    return path

@@ -1,0 +1,1 @@
+"""Stacks of adapters that train at once, and what they are checked against."""

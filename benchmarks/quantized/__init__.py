@@ -1,0 +1,1 @@
+"""bitsandbytes bases: what the package promises of them, checked one by one."""

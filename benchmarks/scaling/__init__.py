@@ -1,0 +1,1 @@
+"""One start over several processes, beside one."""

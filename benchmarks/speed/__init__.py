@@ -1,0 +1,1 @@
+"""How long a start takes, beside its floor."""

@@ -1,0 +1,1 @@
+"""What an earlier end of the iterations saves and costs."""

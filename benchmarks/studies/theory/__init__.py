@@ -1,0 +1,1 @@
+"""What the methods' objectives say, on models where the truth is known."""

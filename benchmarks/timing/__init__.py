@@ -1,1 +1,0 @@
-"""The parts of the speed benchmark; the command is `benchmarks.speed`."""
