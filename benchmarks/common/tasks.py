@@ -92,6 +92,29 @@ class Problem:
         return f" {self.answer}"
 
 
+CANDIDATES = (
+    "basic_arithmetic",
+    "gcd",
+    "fraction_simplification",
+    "decimal_chain_sum",
+    "products",
+    "base_conversion",
+    "leg_counting",
+    "number_format",
+    "time_intervals",
+    "isomorphic_strings",
+    "word_sequence_reversal",
+    "complex_arithmetic",
+    "ransom_note",
+    "aiw",
+    "bitwise_arithmetic",
+    "decimal_arithmetic",
+    "power_function",
+    "knights_knaves",
+    "binary_alternation",
+)
+"""Tasks with one short answer and enough distinct questions at reasoning-gym's own settings."""
+
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
@@ -106,6 +129,7 @@ TASKS: dict[str, Task] = {
         Task("syllogism", "syllogism"),
         Task("word_sorting", "word_sorting"),
         Task("spell_backward", "spell_backward"),
+        *(Task(name, name) for name in CANDIDATES),
     )
 }
 

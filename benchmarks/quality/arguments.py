@@ -30,6 +30,8 @@ def experiments_of(arguments: argparse.Namespace, known: list[Record]) -> list[E
     common = dict(map(assignment, arguments.set))
     if arguments.stage == "search":
         return stages.search(methods, arguments.tasks, **common)
+    if arguments.stage == "grid":
+        return stages.grid(methods, arguments.tasks, arguments.seeds, **common)
     if arguments.stage == "seeds":
         return stages.seeds(
             known, methods, arguments.tasks, arguments.seeds, rates=arguments.rates, **common

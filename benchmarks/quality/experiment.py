@@ -12,6 +12,10 @@ import lorainit
 LEARNING_RATES: tuple[float, ...] = (1e-4, 2.5e-4, 6.3e-4, 1.6e-3, 4e-3, 1e-2)
 """The grid of every method: two decades, five per two decades and both ends."""
 
+GRID: tuple[float, ...] = (2e-5, 5e-5, 1e-4, 2e-4, 4.5e-4, 1e-3, 2.2e-3, 4.6e-3, 1e-2)
+"""Rates of the stage "grid", at which every line runs in full: two fifths of a decade apart, with the 1e-4
+and 2e-4 that papers fix."""
+
 FULL = "full"
 """Full fine-tuning, the upper line: no adapter, every weight of the base is trained."""
 

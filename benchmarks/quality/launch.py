@@ -107,7 +107,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("stages", nargs="+", help="search, seeds, or sweep:BUDGET=VALUE,VALUE")
+    parser.add_argument(
+        "stages", nargs="+", help="search, grid, seeds, or sweep:BUDGET=VALUE,VALUE"
+    )
     parser.add_argument("--tasks", nargs="+", required=True)
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="folders, first wins")
     parser.add_argument("--model", nargs="*", default=[], metavar="NAME=FOLDER")

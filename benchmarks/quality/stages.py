@@ -10,7 +10,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from benchmarks.quality.data.reasoning import TASKS
-from benchmarks.quality.experiment import FULL, FULL_RATES, LEARNING_RATES, Experiment
+from benchmarks.quality.experiment import (
+    FULL,
+    FULL_RATES,
+    GRID,
+    LEARNING_RATES,
+    Experiment,
+)
 from benchmarks.quality.models.registry import defaults
 from benchmarks.quality.records import Record
 
@@ -76,6 +82,33 @@ def search(
             fields = defaults(task) | common
             grid = FULL_RATES if name == FULL else rates
             found += [Experiment(task, name, rate, settings=settings, **fields) for rate in grid]
+    return found
+
+
+def grid(
+    methods: Sequence[str] = METHODS,
+    tasks: Sequence[str] = TASKS,
+    seed_values: Sequence[int] = SEEDS,
+    rates: Sequence[float] = GRID,
+    **common: Any,
+) -> list[Experiment]:
+    """Every line at every rate, all seeds and all steps: nothing is chosen before a run.
+
+    Seeds come in turn, so that a call that is cut short has whole grids of the first ones.
+    """
+    found = []
+    for task in tasks:
+        fields = defaults(task) | common
+        lines = [
+            Experiment(task, name, 1.0, settings=s, **fields)
+            for name, s in map(parse_method, methods)
+        ]
+        found += [
+            line.at(learning_rate=rate, seed=seed)
+            for seed in seed_values
+            for line in lines
+            for rate in rates
+        ]
     return found
 
 

@@ -10,7 +10,7 @@ from benchmarks.common.cache import cache_folder
 from benchmarks.common.tasks import Style
 from benchmarks.quality.data.classification import load_labelled, prepare_labelled
 from benchmarks.quality.data.pools import Pool
-from benchmarks.quality.data.reasoning import FRESH, TASKS, load_reasoning, prepare_reasoning
+from benchmarks.quality.data.reasoning import KNOWN, load_reasoning, prepare_reasoning
 
 
 def load_pools(task: str, folder: Path) -> dict[str, Pool]:
@@ -38,7 +38,7 @@ def prepare(task: str, folder: Path, style: Style = "plain") -> Path:
     path = folder / f"{task}.npz"
     if path.exists():
         return path
-    if task not in TASKS + FRESH:
+    if task not in KNOWN:
         return prepare_labelled(task, folder)
     return prepare_reasoning(task, folder, style)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common.models import load_smollm2_tokenizer
-from benchmarks.common.tasks import Style, check_disjoint, make_examples, make_split
+from benchmarks.common.tasks import CANDIDATES, Style, check_disjoint, make_examples, make_split
 from benchmarks.quality.data.pools import Pool, fitting, pool_of, store
 
 TASKS: tuple[str, ...] = (
@@ -26,9 +26,10 @@ TASKS: tuple[str, ...] = (
 FRESH: tuple[str, ...] = ("syllogism", "word_sorting", "spell_backward")
 """Tasks that no choice was made on: what was decided on `TASKS` is tried on these."""
 
-OTHER = {task: "letter_counting" for task in TASKS + FRESH} | {
-    "letter_counting": "simple_equations"
-}
+KNOWN: tuple[str, ...] = tuple(dict.fromkeys(TASKS + FRESH + CANDIDATES))
+"""Every reasoning task that can be prepared."""
+
+OTHER = {task: "letter_counting" for task in KNOWN} | {"letter_counting": "simple_equations"}
 """What is looked at after fine-tuning on a task, to see what was forgotten."""
 
 SIZES = {"train": 6144, "validation": 512, "test": 1024}

@@ -13,7 +13,7 @@ from torch import nn
 from benchmarks.common.models import load_smollm2, minilm_folder
 from benchmarks.quality.data.classification import FRESH as FRESH_LABELLED
 from benchmarks.quality.data.classification import SENTIMENT, SHIFTS
-from benchmarks.quality.data.reasoning import FRESH, TASKS
+from benchmarks.quality.data.reasoning import FRESH, KNOWN
 from benchmarks.quality.models.packing import load_packed
 from benchmarks.quality.models.vit import load_vit
 from benchmarks.quality.training.adapters import Base
@@ -90,7 +90,7 @@ def _encoder(model: nn.Module, dtype: torch.dtype, fuse: bool) -> Base:
 
 KINDS: dict[str, Kind] = {
     "smollm2-135m-instruct": Kind(
-        TASKS + FRESH,
+        KNOWN,
         _smollm2,
         lambda model, dtype, fuse: StackedLlama(model, dtype, fuse=fuse),
     ),
