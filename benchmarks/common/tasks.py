@@ -112,6 +112,9 @@ CANDIDATES = (
     "power_function",
     "knights_knaves",
     "binary_alternation",
+    "count_bits",
+    "number_sorting",
+    "letter_jumble",
 )
 """Tasks with one short answer and enough distinct questions at reasoning-gym's own settings."""
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from benchmarks.quality.data.pools import Pool
 from benchmarks.quality.experiment import CURVE_PERCENT, Experiment, curve_steps, percent_steps
 from benchmarks.quality.initialization import Initialised
@@ -67,6 +69,11 @@ def measured(
             "exact": float(exact.mean()),
             "sequences": len(losses),
         }
+    if "test" in outcome.scores:
+        losses, exact = outcome.scores["test"]
+        # Items are the same in every run of a task, so two runs can be compared item by item.
+        record["test"]["loss_error"] = float(losses.std() / len(losses) ** 0.5)
+        record["test"]["items"] = np.packbits(exact.cpu().numpy() > 0).tobytes().hex()
     if "other" in outcome.start_scores:
         record["other"]["start_loss"] = float(outcome.start_scores["other"][0].mean())
     return record
