@@ -1,0 +1,51 @@
+"""Tables and the figure of the stage "grid": ``python -m benchmarks.quality.compare_grid``.
+
+Writes ``grid-MODEL.md`` and ``rate-by-method-MODEL.png`` beside the records.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from benchmarks.quality.analysis.rate_figure import rate_figure
+from benchmarks.quality.analysis.rate_grid import cells_of, comparison, rate_table, task_table
+from benchmarks.quality.choose import chosen, rooms, table
+from benchmarks.quality.records import RESULTS, read_records
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--records", type=Path, nargs="*", default=[RESULTS])
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--most", type=int, default=12, help="tasks that are compared on")
+    arguments = parser.parse_args()
+    records = [r for r in read_records(arguments.records).values() if r["stage"] == "grid"]
+    for model in sorted({r["experiment"]["model"] for r in records}):
+        mine = [r for r in records if r["experiment"]["model"] == model]
+        found = rooms(mine)
+        names = chosen(found, arguments.most)
+        cells = cells_of(r for r in mine if r["task"] in names)
+        seconds = sum(r["train_seconds"] + r["stack_evaluate_seconds"] / r["stack"] for r in mine)
+        parts = [
+            f"# Every line at every rate: {model}",
+            f"{len(mine)} runs, {seconds / 60:.0f} accelerator minutes of training and evaluation.",
+            "## The tasks, chosen by plain LoRA alone",
+            table(found, names),
+            "## Against plain LoRA, each at its own best rate",
+            comparison(cells),
+            "## At fixed rates: test loss above tuned plain LoRA's, mean over tasks",
+            rate_table(cells),
+            "## At fixed rates: exact match, %",
+            rate_table(cells, "exact"),
+            "## Test loss at the best rate, by task",
+            task_table(cells),
+        ]
+        text = "\n\n".join(parts) + "\n"
+        (arguments.out / f"grid-{model}.md").write_text(text, encoding="utf-8")
+        print(text)
+        print(rate_figure(cells, arguments.out / f"rate-by-method-{model}.png"))
+
+
+if __name__ == "__main__":
+    main()
