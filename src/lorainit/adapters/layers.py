@@ -29,7 +29,7 @@ def is_linear(layer: LoraLayer, adapter_name: str) -> bool:
     """Whether the adapter adds a plain matrix pair here: no embedding, convolution or experts."""
     if adapter_name not in layer.lora_A or isinstance(layer, ParamWrapper):
         return False
-    return isinstance(layer.lora_A[adapter_name], nn.Linear | AnchoredA)
+    return isinstance(layer.lora_A[adapter_name], nn.Linear)
 
 
 def takes_factors(layer: LoraLayer, adapter_name: str) -> bool:

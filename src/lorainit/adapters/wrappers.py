@@ -7,6 +7,7 @@ from peft import PeftModel
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from lorainit.adapters.anchor import AnchoredFactor
 from lorainit.adapters.targets import base_model_of
 from lorainit.errors import AdapterError
 
@@ -57,10 +58,13 @@ def _fully_sharded(model: nn.Module) -> bool:
 def adapter_tensors(model: PeftModel, adapter_name: str) -> list[torch.Tensor]:
     """All of an adapter's own tensors that every process holds whole, in the modules' order."""
     found = []
-    for name, tensor in [
-        *base_model_of(model).named_parameters(),
-        *base_model_of(model).named_buffers(),
-    ]:
+    base = base_model_of(model)
+    anchors = [
+        (f"{name}.anchor", module.anchor)
+        for name, module in base.named_modules()
+        if isinstance(module, AnchoredFactor)
+    ]
+    for name, tensor in [*base.named_parameters(), *base.named_buffers(), *anchors]:
         if f".{adapter_name}." not in f".{name}." or "lora_" not in name:
             continue
         if tensor.is_meta or hasattr(tensor, "device_mesh"):
