@@ -13,6 +13,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForSequenceClassification
 
 import lorainit
+from lorainit.adapters.anchor import AnchoredFactor
 from lorainit.adapters import create
 from lorainit.adapters.targets import match_targets
 from tests.adapters.tiny import METHODS, config, llama, start
@@ -27,7 +28,12 @@ def everything(model: PeftModel) -> dict[str, Any]:
     """What a model is, by name: two are the same if these are equal."""
     found: dict[str, Any] = {"modules": repr(model), "active": model.active_adapters}
     found |= {f"mode {name}": module.training for name, module in model.named_modules()}
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+    anchors = [
+        (f"{name}.anchor", module.anchor)
+        for name, module in model.named_modules()
+        if isinstance(module, AnchoredFactor)
+    ]
+    for name, tensor in [*model.named_parameters(), *model.named_buffers(), *anchors]:
         values = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
         how = tensor.dtype, tensor.device, tensor.requires_grad, tensor.stride(), type(tensor)
         found[f"tensor {name}"] = (values, *how)

@@ -101,7 +101,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 def adapter(model: PeftModel) -> dict[str, Tensor]:
     return {
-        n.replace(".held.weight", ".trained"): whole(p)
+        n: whole(p)
         for n, p in model.named_parameters()
         if "lora_" in n
     }

@@ -24,6 +24,7 @@ from lorainit.adapters.origin import Origin, remember
 from lorainit.adapters.pairs import experts_of, materialize, prepare_pair, put_pair
 from lorainit.adapters.patterns import scale_ranks, scaled, spell_out
 from lorainit.adapters.stacks import in_peft, is_stack, stacked_a, stacked_b
+from lorainit.adapters.tuner import know_anchors
 from lorainit.errors import AdapterError
 from lorainit.types import Factors
 
@@ -116,6 +117,8 @@ def install(
         )
     origin = Origin(anchored, dict(settings or {}), measured=dict(measured or {}))
     remember(model, adapter_name, origin)
+    if anchored:
+        know_anchors(model.base_model)
 
 
 def _by_layer(
@@ -174,6 +177,7 @@ def anchor_loaded(model: PeftModel, adapter_name: str) -> None:
         experts = experts_of(layer)
         anchor_whole(layer.lora_A[adapter_name], AnchoredA, experts=experts)
         anchor_whole(layer.lora_B[adapter_name], AnchoredB, experts=experts)
+    know_anchors(model.base_model)
 
 
 def _check_shapes(name: str, layer: LoraLayer, adapter_name: str, pair: Factors) -> None:
