@@ -27,6 +27,8 @@ it go on. The frozen half is neither parameter nor buffer, so nothing sends it t
 
 from __future__ import annotations
 
+import sys
+from types import FrameType
 from typing import Any, ClassVar
 
 import torch
@@ -35,6 +37,10 @@ from torch import Tensor, nn
 
 from lorainit.adapters.factor_weight import FactorWeight
 from lorainit.errors import AdapterError
+
+
+def _read_by_fsdp(caller: FrameType) -> bool:
+    return str(caller.f_globals.get("__name__")).startswith("torch.distributed.fsdp")
 
 
 def placed_like(value: Tensor, like: Tensor) -> Tensor:
@@ -92,13 +98,16 @@ class AnchoredFactor(nn.Linear):
         """The factor of twice the rank, to read and to write: a `FactorWeight`.
 
         Where something put a tensor of another shape in the parameter's place, for a while (a whole factor
-        by ``functional_call`` or offloading, a flat part of it by FSDP1), it is that tensor.
+        by ``functional_call`` or offloading, a flat part of it by FSDP1), it is that tensor. FSDP itself,
+        which looks its parameters up by their names, gets the parameter.
         """
         trained = self.trained
         if trained.shape != self.anchor.shape:
             return trained
         if torch.compiler.is_compiling() or not isinstance(trained, nn.Parameter):
             return self.joined()
+        if _read_by_fsdp(sys._getframe(1)):
+            return trained
         return FactorWeight(self, self._whole_shape, trained)
 
     @weight.setter
