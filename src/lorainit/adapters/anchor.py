@@ -104,10 +104,12 @@ class AnchoredFactor(nn.Linear):
         trained = self.trained
         if trained.shape != self.anchor.shape:
             return trained
-        if torch.compiler.is_compiling() or not isinstance(trained, nn.Parameter):
+        if torch.compiler.is_compiling():
             return self.joined()
         if _read_by_fsdp(sys._getframe(1)):
             return trained
+        if not isinstance(trained, nn.Parameter):
+            return self.joined()
         return FactorWeight(self, self._whole_shape, trained)
 
     @weight.setter
