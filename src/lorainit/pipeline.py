@@ -18,7 +18,12 @@ from tqdm.auto import tqdm
 
 from lorainit.adapters import install as installing
 from lorainit.adapters.create import create_adapter
-from lorainit.adapters.layers import check_not_merged, left_at_default
+from lorainit.adapters.layers import (
+    adapters_disabled,
+    check_not_merged,
+    configurations,
+    left_at_default,
+)
 from lorainit.adapters.patterns import with_ranks
 from lorainit.adapters.targets import Targets, match_targets
 from lorainit.adapters.wrappers import adapter_tensors, unwrapped
@@ -30,7 +35,7 @@ from lorainit.checks import (
 )
 from lorainit.methods.auto import Auto
 from lorainit.methods.vanilla import Vanilla
-from lorainit.start import Measured, Start, adapters_off, find_start
+from lorainit.start import Measured, Start, find_start
 from lorainit.statistics import CollectSettings, LossFunction, Statistics, distributed
 from lorainit.statistics.anatomy import input_device
 from lorainit.statistics.guard import unchanged_rng, unchanged_rng_on_error
@@ -111,7 +116,7 @@ def collect_statistics(
         gather=gather,
     )
     measured = Measured(model, targets, settings, loss_fn, 0.0, progress)
-    with adapters_off(model):
+    with adapters_disabled(model):
         return measured.statistics(data)
 
 
@@ -141,7 +146,9 @@ def get_peft_model(
 
     Args:
         model: a base model; or a PeftModel, which gets a new adapter, or whose adapter of this name
-            is started again. No weight of the base is changed by a bit, now or later.
+            is started again; or a model whose adapter of this name is its own (``model.add_adapter`` of
+            transformers, diffusers and sentence-transformers, ``peft.inject_adapter_in_model``). No weight
+            of the base is changed by a bit, now or later.
         peft_config: any LoraConfig; it is copied. None for an existing adapter's own.
         method: how to find the start, for example ``lorainit.LoraDA()``. Default: ``lorainit.Auto()``.
         data: batches to collect statistics from, see `collect_statistics`.
@@ -164,7 +171,7 @@ def get_peft_model(
         progress: show progress bars.
 
     Returns:
-        The PeftModel; `model` itself where that was one.
+        The PeftModel; `model` itself where that was one, or has the adapter as its own.
 
     Raises:
         LorainitError: bad input, found before any long work; the model is as it was.
@@ -173,7 +180,7 @@ def get_peft_model(
     method = Auto() if method is None else method
     check_arguments(model, peft_config, method, data, statistics, adapter_name)
     check_not_merged(model)
-    existing = isinstance(model, PeftModel) and adapter_name in model.peft_config
+    existing = adapter_name in configurations(model)
     config = configuration(model, peft_config, adapter_name, existing)
     targets = match_targets(model, config)
     targets = with_possible_ranks(model, config, targets, method, cap_rank=cap_rank)
@@ -217,7 +224,7 @@ def get_peft_model(
             if max_memory is not None
             else partial(libraries_loading, method, input_device(model)),
         )
-        with adapters_off(model), unchanged_rng(input_device(model)):
+        with adapters_disabled(model), unchanged_rng(input_device(model)):
             start = find_start(method, measured, data, statistics, precision)
         if start.plain:
             # Ranks were perhaps redistributed for the start that is not taken.
@@ -226,8 +233,7 @@ def get_peft_model(
     device = input_device(model)
     with unchanged_rng_on_error(device), installing.undone_on_error(model, adapter_name):
         if existing:
-            assert isinstance(model, PeftModel)
-            wrapped = model
+            wrapped: Any = model
         else:
             wrapped = create_adapter(
                 model,

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from peft import PeftModel
 from torch import nn
 
 from lorainit.adapters.targets import Target, Targets
@@ -326,18 +325,3 @@ def _sizes(factors: Mapping[str, Factors], targets: Mapping[str, Target]) -> dic
         )
         for name, pair in factors.items()
     }
-
-
-@contextlib.contextmanager
-def adapters_off(model: nn.Module) -> Iterator[None]:
-    """PEFT's own context lets every active adapter learn afterwards, frozen before or not."""
-    if not isinstance(model, PeftModel):
-        yield
-        return
-    flags = [(p, p.requires_grad) for p in model.parameters()]
-    try:
-        with model.disable_adapter():
-            yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)

@@ -13,8 +13,8 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForSequenceClassification
 
 import lorainit
-from lorainit.adapters.anchor import AnchoredFactor
 from lorainit.adapters import create
+from lorainit.adapters.anchor import AnchoredFactor
 from lorainit.adapters.targets import match_targets
 from tests.adapters.tiny import METHODS, config, llama, start
 from tests.test_refinement import sequences

@@ -90,9 +90,7 @@ def test_reading_gives_both_halves(kind: type[AnchoredFactor], experts: int) -> 
 
 @BOTH
 @pytest.mark.parametrize("how", WRITES)
-def test_writing_is_seen_by_both_halves(
-    kind: type[AnchoredFactor], experts: int, how: str
-) -> None:
+def test_writing_is_seen_by_both_halves(kind: type[AnchoredFactor], experts: int, how: str) -> None:
     one = factor(kind, experts)
     other = factor(kind, experts)
     held = one._parameters["weight"]
@@ -126,9 +124,7 @@ def test_a_plain_copy_of_the_weight_would_not_do() -> None:
 
 
 @BOTH
-def test_gradients_flow_to_the_trained_half_alone(
-    kind: type[AnchoredFactor], experts: int
-) -> None:
+def test_gradients_flow_to_the_trained_half_alone(kind: type[AnchoredFactor], experts: int) -> None:
     one = factor(kind, experts)
     (one.weight**2).sum().backward()
     torch.testing.assert_close(one.trained.grad, 2 * one.trained.detach())
@@ -315,8 +311,6 @@ def test_the_optimizer_holds_as_much_as_plain_loras() -> None:
         optimizer = torch.optim.AdamW(model.parameters())
         model(**batch()).loss.backward()
         optimizer.step()
-        return sum(
-            value.numel() for state in optimizer.state.values() for value in state.values()
-        )
+        return sum(value.numel() for state in optimizer.state.values() for value in state.values())
 
     assert states(METHODS["anchored"]) == states(METHODS["zero-b"])

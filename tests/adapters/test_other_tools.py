@@ -18,8 +18,17 @@ from torch import Tensor
 import lorainit
 from lorainit.adapters.layers import is_anchored
 from lorainit.errors import AdapterError
-from tests.adapters.tiny import METHODS, assert_same_bits, base_weights, batch, config, llama
-from tests.adapters.tiny import logits, start, train
+from tests.adapters.tiny import (
+    METHODS,
+    assert_same_bits,
+    base_weights,
+    batch,
+    config,
+    llama,
+    logits,
+    start,
+    train,
+)
 
 CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 2e-6}
 TARGETS = ["q_proj", "down_proj"]

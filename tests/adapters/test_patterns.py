@@ -101,6 +101,8 @@ def test_redistributed_ranks_keep_every_scaling(rslora: bool, patterns: dict[str
         )
     )
     assert {n: r for n, (r, _) in found.items()} != {n: r for n, (r, _) in stock.items()}
-    assert {n: s for n, (_, s) in found.items()} == pytest.approx({n: s for n, (_, s) in stock.items()})
+    assert {n: s for n, (_, s) in found.items()} == pytest.approx(
+        {n: s for n, (_, s) in stock.items()}
+    )
     if patterns:
         assert len(set(stock.values())) > 1

@@ -14,8 +14,17 @@ from peft import LoraConfig, PeftModel
 import lorainit
 from lorainit.adapters.supported import HONOURED, REFUSED, WITHOUT_A_SAY, check_supported
 from lorainit.errors import AdapterError, TargetError
-from tests.adapters.tiny import METHODS, assert_same_bits, base_weights, batch, config, llama
-from tests.adapters.tiny import logits, start, train
+from tests.adapters.tiny import (
+    METHODS,
+    assert_same_bits,
+    base_weights,
+    batch,
+    config,
+    llama,
+    logits,
+    start,
+    train,
+)
 
 FIELDS = {field.name for field in dataclasses.fields(LoraConfig)}
 KINDS = ["displaced", "anchored", "zero-b"]
@@ -29,7 +38,9 @@ def sub(name: str, **arguments: Any) -> Any:
 VALUES: dict[str, Any] = {
     "layer_replication": [(0, 2), (1, 2)],
     "use_qalora": True,
-    "use_bdlora": sub("BdLoraConfig", target_modules_bd_a=["q_proj"], nblocks=2, match_strict=False),
+    "use_bdlora": sub(
+        "BdLoraConfig", target_modules_bd_a=["q_proj"], nblocks=2, match_strict=False
+    ),
     "kasa_config": sub("KasaConfig"),
     "monteclora_config": sub("MontecloraConfig"),
     "velora_config": sub("VeloraConfig"),
@@ -70,7 +81,9 @@ def test_refused_before_any_work(field: str) -> None:
 def test_an_adapter_that_is_there_already_is_refused_too(field: str) -> None:
     if field not in FIELDS:
         pytest.skip("not in this PEFT")
-    model = peft.get_peft_model(llama(), config(**{field: VALUES[field]}, target_modules=["q_proj"]))
+    model = peft.get_peft_model(
+        llama(), config(**{field: VALUES[field]}, target_modules=["q_proj"])
+    )
     with pytest.raises(AdapterError, match=field):
         start(model, METHODS["displaced"], adapter_name="default", data=untouchable())
 

@@ -44,8 +44,10 @@ def ddp_traffic(rank: int, size: int) -> dict[str, tuple[int, int]]:
 
         def gradients(state: list[int], bucket: Any) -> Any:
             state[0] += bucket.buffer().numel()
-            return dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(
-                lambda done: done.value()[0] / size
+            return (
+                dist.all_reduce(bucket.buffer(), async_op=True)
+                .get_future()
+                .then(lambda done: done.value()[0] / size)
             )
 
         run._sync_buffers = buffers
@@ -78,12 +80,16 @@ def sharded_state(rank: int, size: int, kind: str) -> dict[str, dict[str, Tensor
         state = run.state_dict()
     else:
         options = StateDictOptions(full_state_dict=True)
-        state = get_model_state_dict(model, options=options) if kind == "fsdp2" else model.state_dict()
+        state = (
+            get_model_state_dict(model, options=options) if kind == "fsdp2" else model.state_dict()
+        )
     after = {k: whole(v) for k, v in state.items()}
     if kind != "ddp":
         # And back, into the wrapped model.
         run.load_state_dict(
-            before if kind == "fsdp1" else {k: _like(v, state_of(model)[k]) for k, v in before.items()}
+            before
+            if kind == "fsdp1"
+            else {k: _like(v, state_of(model)[k]) for k, v in before.items()}
         )
         again = run.state_dict()
         for key, value in before.items():

@@ -221,7 +221,7 @@ class AnchoredFactor(nn.Linear):
         )
 
     def _apply(self, fn: Any, recurse: bool = True) -> AnchoredFactor:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         with torch.no_grad():
             self.anchor = fn(self.anchor)
         return self

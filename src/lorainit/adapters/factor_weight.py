@@ -132,7 +132,9 @@ class FactorWeight(torch.Tensor):
         return _through(func, args, kwargs) if found is NotImplemented else found
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         return _through(func, args, kwargs or {})
 
     def __getattr__(self, name: str) -> Any:
@@ -197,7 +199,7 @@ def _shares_memory(first: Any, second: Tensor) -> bool:
 
 def _storage(tensor: Tensor) -> int:
     local: Tensor = getattr(tensor, "_local_tensor", tensor)
-    return local.untyped_storage()._cdata
+    return int(local.untyped_storage()._cdata)
 
 
 def _halves(weight: FactorWeight) -> Halves | None:
@@ -260,7 +262,7 @@ def _deepcopy(weight: FactorWeight, memo: dict[int, Any]) -> Tensor:
 
 
 def _reduce(weight: FactorWeight, protocol: int) -> Any:
-    return weight.read()[1].detach().__reduce_ex__(protocol)
+    return weight.read()[1].detach().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
 
 def _rows(weight: FactorWeight) -> Any:
@@ -287,8 +289,8 @@ _OWN: dict[Any, Callable[..., Any]] = {
     torch.Tensor.requires_grad.__get__: _requires_grad,  # type: ignore[attr-defined]
     torch.Tensor.requires_grad.__set__: _set_requires_grad,  # type: ignore[attr-defined]
     torch.Tensor.requires_grad_: _set_requires_grad,
-    torch.Tensor.grad.__get__: _gradient,  # type: ignore[attr-defined]
-    torch.Tensor.grad.__set__: _set_gradient,  # type: ignore[attr-defined]
+    torch.Tensor.grad.__get__: _gradient,  # type: ignore[union-attr]
+    torch.Tensor.grad.__set__: _set_gradient,  # type: ignore[union-attr]
     torch.Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
     torch.Tensor.copy_: _copy,
     torch.Tensor.__deepcopy__: _deepcopy,

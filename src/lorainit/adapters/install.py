@@ -16,6 +16,7 @@ from lorainit.adapters.anchor import AnchoredA, AnchoredB, anchor_whole, trained
 from lorainit.adapters.layers import (
     adapter_layers,
     check_not_merged,
+    configurations,
     is_anchored,
     name_in_patterns,
     takes_factors,
@@ -56,7 +57,7 @@ def undone_on_error(model: nn.Module, adapter_name: str) -> Iterator[None]:
 
 
 def install(
-    model: PeftModel,
+    model: nn.Module,
     adapter_name: str,
     factors: Mapping[str, Factors],
     settings: Mapping[str, Any] | None = None,
@@ -105,20 +106,19 @@ def install(
             if takes_factors(layer, adapter_name)
         }
         # The object may be the user's own.
-        model.peft_config[adapter_name] = copy.deepcopy(model.peft_config[adapter_name])
+        known = configurations(model)
+        known[adapter_name] = copy.deepcopy(known[adapter_name])
         for name, held in prepared.items():
             put_pair(layers[name], adapter_name, held)
         for name, layer in layers.items():
             if name not in prepared:
                 materialize(layer, adapter_name)
     if was_anchored != anchored:
-        _set_rank_scale(
-            model.peft_config[adapter_name], layers, adapter_name, 2.0 if anchored else 0.5
-        )
+        _set_rank_scale(known[adapter_name], layers, adapter_name, 2.0 if anchored else 0.5)
     origin = Origin(anchored, dict(settings or {}), measured=dict(measured or {}))
     remember(model, adapter_name, origin)
     if anchored:
-        know_anchors(model.base_model)
+        know_anchors(model)
 
 
 def _by_layer(
@@ -177,7 +177,7 @@ def anchor_loaded(model: PeftModel, adapter_name: str) -> None:
         experts = experts_of(layer)
         anchor_whole(layer.lora_A[adapter_name], AnchoredA, experts=experts)
         anchor_whole(layer.lora_B[adapter_name], AnchoredB, experts=experts)
-    know_anchors(model.base_model)
+    know_anchors(model)
 
 
 def _check_shapes(name: str, layer: LoraLayer, adapter_name: str, pair: Factors) -> None:

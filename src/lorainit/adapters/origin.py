@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftModel
+from torch import nn
 
 from lorainit._version import __version__
 from lorainit.errors import AdapterError
@@ -22,7 +23,10 @@ from lorainit.writing import write_text
 
 SIDE_FILE = "lorainit.json"
 _FORMAT = 2
-_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # in the order that PEFT looks for them
+_WEIGHTS = (
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+)  # in the order that PEFT looks for them
 
 
 @dataclass(frozen=True)
@@ -73,9 +77,9 @@ def _digest(folder: Path) -> str | None:
     return None
 
 
-def remember(model: PeftModel, adapter_name: str, origin: Origin) -> None:
+def remember(model: nn.Module, adapter_name: str, origin: Origin) -> None:
     """Attach the origin to the adapter's configuration. Subclasses of LoraConfig are left alone."""
-    config = model.peft_config[adapter_name]
+    config = model.peft_config[adapter_name]  # type: ignore[index, union-attr]
     if type(config) is LoraConfig:
         config.__class__ = StartedLoraConfig
     if isinstance(config, StartedLoraConfig):

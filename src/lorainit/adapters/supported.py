@@ -97,7 +97,9 @@ def check_supported(config: LoraConfig) -> None:
         if not _is_set(field, getattr(config, field.name, None)):
             continue
         if field.name in REFUSED:
-            raise AdapterError(f"LoraConfig({field.name}=...) is not served: {REFUSED[field.name]}.")
+            raise AdapterError(
+                f"LoraConfig({field.name}=...) is not served: {REFUSED[field.name]}."
+            )
         known = field.name in HONOURED or field.name in WITHOUT_A_SAY
         if not known and field.name in {f.name for f in fields(LoraConfig)}:
             raise AdapterError(

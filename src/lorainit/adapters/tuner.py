@@ -18,7 +18,9 @@ _FACTOR_BY_FACTOR = ("ties", "dare_ties", "dare_linear", "magnitude_prune")
 class StartedLoraModel(LoraModel):  # type: ignore[misc]
     """A LoraModel with two differences, both about anchored adapters."""
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
         """Add an adapter; one made from an anchored adapter's configuration starts as that one did.
 
         TRL's trainers make such an adapter, and copy every parameter of the first into it, to have a
@@ -65,8 +67,9 @@ class StartedLoraModel(LoraModel):  # type: ignore[misc]
         )
 
 
-def know_anchors(tuner: nn.Module) -> None:
-    """Make PEFT's tuner one that knows anchored adapters, in place."""
+def know_anchors(model: nn.Module) -> None:
+    """Make a PeftModel's tuner one that knows anchored adapters, in place."""
+    tuner = getattr(model, "base_model", None)
     if type(tuner) is LoraModel:
         tuner.__class__ = StartedLoraModel
 

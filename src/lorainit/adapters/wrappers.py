@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from peft import PeftModel
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
@@ -55,7 +54,7 @@ def _fully_sharded(model: nn.Module) -> bool:
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
-def adapter_tensors(model: PeftModel, adapter_name: str) -> list[torch.Tensor]:
+def adapter_tensors(model: nn.Module, adapter_name: str) -> list[torch.Tensor]:
     """All of an adapter's own tensors that every process holds whole, in the modules' order."""
     found = []
     base = base_model_of(model)

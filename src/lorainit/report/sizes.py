@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from peft import PeftModel
 
-
 from lorainit.adapters.anchor import trained_of
 from lorainit.adapters.layers import adapter_layers, is_linear
 from lorainit.adapters.weights import read_weight
