@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
@@ -61,8 +62,9 @@ def test_capped_ranks_reload(
         configured = 6 if "q_proj" in name and "rank_pattern" in patterns else 20
         if name.endswith(("k_proj", "v_proj")):
             assert rank == 16 * factor
-            # The cap keeps the one global scaling.
-            assert scaling == pytest.approx(40 / 20**0.5 if rslora else 2)
+            # The cap keeps the scaling that was asked for.
+            alpha = 12 if "alpha_pattern" in patterns else 40
+            assert scaling == pytest.approx(alpha / 20**0.5 if rslora else alpha / 20)
         elif not name.endswith("embed_tokens") and "alpha_pattern" not in patterns:
             assert rank == configured * factor
     train(wrapped)
@@ -79,4 +81,28 @@ def test_other_layers_keep_what_a_broad_pattern_gave_them() -> None:
     lora = LoraConfig(r=4, lora_alpha=8, rank_pattern={".*_proj": 2}, alpha_pattern={"b_proj": 3})
     with_ranks(lora, {"x.a_proj": 3}, ["x.a_proj", "x.b_proj", "x.other"])
     assert lora.rank_pattern == {r"^x\.a_proj": 3, r"^x\.b_proj": 2}
-    assert lora.alpha_pattern == {r"^x\.a_proj": 6, r"^x\.b_proj": 3}
+    # Scalings as PEFT computes them from the patterns: 8 / 2 and 3 / 2.
+    assert lora.alpha_pattern == {r"^x\.a_proj": 12, r"^x\.b_proj": 3}
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize(
+    "patterns",
+    [{}, {"alpha_pattern": {"q_proj": 2}}, {"rank_pattern": {"q_proj": 2, "up_proj": 6}}],
+    ids=str,
+)
+def test_redistributed_ranks_keep_every_scaling(rslora: bool, patterns: dict[str, Any]) -> None:
+    """Against the scalings that PEFT gives the same configuration (CASES C3)."""
+    lora = config(use_rslora=rslora, **patterns)
+    stock = shapes(peft.get_peft_model(llama(), lora))
+    found = shapes(
+        lorainit.get_peft_model(
+            llama(), lora, method=lorainit.EVA(rho=2.0), data=[batch()], progress=False
+        )
+    )
+    assert {n: r for n, (r, _) in found.items()} != {n: r for n, (r, _) in stock.items()}
+    assert {n: s for n, (_, s) in found.items()} == pytest.approx(
+        {n: s for n, (_, s) in stock.items()}
+    )
+    if patterns:
+        assert len(set(stock.values())) > 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import importlib
 import multiprocessing as mp
 import pickle
 import time
@@ -42,7 +41,7 @@ def launch(
     for old in folder.iterdir():
         old.unlink()
     processes = [
-        _SERVER.Process(target=_work, args=(scenario.__name__, rank, size, folder, args))
+        _SERVER.Process(target=_work, args=(scenario, rank, size, folder, args))
         for rank in range(size)
     ]
     for process in processes:
@@ -66,7 +65,9 @@ def succeeded(results: list[Any]) -> list[Any]:
     return results
 
 
-def _work(name: str, rank: int, size: int, folder: Path, args: tuple[Any, ...]) -> None:
+def _work(
+    scenario: Callable[..., Any], rank: int, size: int, folder: Path, args: tuple[Any, ...]
+) -> None:
     import torch
     import torch.distributed as dist
 
@@ -80,7 +81,7 @@ def _work(name: str, rank: int, size: int, folder: Path, args: tuple[Any, ...]) 
         timeout=datetime.timedelta(seconds=GROUP_TIMEOUT),
     )
     try:
-        result = getattr(importlib.import_module(SCENARIOS), name)(rank, size, *args)
+        result = scenario(rank, size, *args)
     except Exception as error:
         result = Failed(error)
     path = folder / f"{rank}.pickle"

@@ -100,11 +100,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def adapter(model: PeftModel) -> dict[str, Tensor]:
-    return {
-        n.replace(".held.weight", ".trained"): whole(p)
-        for n, p in model.named_parameters()
-        if "lora_" in n
-    }
+    return {n: whole(p) for n, p in model.named_parameters() if "lora_" in n}
 
 
 def wrapped(kind: str) -> Any:

@@ -5,19 +5,42 @@ An anchored layer computes ``W x + s (B A - B0 A0) x``. To PEFT it is an ordinar
 
     lora_A = [A; A0]      lora_B = [B, -B0]
 
-so merging, unmerging, weighting, saving and loading are PEFT's own and right, over every kind of
-base layer, quantized ones too; and what is saved is plain LoRA on the untouched base. Inside, the
-two halves are multiplied by products of one shape, and their difference is exactly zero at the
-start.
+so merging, unmerging, weighting, swapping, saving and loading are PEFT's own and right, over every kind
+of base layer, quantized ones too; and what is saved is plain LoRA on the untouched base. Inside, the two
+halves are multiplied by products of one shape, and their difference is exactly zero at the start.
+
+How the two halves are stored was chosen by trying three ways on one list of promises:
+
+- *One storage of rank 2r, of which the trained half is a view.* Writes through either name are seen by
+  both, but only until something gives the parameter another storage: ``.to``, ``deepcopy``,
+  ``load_state_dict(assign=True)``, FSDP, DeepSpeed's flat buffers and optimizers that make parameters
+  contiguous all do. The trained half of ``B`` is not contiguous in it, and experts' halves interleave.
+- *One parameter of rank 2r, with the frozen half's gradient masked.* Everything by name works, but
+  optimizers keep twice the state, weight decay moves the anchor, and DDP sends both halves.
+- *An ordinary parameter of rank r beside a frozen tensor, and a weight that reads and writes both*
+  (`FactorWeight`). Each half may be moved, sharded, flattened or replaced by itself. It is this one.
+
+An anchored factor is the very ``nn.Linear`` that PEFT made, with another class and one more attribute: the
+parameter keeps its name ``weight``, its place and its identity, so optimizers, hooks and sharding that know
+it go on. The frozen half is neither parameter nor buffer, so nothing sends it to other processes.
 """
 
 from __future__ import annotations
 
-from typing import Any, Self
+import sys
+from types import FrameType
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from lorainit.adapters.factor_weight import FactorWeight
+from lorainit.errors import AdapterError
+
+
+def _read_by_fsdp(caller: FrameType) -> bool:
+    return str(caller.f_globals.get("__name__")).startswith("torch.distributed.fsdp")
 
 
 def placed_like(value: Tensor, like: Tensor) -> Tensor:
@@ -39,237 +62,273 @@ def whole_of(value: Tensor) -> Tensor:
     return whole
 
 
-class _AnchoredFactor(nn.Module):
-    """Half trained, half frozen; a plain factor of twice the rank in every state dict.
+class AnchoredFactor(nn.Linear):
+    """A factor of twice the rank, half of it trained and half of it frozen.
 
     Attributes:
-        trained: parameter, the half that learns; that of `held`, where there is one.
-        anchor: buffer of the same shape, the start, written when the adapter is started alone. It is
-            whole on every process, also where `trained` is sharded.
+        anchor: the frozen half: ``A0`` ``(rank, in)``, or ``-B0`` ``(out, rank)``. It is whole on every
+            process, also where the parameter is sharded.
         experts: how many pairs of factors lie in this one, as PEFT lays out a stacked parameter's.
+        is_copy: made from the configuration of an anchored adapter, to become a copy of it: it takes the
+            trained half by itself, too, as ``named_parameters`` of the other gives it.
     """
 
-    _rank_dim: int
-    _sign: float
+    _rank_dim: ClassVar[int]
 
-    trained: nn.Parameter
     anchor: Tensor
+    experts: int
+    is_copy: bool
 
-    def __init__(self, start: Tensor, anchor: Tensor | None = None, *, experts: int = 1) -> None:
-        super().__init__()
-        self.experts = experts
-        anchor = start if anchor is None else anchor
-        # Contiguous, whatever the solver's layout: a reloaded factor is, and fused optimizers pair
-        # its elements with their saved state by memory order.
-        layout = torch.contiguous_format
-        self.trained = nn.Parameter(start.detach().clone(memory_format=layout))
-        copy = anchor.detach().clone(memory_format=layout)
-        self.register_buffer("anchor", copy, persistent=False)
-
-    @classmethod
-    def around(cls, held: nn.Module, *, experts: int = 1) -> Self:
-        """Around a linear layer whose weight is sharded: its parameter learns, the anchor is zero.
-
-        What shards a parameter knows it by its module and name, so both stay as they are; the module
-        becomes a part of this one.
-        """
-        new = cls.__new__(cls)
-        nn.Module.__init__(new)
-        new.experts = experts
-        weight: Tensor = held.weight  # type: ignore[assignment]
-        anchor = torch.zeros(tuple(weight.shape), dtype=weight.dtype, device=weight.device)
-        new.register_buffer("anchor", anchor, persistent=False)
-        held.__class__ = _Held
-        new.held = held
-        return new
-
-    def __getattr__(self, name: str) -> Any:
-        """Parameters of the module that it was put around are its own."""
-        if name in ("trained", "bias"):
-            held = self.__dict__.get("_modules", {}).get("held")
-            if held is not None:
-                return held.weight if name == "trained" else held.bias
-        return super().__getattr__(name)
-
-    def restart(self, start: Tensor | None, anchor: Tensor | None) -> None:
-        """Write both halves in place.
-
-        Args:
-            start: for the trained half, which stays as it is where this is None.
-            anchor: whole or sharded; None for zeros.
-        """
-        with torch.no_grad():
-            if start is not None:
-                self.trained.copy_(placed_like(start, self.trained))
-            if anchor is None:
-                self.anchor.zero_()
-            else:
-                self.anchor.copy_(whole_of(anchor))
+    @property
+    def trained(self) -> Tensor:
+        """The parameter: the half that learns; inside wrappers, whatever stands in its place."""
+        held = self._parameters.get("weight")
+        held = self.__dict__.get("weight") if held is None else held
+        if held is None:
+            raise AttributeError("this factor has no weight at present")
+        return held
 
     @property
     def rank(self) -> int:
         """Rank of the trained half."""
-        return self.trained.shape[self._rank_dim] // self.experts
+        return self.anchor.shape[self._rank_dim] // self.experts
 
     @property
     def weight(self) -> Tensor:
-        """The factor of twice the rank, as PEFT reads it; gradients flow to the trained half."""
-        start = self._sign * self._start()
+        """The factor of twice the rank, to read and to write: a `FactorWeight`.
+
+        Where something put a tensor of another shape in the parameter's place, for a while (a whole factor
+        by ``functional_call`` or offloading, a flat part of it by FSDP1), it is that tensor. FSDP itself,
+        which looks its parameters up by their names, gets the parameter.
+        """
+        trained = self.trained
+        if trained.shape != self.anchor.shape:
+            return trained
+        if torch.compiler.is_compiling():
+            return self.joined()
+        if _read_by_fsdp(sys._getframe(1)):
+            return trained
+        if not isinstance(trained, nn.Parameter):
+            return self.joined()
+        return FactorWeight(self, self._whole_shape, trained)
+
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        # nn.Module registers parameters itself: here FSDP1 sets what stands for one.
+        self.__dict__["weight"] = value
+
+    @weight.deleter
+    def weight(self) -> None:
+        del self.__dict__["weight"]
+
+    def halves(self) -> tuple[Tensor, Tensor]:
+        """The trained half and the anchor in its dtype, on its device, and sharded as it is."""
+        trained = self.trained
+        if trained.shape == self._whole_shape:
+            return self.split(trained)
+        anchor = self.anchor.to(device=trained.device, dtype=trained.dtype)
+        return trained, placed_like(anchor, trained)
+
+    def joined(self) -> Tensor:
+        """See `Source`."""
+        return self.join(*self.halves())
+
+    def join(self, trained: Tensor, frozen: Tensor) -> Tensor:
+        """The factor of twice the rank; every expert's halves lie together."""
         if self.experts == 1:
-            return torch.cat([self.trained, start], dim=self._rank_dim)
-        both = [self._stacked(half, self.experts) for half in (self.trained, start)]
+            return torch.cat([trained, frozen], dim=self._rank_dim)
+        both = [self._stacked(half) for half in (trained, frozen)]
         return torch.cat(both, dim=1).flatten(self._rank_dim, self._rank_dim + 1)
 
-    @classmethod
-    def _stacked(cls, factor: Tensor, experts: int) -> Tensor:
-        """With the rank in dimension one: ``(experts, rank, .)`` or ``(., rank, experts)``."""
-        rows, columns = factor.shape
-        if cls._rank_dim == 0:
-            return factor.reshape(experts, -1, columns)
-        return factor.reshape(rows, -1, experts)
+    def split(self, whole: Tensor) -> tuple[Tensor, Tensor]:
+        """The trained half of a factor of twice the rank, and the anchor: the inverse of `join`.
 
-    @classmethod
-    def _halves(cls, whole: Tensor, experts: int) -> tuple[Tensor, Tensor]:
-        """The trained half of a plain factor of twice the rank, and the anchor: see `weight`."""
-        if experts == 1:
-            trained, anchor = whole.chunk(2, dim=cls._rank_dim)
+        Raises:
+            RuntimeError: of another shape.
+        """
+        if whole.shape != self._whole_shape:
+            raise RuntimeError(self._unfit(whole))
+        if self.experts == 1:
+            trained, frozen = whole.chunk(2, dim=self._rank_dim)
         else:
-            trained, anchor = (
-                half.flatten(cls._rank_dim, cls._rank_dim + 1)
-                for half in cls._stacked(whole, experts).chunk(2, dim=1)
+            trained, frozen = (
+                half.flatten(self._rank_dim, self._rank_dim + 1)
+                for half in self._stacked(whole).chunk(2, dim=1)
             )
-        return trained, cls._sign * anchor
+        return trained, frozen
 
-    @classmethod
-    def of_whole(cls, whole: Tensor, bias: Tensor | None = None, *, experts: int = 1) -> Self:
-        """From a plain factor of twice the rank, as it was saved."""
-        extra = {} if bias is None else {"bias": bias}
-        return cls(*cls._halves(whole, experts), **extra, experts=experts)
-
-    def _start(self) -> Tensor:
-        """The anchor in the trained half's dtype, and sharded as that is, whoever changed it."""
-        like = self.trained
-        return placed_like(self.anchor.to(device=like.device, dtype=like.dtype), like)
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        weight = self.weight
-        destination[prefix + "weight"] = weight if keep_vars else weight.detach()
-
-    def _load_from_state_dict(
-        self,
-        state_dict: Any,
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        key = prefix + "weight"
-        whole = state_dict.get(key)
-        if whole is None:
-            missing_keys.append(key)
-            return
-        expected = list(self.trained.shape)
-        expected[self._rank_dim] *= 2
-        if list(whole.shape) != expected:
-            error_msgs.append(
-                f"{key}: an anchored adapter loads a factor of shape {tuple(expected)} (twice the "
-                "rank, "
-                f"start included), but the file has {tuple(whole.shape)}. It was saved from an "
-                "adapter "
-                "of another rank or without an anchor: load it with PeftModel.from_pretrained."
-            )
-            return
-        trained, anchor = self._halves(whole, self.experts)
+    def write(self, whole: Tensor) -> None:
+        """Copy a factor of twice the rank into both halves."""
+        trained, anchor = self.split(whole)
         with torch.no_grad():
             self.trained.copy_(placed_like(trained, self.trained))
             self.anchor.copy_(whole_of(anchor))
 
+    def replace(self, whole: Tensor) -> None:
+        """What ``weight.data = whole`` does: of another rank, it becomes a plain factor of that rank."""
+        trained = self.trained
+        other = 1 - self._rank_dim
+        if whole.shape == self._whole_shape:
+            half, anchor = (part.detach() for part in self.split(whole))
+            if (whole.dtype, whole.device) != (trained.dtype, trained.device):
+                trained.data = half.clone(memory_format=torch.contiguous_format)
+                self.anchor = whole_of(anchor).clone(memory_format=torch.contiguous_format)
+            else:
+                self.write(whole)
+            return
+        if self.experts > 1 or whole.dim() != 2 or whole.shape[other] != trained.shape[other]:
+            raise RuntimeError(self._unfit(whole))
+        take_anchor(self)
+        trained.data = whole
+        self.out_features, self.in_features = whole.shape
 
-class _Held(nn.Linear):
-    """A linear layer inside an anchored factor, in whose name it is saved and loaded."""
+    def copy_trained(self, value: Tensor) -> bool:
+        """Copy a trained half alone into a factor that is a copy; whether it was one."""
+        if not self.is_copy or value.shape != self.trained.shape:
+            return False
+        with torch.no_grad():
+            self.trained.copy_(placed_like(value, self.trained))
+        return True
 
-    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-
-class AnchoredA(_AnchoredFactor):
-    """``x -> [A x, A0 x]``, with ``A`` and ``A0`` both ``(rank, in)``."""
-
-    _rank_dim = 0
-    _sign = 1.0
-
-    @property
-    def in_features(self) -> int:
-        """Columns of ``A``."""
-        return self.trained.shape[1]
-
-    @property
-    def out_features(self) -> int:
-        """Twice the rank: what PEFT sees."""
-        return 2 * self.trained.shape[0]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``(..., in)`` to ``(..., 2 rank)``."""
-        return torch.cat([F.linear(x, self.trained), F.linear(x, self._start())], dim=-1)
-
-    def extra_repr(self) -> str:
-        """For ``repr``."""
-        return f"in_features={self.in_features}, rank={self.rank}, anchored"
-
-
-class AnchoredB(_AnchoredFactor):
-    """``[z, z0] -> B z - B0 z0``, with ``B`` and ``B0`` both ``(out, rank)``."""
-
-    _rank_dim = 1
-    _sign = -1.0
-
-    bias: nn.Parameter | None
-
-    def __init__(
-        self,
-        start: Tensor,
-        anchor: Tensor | None = None,
-        bias: Tensor | None = None,
-        *,
-        experts: int = 1,
-    ) -> None:
-        super().__init__(start, anchor, experts=experts)
-        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Also reached by setting ``weight`` to a parameter; one of twice the rank is split."""
+        if name == "weight" and param is not None and param.shape == self._whole_shape:
+            if isinstance(param, FactorWeight) and param._source is self:
+                return
+            trained, anchor = self.split(param.detach())
+            self.anchor = whole_of(anchor).clone(memory_format=torch.contiguous_format)
+            trained = trained.clone(memory_format=torch.contiguous_format)
+            param = nn.Parameter(trained, param.requires_grad)
+        super().register_parameter(name, param)
 
     @property
-    def in_features(self) -> int:
-        """Twice the rank: what PEFT sees."""
-        return 2 * self.trained.shape[1]
+    def _whole_shape(self) -> torch.Size:
+        rows, columns = self.anchor.shape
+        return torch.Size((2 * rows, columns) if self._rank_dim == 0 else (rows, 2 * columns))
 
-    @property
-    def out_features(self) -> int:
-        """Rows of ``B``."""
-        return self.trained.shape[0]
+    def _stacked(self, factor: Tensor) -> Tensor:
+        """With the rank in dimension one: ``(experts, rank, .)`` or ``(., rank, experts)``."""
+        rows, columns = factor.shape
+        if self._rank_dim == 0:
+            return factor.reshape(self.experts, -1, columns)
+        return factor.reshape(rows, -1, self.experts)
 
-    def forward(self, z: Tensor) -> Tensor:
-        """``(..., 2 rank)`` to ``(..., out)``."""
-        live, start = z.chunk(2, dim=-1)
-        out = F.linear(live, self.trained) - F.linear(start, self._start())
-        return out if self.bias is None else out + self.bias
+    def _unfit(self, whole: Tensor) -> str:
+        return (
+            f"an anchored adapter takes a factor of shape {tuple(self._whole_shape)} (twice the rank, start "
+            f"included), not {tuple(whole.shape)}: that is of another rank or without an anchor. Load it "
+            "with PeftModel.from_pretrained."
+        )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> AnchoredFactor:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        with torch.no_grad():
+            self.anchor = fn(self.anchor)
+        return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.bias is not None:
-            destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
+        trained = self.trained
+        if trained.shape == self.anchor.shape:
+            whole = self.joined()
+            destination[prefix + "weight"] = whole if keep_vars else whole.detach()
 
     def _load_from_state_dict(
-        self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        if self.bias is not None and prefix + "bias" in state_dict:
-            with torch.no_grad():
-                self.bias.copy_(state_dict[prefix + "bias"])
+        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool,
+        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        key = prefix + "weight"
+        rest = {k: v for k, v in state_dict.items() if k != key}
+        missing: list[str] = []
+        super()._load_from_state_dict(
+            rest, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs
+        )
+        whole = state_dict.get(key)
+        missing_keys += [name for name in missing if name != key or whole is None]
+        if whole is None:
+            return
+        if whole.shape != self._whole_shape:
+            error_msgs.append(f"{key}: {self._unfit(whole)}")
+        elif local_metadata.get("assign_to_params_buffers", False):
+            self.weight = nn.Parameter(whole, requires_grad=self.trained.requires_grad)
+        else:
+            self.write(whole)
 
-    def extra_repr(self) -> str:
-        """For ``repr``."""
-        return f"rank={self.rank}, out_features={self.out_features}, anchored"
+
+class AnchoredA(AnchoredFactor):
+    """``x -> [A x, A0 x]``, with ``A`` and ``A0`` both ``(rank, in)``."""
+
+    _rank_dim = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., in)`` to ``(..., 2 rank)``."""
+        trained, anchor = self.halves()
+        return torch.cat([F.linear(x, trained), F.linear(x, anchor)], dim=-1)
+
+
+class AnchoredB(AnchoredFactor):
+    """``[z, z0] -> B z - B0 z0``, with ``B`` and ``B0`` both ``(out, rank)``."""
+
+    _rank_dim = 1
+
+    def forward(self, z: Tensor) -> Tensor:
+        """``(..., 2 rank)`` to ``(..., out)``."""
+        trained, anchor = self.halves()
+        live, start = z.chunk(2, dim=-1)
+        out = F.linear(live, trained) + F.linear(start, anchor)
+        return out if self.bias is None else out + self.bias
+
+
+def give_anchor(
+    factor: nn.Module, kind: type[AnchoredFactor], anchor: Tensor, *, experts: int = 1
+) -> None:
+    """Turn PEFT's factor of rank ``r`` into an anchored one, in place.
+
+    Args:
+        factor: an ``nn.Linear``, or an anchored factor, which gets another anchor.
+        kind: which of the two factors it is.
+        anchor: of the shape of its weight: ``A0``, or ``-B0``. Kept, not copied.
+        experts: how many pairs of factors lie in it.
+
+    Raises:
+        AdapterError: some other module.
+    """
+    if type(factor) is nn.Linear:
+        factor.__class__ = kind
+    elif not isinstance(factor, kind):
+        raise AdapterError(
+            f"PEFT's factor is a {type(factor).__name__}, not the nn.Linear that an anchor can be given to. "
+            "Use a method without an anchor, such as lorainit.EVA()."
+        )
+    assert isinstance(factor, kind)
+    factor.anchor, factor.experts, factor.is_copy = anchor, experts, False
+    factor.out_features, factor.in_features = factor._whole_shape
+
+
+def take_anchor(factor: nn.Module) -> None:
+    """Turn an anchored factor back into PEFT's of rank ``r``, in place; any other stays as it is."""
+    if isinstance(factor, AnchoredFactor):
+        factor.__class__ = nn.Linear  # type: ignore[assignment]
+        for name in ("anchor", "experts", "is_copy"):
+            delattr(factor, name)
+        factor.out_features, factor.in_features = factor.weight.shape
+
+
+def anchor_whole(factor: nn.Module, kind: type[AnchoredFactor], *, experts: int = 1) -> None:
+    """Turn a factor of rank ``2 r``, as an anchored adapter is saved, into an anchored one, in place.
+
+    Args:
+        factor: PEFT's, an ``nn.Linear``; its parameter is replaced.
+        kind: which of the two factors it is.
+        experts: how many pairs of factors lie in it.
+    """
+    whole: nn.Parameter = factor.weight  # type: ignore[assignment]
+    shape = list(whole.shape)
+    shape[kind._rank_dim] //= 2
+    give_anchor(factor, kind, whole.new_empty(shape, device="meta"), experts=experts)
+    factor.weight = whole
+
+
+def trained_of(factor: nn.Module) -> Tensor:
+    """The half of a factor that is trained: its parameter, without its anchor if it has one."""
+    return factor.trained if isinstance(factor, AnchoredFactor) else factor.weight  # type: ignore[return-value]

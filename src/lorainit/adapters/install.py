@@ -12,25 +12,20 @@ from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from lorainit.adapters.anchor import AnchoredA, AnchoredB
+from lorainit.adapters.anchor import AnchoredA, AnchoredB, anchor_whole, trained_of
 from lorainit.adapters.layers import (
     adapter_layers,
     check_not_merged,
+    configurations,
     is_anchored,
     name_in_patterns,
     takes_factors,
 )
 from lorainit.adapters.origin import Origin, remember
-from lorainit.adapters.pairs import (
-    experts_of,
-    materialize,
-    prepare_pair,
-    put_pair,
-    swap_pair,
-    trained_of,
-)
+from lorainit.adapters.pairs import experts_of, materialize, prepare_pair, put_pair
 from lorainit.adapters.patterns import scale_ranks, scaled, spell_out
 from lorainit.adapters.stacks import in_peft, is_stack, stacked_a, stacked_b
+from lorainit.adapters.tuner import know_anchors
 from lorainit.errors import AdapterError
 from lorainit.types import Factors
 
@@ -62,7 +57,7 @@ def undone_on_error(model: nn.Module, adapter_name: str) -> Iterator[None]:
 
 
 def install(
-    model: PeftModel,
+    model: nn.Module,
     adapter_name: str,
     factors: Mapping[str, Factors],
     settings: Mapping[str, Any] | None = None,
@@ -98,11 +93,12 @@ def install(
             _check_shapes(name, layers[place], adapter_name, pair)
     was_anchored = any(is_anchored(layer, adapter_name) for layer in layers.values())
     anchored = any(pair.anchored for pair in factors.values())
-    if was_anchored and _is_sharded(layers, adapter_name):
-        # Its parameters stay where their sharding knows them: an anchor of zeros takes nothing away.
+    odd = _odd_factor(layers, adapter_name)
+    if odd is not None and was_anchored:
+        # It cannot become plain again: an anchor of zeros takes nothing away.
         anchored = True
-    if anchored:
-        _refuse_sharded_factors(layers, adapter_name)
+    elif odd is not None and anchored:
+        raise AdapterError(odd)
     with torch.no_grad():
         prepared = {
             name: prepare_pair(layer, adapter_name, given[name], anchored)
@@ -110,18 +106,19 @@ def install(
             if takes_factors(layer, adapter_name)
         }
         # The object may be the user's own.
-        model.peft_config[adapter_name] = copy.deepcopy(model.peft_config[adapter_name])
+        known = configurations(model)
+        known[adapter_name] = copy.deepcopy(known[adapter_name])
         for name, held in prepared.items():
             put_pair(layers[name], adapter_name, held)
         for name, layer in layers.items():
             if name not in prepared:
                 materialize(layer, adapter_name)
     if was_anchored != anchored:
-        _set_rank_scale(
-            model.peft_config[adapter_name], layers, adapter_name, 2.0 if anchored else 0.5
-        )
+        _set_rank_scale(known[adapter_name], layers, adapter_name, 2.0 if anchored else 0.5)
     origin = Origin(anchored, dict(settings or {}), measured=dict(measured or {}))
     remember(model, adapter_name, origin)
+    if anchored:
+        know_anchors(model)
 
 
 def _by_layer(
@@ -138,26 +135,24 @@ def _by_layer(
     return found
 
 
-def _is_sharded(layers: Mapping[str, LoraLayer], adapter_name: str) -> bool:
-    return any(
-        hasattr(trained_of(layer.lora_A[adapter_name]), "device_mesh")
-        for layer in layers.values()
-        if takes_factors(layer, adapter_name)
-    )
-
-
-def _refuse_sharded_factors(layers: Mapping[str, LoraLayer], adapter_name: str) -> None:
-    """A factor that is a sharded unit by itself gathers its weight in its own forward alone."""
+def _odd_factor(layers: Mapping[str, LoraLayer], adapter_name: str) -> str | None:
+    """Why some factor can get no anchor, nor lose it: something has given it a class of its own."""
     for name, layer in layers.items():
         if not takes_factors(layer, adapter_name):
             continue
         for factor in (layer.lora_A[adapter_name], layer.lora_B[adapter_name]):
-            if hasattr(factor, "unshard") and not isinstance(factor, AnchoredA | AnchoredB):
-                raise AdapterError(
+            if hasattr(factor, "unshard"):
+                return (
                     f"layer '{name}': fully_shard was applied to the adapter's factor by itself, which "
                     "cannot get an anchor then. Apply it to the whole block, or start the adapter "
                     "first and apply it afterwards; a method without an anchor can start it either way."
                 )
+            if type(factor) not in (nn.Linear, AnchoredA, AnchoredB):
+                return (
+                    f"layer '{name}': the adapter's factor is a {type(factor).__name__}, not the nn.Linear "
+                    "that an anchor can be given to. Use a method without one, such as lorainit.EVA()."
+                )
+    return None
 
 
 def anchor_loaded(model: PeftModel, adapter_name: str) -> None:
@@ -178,15 +173,11 @@ def anchor_loaded(model: PeftModel, adapter_name: str) -> None:
                 "with twice "
                 "its rank, so this one was not anchored. Load it with anchored=False."
             )
-    with torch.no_grad():
-        for layer in layers.values():
-            old_a, old_b = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
-            experts = experts_of(layer)
-            pair = (
-                AnchoredA.of_whole(old_a.weight.detach(), experts=experts),
-                AnchoredB.of_whole(old_b.weight.detach(), old_b.bias, experts=experts),
-            )
-            swap_pair(layer, adapter_name, pair)
+    for layer in layers.values():
+        experts = experts_of(layer)
+        anchor_whole(layer.lora_A[adapter_name], AnchoredA, experts=experts)
+        anchor_whole(layer.lora_B[adapter_name], AnchoredB, experts=experts)
+    know_anchors(model)
 
 
 def _check_shapes(name: str, layer: LoraLayer, adapter_name: str, pair: Factors) -> None:

@@ -9,6 +9,8 @@ from collections.abc import Collection, Iterator
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from lorainit.adapters.anchor import AnchoredA
@@ -17,11 +19,53 @@ from lorainit.adapters.stacks import is_stack
 from lorainit.errors import AdapterError
 
 
-def adapter_layers(model: PeftModel, adapter_name: str) -> dict[str, LoraLayer]:
+def configurations(model: nn.Module) -> dict[str, LoraConfig]:
+    """The configuration of every adapter in a model, by name.
+
+    Args:
+        model: a PeftModel; or any model whose adapters are its own (``inject_adapter_in_model``, or
+            ``add_adapter`` of transformers, diffusers and sentence-transformers); or a base model.
+    """
+    found = getattr(model, "peft_config", None)
+    if not isinstance(found, dict):
+        return {}
+    held = isinstance(model, PeftModel) or any(isinstance(m, LoraLayer) for m in model.modules())
+    return found if held else {}
+
+
+@contextlib.contextmanager
+def adapters_disabled(model: nn.Module) -> Iterator[None]:
+    """Compute what the base model computes; every flag is as it was afterwards.
+
+    PEFT's own context lets every active adapter learn afterwards, frozen before or not.
+    """
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    layers = [
+        m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)
+    ]
+    enabled = [m for m in layers if not m.disable_adapters]
+    try:
+        if isinstance(model, PeftModel):
+            with model.disable_adapter():
+                yield
+        else:
+            for module in enabled:
+                module.enable_adapters(False)
+            yield
+    finally:
+        if not isinstance(model, PeftModel):
+            for module in enabled:
+                module.enable_adapters(True)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+def adapter_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
     """Every LoRA layer that has this adapter, by the base model's own module name."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
     return {
         name: module
-        for name, module in model.get_base_model().named_modules()
+        for name, module in base.named_modules()
         if isinstance(module, LoraLayer) and adapter_name in module.r
     }
 
@@ -30,7 +74,7 @@ def is_linear(layer: LoraLayer, adapter_name: str) -> bool:
     """Whether the adapter adds a plain matrix pair here: no embedding, convolution or experts."""
     if adapter_name not in layer.lora_A or isinstance(layer, ParamWrapper):
         return False
-    return isinstance(layer.lora_A[adapter_name], nn.Linear | AnchoredA)
+    return isinstance(layer.lora_A[adapter_name], nn.Linear)
 
 
 def takes_factors(layer: LoraLayer, adapter_name: str) -> bool:
@@ -45,9 +89,9 @@ def is_anchored(layer: LoraLayer, adapter_name: str) -> bool:
     return adapter_name in layer.lora_A and isinstance(layer.lora_A[adapter_name], AnchoredA)
 
 
-def true_config(model: PeftModel, adapter_name: str) -> LoraConfig:
+def true_config(model: nn.Module, adapter_name: str) -> LoraConfig:
     """The adapter's configuration at the rank that is trained: an anchor's half taken out."""
-    config: LoraConfig = copy.deepcopy(model.peft_config[adapter_name])
+    config: LoraConfig = copy.deepcopy(configurations(model)[adapter_name])
     if any(
         is_anchored(layer, adapter_name) for layer in adapter_layers(model, adapter_name).values()
     ):
@@ -71,7 +115,7 @@ def check_not_merged(model: nn.Module) -> None:
 
 
 def left_at_default(
-    model: PeftModel, adapter_name: str, served: Collection[str], said: Collection[str]
+    model: nn.Module, adapter_name: str, served: Collection[str], said: Collection[str]
 ) -> dict[str, str]:
     """Layers of the adapter that PEFT made beyond the targets, with the reason, for the user.
 
@@ -103,18 +147,3 @@ def name_in_patterns(name: str, layer: LoraLayer) -> str:
     while name.endswith(".base_layer"):
         name = name.removesuffix(".base_layer")
     return f"{name}.{layer.parameter_name}"
-
-
-@contextlib.contextmanager
-def adapters_off(model: nn.Module) -> Iterator[None]:
-    """PEFT's own context lets every active adapter learn afterwards, frozen before or not."""
-    if not isinstance(model, PeftModel):
-        yield
-        return
-    flags = [(p, p.requires_grad) for p in model.parameters()]
-    try:
-        with model.disable_adapter():
-            yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)

@@ -7,6 +7,7 @@ written too. Nothing reads it but `lorainit.load_adapter`, and an adapter withou
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -14,13 +15,18 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftModel
+from torch import nn
 
 from lorainit._version import __version__
 from lorainit.errors import AdapterError
 from lorainit.files.atomic import write_text
 
 SIDE_FILE = "lorainit.json"
-_FORMAT = 1
+_FORMAT = 2
+_WEIGHTS = (
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+)  # in the order that PEFT looks for them
 
 
 @dataclass(frozen=True)
@@ -48,19 +54,32 @@ class StartedLoraConfig(LoraConfig):  # type: ignore[misc]
     origin: Origin | None = None
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write ``adapter_config.json`` as PEFT does, and the side file beside it."""
+        """Write ``adapter_config.json`` as PEFT does, and the side file beside it.
+
+        The side file names the weights that lie there, which PEFT writes before the configuration.
+        """
         super().save_pretrained(save_directory, **kwargs)
         if self.origin is None:
             return
         content = {"format": _FORMAT, "r": self.r, "lora_alpha": self.lora_alpha}
         content |= asdict(self.origin)
+        content["weights_sha256"] = _digest(Path(save_directory))
         text = json.dumps(content, indent=2, default=str)
         write_text(Path(save_directory) / SIDE_FILE, text + "\n")
 
 
-def remember(model: PeftModel, adapter_name: str, origin: Origin) -> None:
+def _digest(folder: Path) -> str | None:
+    """SHA-256 of the weights in a folder; None where there are none."""
+    for name in _WEIGHTS:
+        if (folder / name).is_file():
+            with (folder / name).open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+    return None
+
+
+def remember(model: nn.Module, adapter_name: str, origin: Origin) -> None:
     """Attach the origin to the adapter's configuration. Subclasses of LoraConfig are left alone."""
-    config = model.peft_config[adapter_name]
+    config = model.peft_config[adapter_name]  # type: ignore[index, union-attr]
     if type(config) is LoraConfig:
         config.__class__ = StartedLoraConfig
     if isinstance(config, StartedLoraConfig):
@@ -85,24 +104,35 @@ def read_origin(folder: Path, config: LoraConfig) -> Origin | None:
     path = folder / SIDE_FILE
     if not path.is_file():
         return None
+    remedy = "Say anchored=True or anchored=False yourself."
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         found = (content["r"], content["lora_alpha"])
+        anchored = content["anchored"]
+        if not isinstance(anchored, bool):
+            raise TypeError(f"'anchored' is {anchored!r}, neither true nor false")
         origin = Origin(
-            bool(content["anchored"]),
+            anchored,
             content["settings"],
             str(content["version"]),
             dict(content.get("measured", {})),
         )
+        digest = content.get("weights_sha256")
     except (ValueError, KeyError, TypeError) as error:
-        raise AdapterError(
-            f"{path} is damaged ({error}). Say anchored=True or anchored=False yourself."
-        ) from error
+        raise AdapterError(f"{path} is damaged ({error}). {remedy}") from error
     if found != (config.r, config.lora_alpha):
         raise AdapterError(
-            f"{path} was written for r={found[0]}, lora_alpha={found[1]}, but adapter_config.json "
-            "says "
-            f"r={config.r}, lora_alpha={config.lora_alpha}: another adapter was saved over it. Say "
-            "anchored=True or anchored=False yourself."
+            f"{path} was written for r={found[0]}, lora_alpha={found[1]}, but adapter_config.json says "
+            f"r={config.r}, lora_alpha={config.lora_alpha}: another adapter was saved over it. {remedy}"
+        )
+    if anchored and digest is None:
+        raise AdapterError(
+            f"{path} does not name the weights that it belongs to: it was written by an older version, or "
+            f"before the weights were. {remedy}"
+        )
+    if anchored and digest != _digest(folder):
+        raise AdapterError(
+            f"{path} was written with other weights than those that lie beside it: another adapter was "
+            f"saved over it, or the weights were changed. {remedy}"
         )
     return origin

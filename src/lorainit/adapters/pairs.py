@@ -10,70 +10,73 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
-from lorainit.adapters.anchor import AnchoredA, AnchoredB, placed_like, whole_of
+from lorainit.adapters.anchor import (
+    AnchoredA,
+    AnchoredB,
+    give_anchor,
+    placed_like,
+    take_anchor,
+    trained_of,
+    whole_of,
+)
 from lorainit.adapters.stacks import in_peft, is_stack, stacked_a, stacked_b
 from lorainit.types import Factors
 
 
-def trained_of(factor: nn.Module) -> Tensor:
-    """The half of a factor that is trained: its weight, beside its anchor if it has one."""
-    return factor.trained if isinstance(factor, AnchoredA | AnchoredB) else factor.weight  # type: ignore[return-value]
-
-
 @dataclass(frozen=True)
-class _Restart:
-    """Both halves of an anchored pair whose parameters are sharded and stay where they are."""
+class PairValues:
+    """What one layer's factors are to hold, in their dtype and on their device.
+
+    Attributes:
+        a: for the trained half of ``A``; None leaves it as it is.
+        b: for that of ``B``.
+        start_a: ``A0``; None for no anchor.
+        start_b: ``-B0``.
+        bias: for the bias of ``B``, where that is on the meta device.
+    """
 
     a: Tensor | None
     b: Tensor | None
-    start_a: Tensor | None
-    start_b: Tensor | None
-
-
-_Pair = tuple[nn.Module, nn.Module] | tuple[Tensor, Tensor] | _Restart | None
+    start_a: Tensor | None = None
+    start_b: Tensor | None = None
+    bias: Tensor | None = None
 
 
 def prepare_pair(
     layer: LoraLayer, adapter_name: str, pairs: Mapping[str, Factors], anchored: bool
-) -> _Pair:
-    """What a layer is to hold: new modules, or values for those it has, or None for no change."""
-    old_a, old_b = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
-    like_a, like_b = trained_of(old_a), trained_of(old_b)
+) -> PairValues:
+    """What a layer is to hold, allocated; the layer is not changed."""
+    like_a = trained_of(layer.lora_A[adapter_name])
+    like_b = trained_of(layer.lora_B[adapter_name])
     pair: Factors | None
     start: Factors | None
     if pairs and is_stack(layer):
         pair, start = _filled(layer, like_a, like_b, pairs)
     else:
         pair = start = next(iter(pairs.values()), None)
-    if anchored and hasattr(like_a, "device_mesh"):
-        halves = (None, None) if pair is None else (pair.A, pair.B)
-        kept = start is not None and start.anchored
-        return _Restart(*halves, *((start.A, start.B) if kept and start else (None, None)))
-    if pair is None:
-        if like_a.is_meta:
-            a, b = _default_start(like_a, like_b, layer)
-        elif anchored or isinstance(old_a, AnchoredA):
-            a, b = like_a.detach().clone(), like_b.detach().clone()
-        else:
-            return None
-    else:
+    a: Tensor | None = None
+    b: Tensor | None = None
+    if pair is not None:
         a, b = _like(pair.A, like_a, layer), _like(pair.B, like_b, layer)
-    bias = getattr(old_b, "bias", None)
+    elif like_a.is_meta:
+        a, b = _default_start(like_a, like_b, layer)
+    bias = getattr(layer.lora_B[adapter_name], "bias", None)
     if bias is not None and bias.is_meta:
-        bias = torch.zeros_like(bias, device=a.device)
-    if anchored:
-        experts = experts_of(layer)
-        if start is None or not start.anchored:
-            start_a, start_b = torch.zeros_like(a), torch.zeros_like(b)
-        else:
-            start_a, start_b = _like(start.A, a, layer), _like(start.B, b, layer)
-        return (
-            AnchoredA(a, start_a, experts=experts),
-            AnchoredB(b, start_b, bias, experts=experts),
+        bias = torch.zeros_like(bias, device=_base_device(layer))
+    else:
+        bias = None
+    if not anchored:
+        return PairValues(a, b, bias=bias)
+    if start is not None and start.anchored:
+        start_a, start_b = _like(start.A, like_a, layer), -_like(start.B, like_b, layer)
+    else:
+        start_a, start_b = (
+            torch.zeros(tuple(like.shape), dtype=like.dtype, device=_device_of(like, layer))
+            for like in (like_a, like_b)
         )
-    if isinstance(old_a, AnchoredA) or like_a.is_meta:
-        return _linear(a, None), _linear(b, bias)
-    return a, b
+    layout = torch.contiguous_format
+    start_a, start_b = (t.detach().clone(memory_format=layout) for t in (start_a, start_b))
+    return PairValues(a, b, start_a, start_b, bias)
 
 
 def _filled(
@@ -100,53 +103,39 @@ def experts_of(layer: LoraLayer) -> int:
     return int(layer.num_experts) if is_stack(layer) else 1
 
 
-def put_pair(layer: LoraLayer, adapter_name: str, pair: _Pair) -> None:
-    """Give a layer what `prepare_pair` made for it."""
-    if pair is None:
-        return
-    if isinstance(pair, _Restart):
-        _restart(layer, adapter_name, pair)
-        _refresh_magnitude(layer, adapter_name)
-        return
-    a, b = pair
-    if isinstance(a, nn.Module) and isinstance(b, nn.Module):
-        swap_pair(layer, adapter_name, (a, b))
-    elif isinstance(a, Tensor) and isinstance(b, Tensor):
-        layer.lora_A[adapter_name].weight.copy_(a)
-        layer.lora_B[adapter_name].weight.copy_(b)
+def put_pair(layer: LoraLayer, adapter_name: str, values: PairValues) -> None:
+    """Write what `prepare_pair` made into the layer's own parameters, which optimizers may hold."""
+    kinds = (AnchoredA, AnchoredB)
+    factors = (layer.lora_A[adapter_name], layer.lora_B[adapter_name])
+    given = ((values.a, values.start_a), (values.b, values.start_b))
+    for kind, factor, (value, start) in zip(kinds, factors, given, strict=True):
+        _write_trained(factor, value)
+        if start is None:
+            take_anchor(factor)
+        else:
+            give_anchor(factor, kind, start, experts=experts_of(layer))
+    if values.bias is not None:
+        old = factors[1].bias
+        factors[1].bias = nn.Parameter(values.bias, requires_grad=old.requires_grad)
     _refresh_magnitude(layer, adapter_name)
 
 
-def _restart(layer: LoraLayer, adapter_name: str, pair: _Restart) -> None:
-    for kind, holder, start, anchor in (
-        (AnchoredA, layer.lora_A, pair.a, pair.start_a),
-        (AnchoredB, layer.lora_B, pair.b, pair.start_b),
-    ):
-        factor = holder[adapter_name]
-        if not isinstance(factor, AnchoredA | AnchoredB):
-            factor = kind.around(factor, experts=experts_of(layer)).train(factor.training)
-            holder[adapter_name] = factor
-        like = factor.trained
-        factor.restart(
-            None if start is None else _like(start, like, layer),
-            None if anchor is None else anchor.to(device=like.device, dtype=like.dtype),
-        )
-
-
-def swap_pair(layer: LoraLayer, adapter_name: str, pair: tuple[nn.Module, nn.Module]) -> None:
-    """Replace the layer's factors, which keep their flags and mode."""
-    for holder, new in zip((layer.lora_A, layer.lora_B), pair, strict=True):
-        old = holder[adapter_name]
-        trainable = trained_of(old).requires_grad
-        holder[adapter_name] = new.requires_grad_(trainable).train(old.training)
+def _write_trained(factor: nn.Module, value: Tensor | None) -> None:
+    if value is None:
+        return
+    held = trained_of(factor)
+    if held.is_meta:
+        value = value.detach().clone(memory_format=torch.contiguous_format)
+        factor.weight = nn.Parameter(value, requires_grad=held.requires_grad)
+    else:
+        held.copy_(placed_like(value, held))
 
 
 def materialize(layer: LoraLayer, adapter_name: str) -> None:
     """PEFT's own start for factors on the meta device that no method serves."""
     if isinstance(layer, ParamWrapper) and layer.lora_A[adapter_name].weight.is_meta:
         old = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
-        a, b = _default_start(*old, layer)
-        swap_pair(layer, adapter_name, (_linear(a, None), _linear(b, None)))
+        put_pair(layer, adapter_name, PairValues(*_default_start(*old, layer)))
     if adapter_name not in layer.lora_embedding_A:
         return
     for holder in (layer.lora_embedding_A, layer.lora_embedding_B):
@@ -168,11 +157,12 @@ def _default_start(like_a: Tensor, like_b: Tensor, layer: LoraLayer) -> tuple[Te
 
 
 def _like(value: Tensor, like: Tensor, layer: LoraLayer) -> Tensor:
-    """The value in the dtype and on the device that PEFT chose; meta means the base layer's."""
-    device = like.device
-    if like.is_meta:
-        device = _base_device(layer)
-    return placed_like(value.detach().to(device=device, dtype=like.dtype), like)
+    """The value, whole, in the dtype and on the device that PEFT chose; meta means the base layer's."""
+    return whole_of(value.detach()).to(device=_device_of(like, layer), dtype=like.dtype)
+
+
+def _device_of(like: Tensor, layer: LoraLayer) -> torch.device:
+    return _base_device(layer) if like.is_meta else like.device
 
 
 def _base_device(layer: LoraLayer) -> torch.device:
@@ -183,15 +173,6 @@ def _base_device(layer: LoraLayer) -> torch.device:
             return torch.device(tensor.device)
     place = getattr(getattr(base, "_hf_hook", None), "execution_device", None)
     return torch.device("cpu" if place is None else place)
-
-
-def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    rows, columns = weight.shape
-    linear = nn.Linear(columns, rows, bias=False, device="meta")
-    linear.weight = nn.Parameter(weight.clone(memory_format=torch.contiguous_format))
-    if bias is not None:
-        linear.bias = nn.Parameter(bias.detach().clone())
-    return linear
 
 
 def _refresh_magnitude(layer: LoraLayer, adapter_name: str) -> None:

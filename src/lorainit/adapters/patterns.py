@@ -14,15 +14,8 @@ def exact_pattern(name: str) -> str:
     return "^" + re.escape(name)
 
 
-def alpha_for(config: LoraConfig, rank: int) -> float:
-    """The alpha by which a layer of this rank has the configuration's global scaling."""
-    ratio = rank / config.r
-    alpha = config.lora_alpha * (ratio**0.5 if config.use_rslora else ratio)
-    return int(alpha) if float(alpha).is_integer() else float(alpha)
-
-
 def with_ranks(config: LoraConfig, ranks: Mapping[str, int], names: Iterable[str]) -> None:
-    """Give single layers their own rank, in place, at the configuration's global scaling.
+    """Give single layers their own rank, in place, at the scaling that each of them has.
 
     Args:
         config: of the adapter.
@@ -36,7 +29,10 @@ def with_ranks(config: LoraConfig, ranks: Mapping[str, int], names: Iterable[str
         )
         for name in names
     }
-    layers |= {name: (rank, alpha_for(config, rank)) for name, rank in ranks.items()}
+    for name, rank in ranks.items():
+        configured, alpha = layers.get(name, (config.r, config.lora_alpha))
+        ratio = rank / configured
+        layers[name] = (rank, scaled(alpha, ratio**0.5 if config.use_rslora else ratio))
     spell_out(config, layers)
 
 

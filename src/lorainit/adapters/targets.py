@@ -16,6 +16,7 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from lorainit.adapters.supported import check_supported
 from lorainit.errors import TargetError
 from lorainit.models.experts import ExpertLayer, ExpertStack, expert_parameters
 from lorainit.types import LayerSpec
@@ -89,7 +90,9 @@ def match_targets(model: nn.Module, peft_config: LoraConfig) -> Targets:
     Raises:
         TargetError: nothing matches, nothing that matches can be served, or experts are to be
             adapted in a way that PEFT has for linear layers only.
+        AdapterError: the configuration asks for something that a start does not serve.
     """
+    check_supported(peft_config)
     base = base_model_of(model)
     config = _resolved(base, peft_config)
     layers: dict[str, Target] = {}
@@ -113,7 +116,22 @@ def match_targets(model: nn.Module, peft_config: LoraConfig) -> Targets:
     if not layers:
         raise TargetError(_nothing_matched(config, left_out))
     _check_experts(config, layers)
+    _check_tied(base, config, layers)
     return Targets(layers, left_out)
+
+
+def _check_tied(base: nn.Module, config: LoraConfig, layers: dict[str, Target]) -> None:
+    """PEFT ties the factors of two tied layers, which a start of one of them would untie."""
+    if not getattr(config, "ensure_weight_tying", False):
+        return
+    embeddings = {id(m.weight) for m in base.modules() if isinstance(m, nn.Embedding)}
+    for name, target in layers.items():
+        if id(getattr(target.module, "weight", None)) in embeddings:
+            raise TargetError(
+                f"layer '{name}' shares its weight with the embedding, and with ensure_weight_tying=True PEFT "
+                "makes their adapters share their factors too, which a start cannot be written into. Leave "
+                f"'{name}' out of target_modules, or set ensure_weight_tying=False."
+            )
 
 
 def _match_parameters(

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from peft import PeftModel
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from lorainit.adapters.anchor import AnchoredFactor
 from lorainit.adapters.targets import base_model_of
 from lorainit.errors import AdapterError
 
@@ -54,13 +54,16 @@ def _fully_sharded(model: nn.Module) -> bool:
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
-def adapter_tensors(model: PeftModel, adapter_name: str) -> list[torch.Tensor]:
+def adapter_tensors(model: nn.Module, adapter_name: str) -> list[torch.Tensor]:
     """All of an adapter's own tensors that every process holds whole, in the modules' order."""
     found = []
-    for name, tensor in [
-        *base_model_of(model).named_parameters(),
-        *base_model_of(model).named_buffers(),
-    ]:
+    base = base_model_of(model)
+    anchors = [
+        (f"{name}.anchor", module.anchor)
+        for name, module in base.named_modules()
+        if isinstance(module, AnchoredFactor)
+    ]
+    for name, tensor in [*base.named_parameters(), *base.named_buffers(), *anchors]:
         if f".{adapter_name}." not in f".{name}." or "lora_" not in name:
             continue
         if tensor.is_meta or hasattr(tensor, "device_mesh"):

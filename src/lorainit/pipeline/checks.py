@@ -7,10 +7,10 @@ import copy
 import logging
 from collections.abc import Mapping
 
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig
 from torch import nn
 
-from lorainit.adapters.layers import true_config
+from lorainit.adapters.layers import configurations, true_config
 from lorainit.adapters.patterns import with_ranks
 from lorainit.adapters.targets import Target, Targets, converted, match_targets
 from lorainit.adapters.weights import fingerprints, same_weight
@@ -47,7 +47,7 @@ def check_arguments(
             "method of torch.nn.ModuleDict, such as 'default'."
         )
     if peft_config is None:
-        if not (isinstance(model, PeftModel) and adapter_name in model.peft_config):
+        if adapter_name not in configurations(model):
             raise AdapterError(
                 "peft_config is None, which only an adapter that exists already can be started with. "
                 "Pass a peft.LoraConfig."
@@ -85,7 +85,6 @@ def configuration(
 ) -> LoraConfig:
     """A copy of the configuration, with PEFT's own initialization schemes switched off."""
     if existing:
-        assert isinstance(model, PeftModel)
         config = true_config(model, adapter_name)
         if peft_config is not None and (peft_config.r, peft_config.lora_alpha) != (
             config.r,
@@ -112,7 +111,7 @@ def configuration(
 
 
 def _check_same_targets(
-    model: PeftModel, config: LoraConfig, wanted: LoraConfig, adapter_name: str
+    model: nn.Module, config: LoraConfig, wanted: LoraConfig, adapter_name: str
 ) -> None:
     """An adapter that exists has its layers already; another set cannot be asked for."""
     have, want = (set(match_targets(model, c).layers) for c in (config, wanted))

@@ -8,7 +8,7 @@ from typing import Any, Unpack
 from peft import LoraConfig
 from torch import nn
 
-from lorainit.adapters.layers import adapters_off, check_not_merged
+from lorainit.adapters.layers import adapters_disabled, check_not_merged
 from lorainit.adapters.targets import match_targets
 from lorainit.adapters.wrappers import unwrapped
 from lorainit.pipeline.measurements import Measurements
@@ -58,5 +58,5 @@ def collect_statistics(
     check_not_merged(model)
     targets = match_targets(model, peft_config)
     measurements = Measurements(model, targets, names, settings, gather=gather)
-    with adapters_off(model), measurements.unchanged_rng():
+    with adapters_disabled(model), measurements.unchanged_rng():
         return measurements.statistics(measurements.sample(data))

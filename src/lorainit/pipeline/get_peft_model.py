@@ -11,7 +11,12 @@ from torch import nn
 
 from lorainit.adapters import install as installing
 from lorainit.adapters.create import create_adapter
-from lorainit.adapters.layers import adapters_off, check_not_merged, left_at_default
+from lorainit.adapters.layers import (
+    adapters_disabled,
+    check_not_merged,
+    configurations,
+    left_at_default,
+)
 from lorainit.adapters.patterns import with_ranks
 from lorainit.adapters.targets import Targets, match_targets
 from lorainit.adapters.wrappers import adapter_tensors, unwrapped
@@ -56,7 +61,9 @@ def get_peft_model(
 
     Args:
         model: a base model; or a PeftModel, which gets a new adapter, or whose adapter of this name
-            is started again. No weight of the base is changed by a bit, now or later.
+            is started again; or a model whose adapter of this name is its own (``model.add_adapter`` of
+            transformers, diffusers and sentence-transformers, ``peft.inject_adapter_in_model``). No weight
+            of the base is changed by a bit, now or later.
         peft_config: any LoraConfig; it is copied. None for an existing adapter's own.
         method: how to find the start, for example ``lorainit.LoraDA()``. Default: ``lorainit.Auto()``.
         data: batches to collect statistics from, see `collect_statistics`.
@@ -73,7 +80,7 @@ def get_peft_model(
             ``loss_fn``, ``on_nonfinite``, ``on_unused``, ``max_memory``, ``gradient_dtype``, ``progress``.
 
     Returns:
-        The PeftModel; `model` itself where that was one.
+        The PeftModel; `model` itself where that was one, or has the adapter as its own.
 
     Raises:
         LorainitError: bad input, found before any long work; the model is as it was.
@@ -83,7 +90,7 @@ def get_peft_model(
     method = Auto() if method is None else method
     check_arguments(model, peft_config, method, data, statistics, adapter_name)
     check_not_merged(model)
-    existing = isinstance(model, PeftModel) and adapter_name in model.peft_config
+    existing = adapter_name in configurations(model)
     config = configuration(model, peft_config, adapter_name, existing)
     targets = match_targets(model, config)
     targets = with_possible_ranks(model, config, targets, method, cap_rank=cap_rank)
@@ -103,7 +110,7 @@ def get_peft_model(
     measurements = Measurements(model, targets, needs, settings, with_ranks=redistribute)
     start = Start()
     if not default:
-        with adapters_off(model), measurements.unchanged_rng():
+        with adapters_disabled(model), measurements.unchanged_rng():
             sample = None
             if needs_sample(method, statistics, has_data=data is not None):
                 sample = measurements.sample(data)
@@ -119,8 +126,7 @@ def get_peft_model(
         installing.undone_on_error(model, adapter_name),
     ):
         if existing:
-            assert isinstance(model, PeftModel)
-            wrapped = model
+            wrapped: Any = model
         else:
             wrapped = create_adapter(model, config, adapter_name, autocast=autocast_adapter_dtype)
         with collectives.shared_errors():

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
 
-from lorainit.adapters.anchor import AnchoredA, AnchoredB
+from lorainit.adapters.anchor import trained_of
 from lorainit.adapters.layers import adapter_layers, is_linear
 from lorainit.adapters.weights import read_weight
 from lorainit.solve.layers import relative_size
@@ -23,12 +22,7 @@ def sizes_of(model: PeftModel, adapter_name: str = "default") -> dict[str, float
         for name, layer in adapter_layers(model, adapter_name).items():
             if not is_linear(layer, adapter_name):
                 continue
-            a, b = (_trained(f[adapter_name]).detach() for f in (layer.lora_A, layer.lora_B))
+            a, b = (trained_of(f[adapter_name]).detach() for f in (layer.lora_A, layer.lora_B))
             weight = read_weight(layer.get_base_layer(), name)
             found[name] = float(relative_size(Factors(a, b), weight, layer.scaling[adapter_name]))
-    return found
-
-
-def _trained(factor: nn.Module) -> Tensor:
-    found: Tensor = factor.trained if isinstance(factor, AnchoredA | AnchoredB) else factor.weight  # type: ignore[assignment]
     return found

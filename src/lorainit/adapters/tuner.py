@@ -1,0 +1,100 @@
+"""PEFT's LoRA tuner, for models that hold an anchored adapter: what PEFT itself cannot know about them."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from peft.tuners.lora import LoraLayer, LoraModel
+from torch import nn
+
+from lorainit.adapters.anchor import AnchoredA, AnchoredB, AnchoredFactor, give_anchor
+from lorainit.adapters.origin import StartedLoraConfig
+from lorainit.errors import AdapterError
+
+_FACTOR_BY_FACTOR = ("ties", "dare_ties", "dare_linear", "magnitude_prune")
+
+
+class StartedLoraModel(LoraModel):  # type: ignore[misc]
+    """A LoraModel with two differences, both about anchored adapters."""
+
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Add an adapter; one made from an anchored adapter's configuration starts as that one did.
+
+        TRL's trainers make such an adapter, and copy every parameter of the first into it, to have a
+        reference that does not learn.
+        """
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        config = self.peft_config[adapter_name]
+        origin = config.origin if isinstance(config, StartedLoraConfig) else None
+        if origin is None or not origin.anchored:
+            return
+        for name, other in self.peft_config.items():
+            if name != adapter_name and getattr(other, "origin", None) is origin:
+                _start_alike(model, name, adapter_name)
+                return
+        # An adapter of another model: this one holds no anchor, and shall not be saved as if it did.
+        self.peft_config[adapter_name] = config = copy.copy(config)
+        config.origin = None
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """As PEFT's, which combines an anchored adapter exactly, but for what prunes factor by factor.
+
+        Raises:
+            AdapterError: a combination that would prune an anchored adapter's start apart from what is
+                to take it away again.
+        """
+        if combination_type in _FACTOR_BY_FACTOR and len(adapters) > 1:
+            for name in adapters:
+                if _is_anchored(self.model, name):
+                    raise AdapterError(
+                        f"combination_type='{combination_type}' prunes every factor by itself, and so the "
+                        f"frozen start of the anchored adapter '{name}' too, which would no longer be "
+                        f"taken away. Use '{combination_type}_svd', which prunes the change of the weight."
+                    )
+        super().add_weighted_adapter(
+            adapters, weights, adapter_name, combination_type, *args, **kwargs
+        )
+
+
+def know_anchors(model: nn.Module) -> None:
+    """Make a PeftModel's tuner one that knows anchored adapters, in place."""
+    tuner = getattr(model, "base_model", None)
+    if type(tuner) is LoraModel:
+        tuner.__class__ = StartedLoraModel
+
+
+def _is_anchored(model: nn.Module, adapter_name: str) -> bool:
+    return any(
+        isinstance(module, LoraLayer)
+        and adapter_name in module.lora_A
+        and isinstance(module.lora_A[adapter_name], AnchoredFactor)
+        for module in model.modules()
+    )
+
+
+def _start_alike(model: nn.Module, first: str, second: str) -> None:
+    """Give the adapter `second`, of rank ``2 r`` so far, the anchor of `first`, and its start."""
+    for layer in model.modules():
+        if not isinstance(layer, LoraLayer) or first not in layer.lora_A:
+            continue
+        for kind, holder in ((AnchoredA, layer.lora_A), (AnchoredB, layer.lora_B)):
+            old, new = holder[first], holder[second]
+            if not isinstance(old, AnchoredFactor):
+                continue
+            flag, like = new.weight.requires_grad, new.weight
+            start = old.anchor if kind is AnchoredA else -old.anchor
+            give_anchor(new, kind, old.anchor.detach().clone(), experts=old.experts)
+            start = start.detach().clone().to(device=like.device, dtype=like.dtype)
+            new.weight = nn.Parameter(start, flag)
+            new.is_copy = True
