@@ -59,4 +59,5 @@ def collect_statistics(
     targets = match_targets(model, peft_config)
     measurements = Measurements(model, targets, names, settings, gather=gather)
     with adapters_off(model), measurements.unchanged_rng():
-        return measurements.statistics(measurements.sample(data))
+        measurements, sample = measurements.with_own_loss(measurements.sample(data))
+        return measurements.statistics(sample)

@@ -106,7 +106,7 @@ def get_peft_model(
         with adapters_off(model), measurements.unchanged_rng():
             sample = None
             if needs_sample(method, statistics, has_data=data is not None):
-                sample = measurements.sample(data)
+                measurements, sample = measurements.with_own_loss(measurements.sample(data))
             start = find_start(
                 method, measurements, sample, statistics, precision, calibration_share
             )
