@@ -11,6 +11,7 @@ from torch import nn
 from lorainit.adapters.layers import adapters_off, check_not_merged
 from lorainit.adapters.targets import match_targets
 from lorainit.adapters.wrappers import unwrapped
+from lorainit.models.state import outside_autocast
 from lorainit.pipeline.measurements import Measurements
 from lorainit.statistics.settings import (
     CollectOptions,
@@ -21,6 +22,7 @@ from lorainit.statistics.settings import (
 from lorainit.statistics.store.statistics import Statistics
 
 
+@outside_autocast
 def collect_statistics(
     model: nn.Module,
     peft_config: LoraConfig,
