@@ -154,10 +154,13 @@ class ModelCalls:
             discarded = self._discarded.get(name)
             return discarded.pop() if discarded else self._of_batch()
         call = self._running[-1]
+        turned = call.shape is not None and _is_length_first(x, call.shape[0])
+        rows_first = x.transpose(0, 1) if turned else x
         found = self._in_call(call, x)
-        padded = call.shape is not None and x.dim() == 3 and x.shape[0] == call.shape[0]
-        if padded and found is call.found and x.shape[1] > call.shape[1]:  # type: ignore[index]
-            return self._with_own_padding(call, x)
+        if found is call.found and call.shape is not None and _is_longer(rows_first, call.shape):
+            found = self._with_own_padding(call, rows_first)
+        if turned and found.mask is not None:
+            found = InputPositions(found.mask.length_first, found.known)
         return found
 
     def note_discarded(self, name: str, x: Tensor) -> None:
@@ -340,6 +343,18 @@ def _blocks(model: nn.Module) -> Iterator[nn.Module]:
                 continue
             if "attention_mask" in inspect.signature(block.forward).parameters:
                 yield block
+
+
+def _is_length_first(x: Tensor, rows: int) -> bool:
+    """Whether an input is ``(length, rows, ...)``: a view, by its strides, of what has the rows first."""
+    if x.dim() != 3 or x.shape[1] != rows:
+        return False
+    return x.shape[0] > 1 if rows == 1 else x.stride(0) < x.stride(1)
+
+
+def _is_longer(x: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether an input has the rows of `shape`, and more positions."""
+    return x.dim() == 3 and x.shape[0] == shape[0] and x.shape[1] > shape[1]
 
 
 def _same(one: Tensor | None, other: Tensor | None) -> bool:

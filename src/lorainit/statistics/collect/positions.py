@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -88,6 +89,15 @@ class CountedPositions:
             return found.indices, True
         # One vector a sample has no padding.
         return None, leading.numel() == self.shape[0]
+
+    @cached_property
+    def length_first(self) -> CountedPositions:
+        """The same of inputs that lie as ``(length, rows)``."""
+        rows, length = self.shape
+        indices = self.indices
+        if indices is not None:
+            indices = (indices % length * rows + indices // length).sort().values
+        return CountedPositions((length, rows), indices)
 
     def _of_steps(self, steps: int) -> CountedPositions | None:
         assert self.lengths is not None
