@@ -141,9 +141,81 @@ def test_it_is_the_default_and_wants_data() -> None:
         lorainit.get_peft_model(llama(), config(r=4))
 
 
-def test_a_loss_that_is_not_above_zero_has_no_share() -> None:
-    assert SearchResult(1.0, -2.0, -1.0, ()).gain == 1
-    assert SearchResult(1.0, 0.5, 2.0, ()).gain == 0.75
+@pytest.mark.parametrize(
+    ("result", "gain", "is_share"),
+    [
+        (SearchResult(1.0, 0.5, 2.0, ((1.0, 0.5), (4.0, 3.0))), 0.75, True),
+        (SearchResult(1.0, -2.0, -1.0, ((1.0, -2.0),)), 1.0, False),
+        (SearchResult(1.0, -1.1, -1.0, ((1.0, -1.1),)), 0.1, False),
+        # It starts above zero, and some length takes it below.
+        (SearchResult(1.0, 0.2, 0.3, ((1.0, 0.2), (4.0, -0.5))), 0.1, False),
+    ],
+)
+def test_gains_of_losses_that_may_be_negative_are_differences(
+    result: SearchResult, gain: float, is_share: bool
+) -> None:
+    assert result.gain == pytest.approx(gain)
+    assert result.is_share == is_share
+
+
+def reward(model: Any, batch: Any) -> Tensor:
+    """Minus the mean log-odds of the labels: negative where they are likely."""
+    logits = model(input_ids=batch["input_ids"]).logits[:, :-1]
+    chosen = logits.log_softmax(-1).gather(-1, batch["labels"][:, 1:, None].clamp_min(0))
+    return -10 - chosen[..., 0].mean(1)
+
+
+def test_a_start_is_judged_by_how_much_a_negative_loss_falls(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The measured start lowers it by some tenths: enough for 0.01, too little for 0.9."""
+    data = [{"input_ids": b["input_ids"], "labels": b["labels"]} for b in sequences()]
+    lengths = []
+    for least in (0.01, 0.9):
+        torch.manual_seed(5)
+        with caplog.at_level("INFO", logger="lorainit"):
+            model = lorainit.get_peft_model(
+                llama(),
+                config(r=4),
+                method=lorainit.Auto(least_gain=least),
+                data=data,
+                loss_fn=reward,
+                progress=False,
+            )
+        lengths.append(origin_of(model, "default").measured["length"])
+    assert lengths[0] > 0 == lengths[1]
+    assert "the measured start would lower the loss by 0." in caplog.text
+    assert "less than 0.9" in caplog.text
+
+
+def preference(model: Any, batch: Any) -> Tensor:
+    """DPO, its reference computed by the same model inside the same forward."""
+
+    def ratio(ids: Tensor) -> Tensor:
+        logits = model(input_ids=ids).logits[:, :-1]
+        return logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0].sum(1)
+
+    ids = batch["input_ids"]
+    with torch.no_grad():
+        reference = ratio(ids) - ratio(ids.flip(1))
+    return -torch.nn.functional.logsigmoid(ratio(ids) - ratio(ids.flip(1)) - reference)
+
+
+@pytest.mark.parametrize("method", [lorainit.Natural(), lorainit.Natural(steps=2), lorainit.Auto()])
+def test_a_loss_that_never_moves_is_plain_lora_and_said(
+    method: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = [{"input_ids": b["input_ids"], "labels": b["labels"]} for b in sequences()]
+    torch.manual_seed(5)
+    plain = adapter(peft.get_peft_model(llama(), config(r=4)))
+    torch.manual_seed(5)
+    with caplog.at_level("INFO", logger="lorainit"):
+        model = lorainit.get_peft_model(
+            llama(), config(r=4), method=method, data=data, loss_fn=preference, progress=False
+        )
+    assert same(adapter(model), plain)
+    assert "the loss on held-back sequences is 0.6931 whatever the start" in caplog.text
+    assert "precompute_ref_log_probs" in caplog.text
 
 
 @pytest.mark.parametrize("gain", [-0.1, 1.0, float("nan")])

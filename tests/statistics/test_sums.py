@@ -22,7 +22,12 @@ from lorainit.statistics.collect.accumulators import (
     add_sum,
     sum_dtype,
 )
-from lorainit.statistics.collect.positions import CountedPositions, batch_positions
+from lorainit.statistics.collect.positions import (
+    CountedPositions,
+    label_positions,
+    positions_of,
+    up_to_the_last_label,
+)
 from lorainit.statistics.memory.peak import LiveBytes
 from tests.statistics import models
 
@@ -187,9 +192,11 @@ def test_positions_are_those_of_the_mask(mask: list[list[bool]], leading: str) -
         "in front": (1, 1, rows, length),
         "between": (rows, 1, length),
     }
-    positions = batch_positions(nn.Identity(), {"attention_mask": attends.long()}, "attention", CPU)
+    positions = positions_of(attends.long(), CPU)
     shape = torch.Size(shapes[leading])
-    found = chosen(x.reshape(*shape, 1), positions.indices_for(shape, reads_encoder=False))
+    indices, known = positions.indices_for(shape)
+    assert known
+    found = chosen(x.reshape(*shape, 1), indices)
     assert torch.equal(found, x[attends])
 
 
@@ -211,11 +218,8 @@ def test_choices_lie_flat(mask: list[list[bool]]) -> None:
     """Multiple choice: masks are (batch, choices, length), inputs (batch * choices, length)."""
     attends = torch.tensor([mask, mask])
     x = torch.arange(attends.numel(), dtype=torch.float64).reshape(*attends.shape, 1)
-    # Tokens of three dimensions say that the mask's middle one is choices, not queries.
-    inputs = {"attention_mask": attends, "input_ids": attends.long()}
-    positions = batch_positions(nn.Identity(), inputs, "attention", CPU)
     shape = torch.Size((2 * attends.shape[1], attends.shape[2]))
-    found = chosen(x.reshape(*shape, 1), positions.indices_for(shape, reads_encoder=False))
+    found = chosen(x.reshape(*shape, 1), positions_of(attends, CPU).indices_for(shape)[0])
     assert torch.equal(found, x[attends])
 
 
@@ -224,9 +228,8 @@ def test_choices_lie_flat(mask: list[list[bool]]) -> None:
 def test_label_positions_predict_a_label(mask: list[list[bool]]) -> None:
     labelled = torch.tensor(mask)
     labels = torch.where(labelled, 5, -100)
-    positions = batch_positions(nn.Identity(), {"labels": labels}, "labels", CPU)
-    shape = torch.Size(labels.shape)
-    indices = positions.indices_for(shape, reads_encoder=False)
+    positions = label_positions(nn.Identity(), {"labels": labels}, CPU)
+    indices, _ = positions.indices_for(torch.Size(labels.shape))
     found = torch.zeros(labels.numel(), dtype=torch.bool)
     found[slice(None) if indices is None else indices] = True
     expected = torch.zeros_like(labelled)
@@ -238,8 +241,7 @@ def test_label_positions_predict_a_label(mask: list[list[bool]]) -> None:
 
 def test_a_decoders_positions_end_with_its_labels() -> None:
     labels = torch.tensor([[5, -100, 6, -100], [7, 8, 9, 4]])
-    positions = batch_positions(models.t5(), {"labels": labels}, "attention", CPU)
-    indices = positions.indices_for(torch.Size((2, 4)), reads_encoder=False)
+    indices, _ = positions_of(up_to_the_last_label(labels), CPU).indices_for(torch.Size((2, 4)))
     assert indices is not None
     assert indices.tolist() == [0, 1, 2, 4, 5, 6, 7]
 
@@ -308,4 +310,4 @@ def test_tensors_move_inside_whatever_holds_them() -> None:
 
 def test_labels_masks_need_causal_labels() -> None:
     with pytest.raises(DataError, match="causal"):
-        batch_positions(models.t5(), {"labels": torch.ones(2, 3).long()}, "labels", CPU)
+        label_positions(models.t5(), {"labels": torch.ones(2, 3).long()}, CPU)

@@ -1,4 +1,4 @@
-"""Wrappers for many processes: seen through where that is right, refused where it is not."""
+"""Wrappers for many processes, and compiled models: seen through where that is right, else refused."""
 
 from __future__ import annotations
 
@@ -12,13 +12,18 @@ from lorainit.errors import AdapterError
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside data-parallel wrappers; a sharded model is as it is.
+    """The model inside data-parallel wrappers and ``torch.compile``; a sharded model is as it is.
 
     Raises:
         AdapterError: DeepSpeed ZeRO-3, FSDP1 or tensor parallelism, with the way round.
     """
-    while isinstance(model, DistributedDataParallel | DataParallel):
-        model = model.module
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if isinstance(model, DistributedDataParallel | DataParallel):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            break
+        model = inner
     _refuse(model)
     return model
 

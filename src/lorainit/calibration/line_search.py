@@ -18,6 +18,9 @@ LossAt = Callable[[float], float]
 
 _GROWTH = 4.0
 
+_ROUNDING = 1e-6
+"""Relative differences between losses that are one."""
+
 
 @dataclass(frozen=True)
 class SearchResult:
@@ -36,9 +39,22 @@ class SearchResult:
     trials: tuple[tuple[float, float], ...]
 
     @property
+    def is_share(self) -> bool:
+        """Whether the gain is a share of the loss: of one that may be negative there is none."""
+        losses = [self.loss, *(loss for _, loss in self.trials)]
+        return self.start_loss > 0 and min(losses) >= 0
+
+    @property
     def gain(self) -> float:
-        """Share of the start's loss that is gone; of a loss that is not above zero there is no share: 1."""
-        return 1 - self.loss / self.start_loss if self.start_loss > 0 else 1.0
+        """Share of the start's loss that is gone, or by how much a loss that may be negative is lower."""
+        difference = self.start_loss - self.loss
+        return difference / self.start_loss if self.is_share else difference
+
+    @property
+    def unmoved(self) -> bool:
+        """Whether the loss is the same at every length: it compares with a reference that moves along."""
+        near = _ROUNDING * abs(self.start_loss)
+        return bool(self.trials) and all(abs(x - self.start_loss) <= near for _, x in self.trials)
 
 
 def search_length(

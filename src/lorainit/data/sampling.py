@@ -31,6 +31,12 @@ class Sample:
         """How many this process has."""
         return sum(batch.sequences for batch in self.batches)
 
+    def with_batches(self, batches: list[Batch]) -> Sample:
+        """Other batches of this process; every process has to call this."""
+        rank, _ = collectives.world()
+        units = collectives.gather_objects(sum(batch.units for batch in batches))
+        return Sample(batches, self.population, int(sum(units[:rank])))
+
     def held_back(self, share: float, fold: int = 0) -> tuple[Sample, Sample]:
         """The sample without about `share` of its units, and these: every so many-th, whatever the batching.
 
@@ -95,8 +101,7 @@ def draw_sample(data: object, max_sequences: int | None, config: object = None) 
             "data gave no sequences: the iterable is empty, or exhausted by an earlier pass. "
             "Give a DataLoader or a list of batches."
         )
-    units = collectives.gather_objects(sum(batch.units for batch in batches))
-    return Sample(batches, population, int(sum(units[:rank])))
+    return Sample([], population).with_batches(batches)
 
 
 def arriving(data: object, config: object = None) -> Iterator[Batch]:

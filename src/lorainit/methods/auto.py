@@ -21,7 +21,8 @@ class Auto(Natural):
     measured on: give other data than the statistics are of, or what is measured is too good.
 
     Args:
-        least_gain: smallest share of the loss, where that is above zero, that the start must take away.
+        least_gain: smallest share of the loss that the start must take away; of a loss that may be
+            negative (preferences, rewards) there is no share, and it is the smallest difference.
             In the benchmark's runs one step of Natural took away 44 to 80% on the language model, 21 to
             54% on the image model and 0.4 to 5% under a new head; where it was below a quarter it ended
             below plain LoRA on three of four tasks (docs/natural.md). It was set for one step.

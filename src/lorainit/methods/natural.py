@@ -69,8 +69,9 @@ class Natural:
             redistributes ranks by the decrease that its directions promise; 1 (default) keeps every
             rank as configured.
         least_gain: where the length is measured, and the start takes away less than this share of the
-            loss on the held-back sequences, it is plain LoRA in its place. 0 (default): any start that
-            lowers the loss is taken; see `Auto`.
+            loss on the held-back sequences (of a loss that may be negative: lowers it by less than
+            this), it is plain LoRA in its place. 0 (default): any start that lowers the loss is taken;
+            see `Auto`.
     """
 
     damping: float = 0.1
@@ -144,9 +145,11 @@ class Natural:
         """Whether the length is to be measured."""
         return self.length is None
 
-    def refusal(self, gain: float) -> str | None:
-        """Why a start that takes away this share of the loss is not taken: it is below `least_gain`."""
-        return None if gain >= self.least_gain else f"less than {self.least_gain:.0%}"
+    def refusal(self, gain: float, *, share: bool = True) -> str | None:
+        """Why a start that takes away this much of the loss is not taken: it is below `least_gain`."""
+        if gain >= self.least_gain:
+            return None
+        return f"less than {self.least_gain:.0%}" if share else f"less than {self.least_gain:g}"
 
     def step(self, statistics: LayerStatistics, rank: int) -> LowRankStep:
         """One ``Delta``, strongest directions first, and the metric that it is cut in.

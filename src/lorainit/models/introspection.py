@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from torch import nn
 
@@ -18,6 +20,11 @@ def innermost_model(model: nn.Module) -> nn.Module:
         if not isinstance(inner, nn.Module) or inner is model:
             return model
         model = inner
+
+
+def accepts(model: nn.Module, argument: str) -> bool:
+    """Whether the model's forward has an argument of this name."""
+    return argument in inspect.signature(model.forward).parameters
 
 
 def input_device(model: nn.Module) -> torch.device:
@@ -49,11 +56,6 @@ def model_dtype(model: nn.Module) -> torch.dtype:
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
-def encoder_of(model: nn.Module) -> nn.Module | None:
-    """The encoder of an encoder-decoder model, None of others."""
-    base = innermost_model(model)
-    if not getattr(getattr(base, "config", None), "is_encoder_decoder", False):
-        return None
-    get = getattr(base, "get_encoder", None)
-    encoder = get() if callable(get) else None
-    return encoder if isinstance(encoder, nn.Module) else None
+def is_transformers_model(module: nn.Module) -> bool:
+    """Whether a module is a model of transformers by itself: a whole one, an encoder, a vision tower."""
+    return any(parent.__name__ == "PreTrainedModel" for parent in type(module).__mro__)

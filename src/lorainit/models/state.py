@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lorainit.parallel.sharding import reshard
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @contextmanager
@@ -58,13 +63,27 @@ def _random_state(device: torch.device) -> Callable[[], None]:
     return restore
 
 
+def outside_autocast(function: Callable[P, R]) -> Callable[P, R]:
+    """The function without whatever autocast is on where it is called."""
+
+    @functools.wraps(function)
+    def called(*args: P.args, **kwargs: P.kwargs) -> R:
+        with ExitStack() as stack:
+            for kind in ("cpu", "cuda", "mps", "xpu"):
+                if torch.is_autocast_enabled(kind):
+                    stack.enter_context(torch.autocast(kind, enabled=False))
+            return function(*args, **kwargs)
+
+    return called
+
+
 @contextmanager
 def measuring(model: nn.Module) -> Iterator[None]:
     """Freeze every parameter and switch dropout off, and put everything back afterwards.
 
     The model goes to eval mode, but where its layers are gradient-checkpointed and it is in train
     mode: such layers must stay in train mode to be checkpointed at all, so their own dropout rates
-    are set to zero for the time being.
+    are set to zero for the time being. What is compiled of it runs eagerly, where hooks are seen.
     """
     reshard(model)
     required = [(p, p.requires_grad) for p in model.parameters()]
@@ -82,6 +101,9 @@ def measuring(model: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         stack.callback(_put_back, required, modes, rates)
         stack.callback(reshard, model)
+        if "torch._dynamo" in sys.modules:
+            # Nothing can be compiled where it was not loaded.
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         if checkpointed:
             _inputs_require_grad(model, stack)
         for parameter, _ in required:

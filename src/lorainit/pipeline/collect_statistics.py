@@ -11,6 +11,7 @@ from torch import nn
 from lorainit.adapters.layers import adapters_disabled, check_not_merged
 from lorainit.adapters.targets import match_targets
 from lorainit.adapters.wrappers import unwrapped
+from lorainit.models.state import outside_autocast
 from lorainit.pipeline.measurements import Measurements
 from lorainit.statistics.settings import (
     CollectOptions,
@@ -21,6 +22,7 @@ from lorainit.statistics.settings import (
 from lorainit.statistics.store.statistics import Statistics
 
 
+@outside_autocast
 def collect_statistics(
     model: nn.Module,
     peft_config: LoraConfig,
@@ -59,4 +61,5 @@ def collect_statistics(
     targets = match_targets(model, peft_config)
     measurements = Measurements(model, targets, names, settings, gather=gather)
     with adapters_disabled(model), measurements.unchanged_rng():
-        return measurements.statistics(measurements.sample(data))
+        measurements, sample = measurements.with_own_loss(measurements.sample(data))
+        return measurements.statistics(sample)

@@ -21,7 +21,7 @@ from lorainit.adapters.patterns import with_ranks
 from lorainit.adapters.targets import Targets, match_targets
 from lorainit.adapters.wrappers import adapter_tensors, unwrapped
 from lorainit.methods.auto import Auto
-from lorainit.models.state import unchanged_rng_on_error
+from lorainit.models.state import outside_autocast, unchanged_rng_on_error
 from lorainit.parallel import collectives
 from lorainit.pipeline.checks import (
     check_arguments,
@@ -42,6 +42,7 @@ from lorainit.statistics.store.statistics import Statistics
 from lorainit.types import Method, UsesDefaultStart, settings_of
 
 
+@outside_autocast
 def get_peft_model(
     model: nn.Module,
     peft_config: LoraConfig | None,
@@ -113,7 +114,7 @@ def get_peft_model(
         with adapters_disabled(model), measurements.unchanged_rng():
             sample = None
             if needs_sample(method, statistics, has_data=data is not None):
-                sample = measurements.sample(data)
+                measurements, sample = measurements.with_own_loss(measurements.sample(data))
             start = find_start(
                 method, measurements, sample, statistics, precision, calibration_share
             )

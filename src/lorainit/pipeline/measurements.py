@@ -24,9 +24,16 @@ from lorainit.solve.importance import ranks_by_importance
 from lorainit.solve.layers import value_directions
 from lorainit.solve.ranks import allocate_ranks, rank_limits
 from lorainit.statistics.collection import collect_layers, plan_collection
+from lorainit.statistics.loss.own_loss import OwnLoss, needs_own_loss, one_by_one
 from lorainit.statistics.settings import CollectSettings, Subject
 from lorainit.statistics.store.statistics import Statistics
-from lorainit.types import LimitsRank, Method, RanksDirections, RanksLayers
+from lorainit.types import (
+    GRADIENT_STATISTICS,
+    LimitsRank,
+    Method,
+    RanksDirections,
+    RanksLayers,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +75,17 @@ class Measurements:
         """This process's part of the data, kept."""
         config = getattr(innermost_model(self.model), "config", None)
         return draw_sample(data, self.settings.max_sequences, config)
+
+    def with_own_loss(self, sample: Sample) -> tuple[Measurements, Sample]:
+        """The same with the model's own loss, one sequence at a time, where the default one is another."""
+        settings = self.settings
+        if settings.loss_fn is not None or not self.needs & GRADIENT_STATISTICS:
+            return self, sample
+        labels = settings.token_mask == "labels"
+        if not needs_own_loss(self.model, sample.batches, router_losses_alone=labels):
+            return self, sample
+        settings = replace(settings, loss_fn=OwnLoss(settings.loss_reduction))
+        return replace(self, settings=settings), sample.with_batches(one_by_one(sample.batches))
 
     def statistics(self, sample: Sample, at: Mapping[str, LowRank] | None = None) -> Statistics:
         """Statistics of the base model, displaced by `at`, with its fingerprints."""

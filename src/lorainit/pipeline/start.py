@@ -51,8 +51,8 @@ class Start:
         sizes: ``|s B A| / |W|`` by target name.
         unused: targets that no sequence reached, with the reason.
         search: the last measurement of a length, if any.
-        refusal: why it is plain LoRA after all, in the method's words; there are no factors then, unless
-            the adapter was there before.
+        refusal: why it is plain LoRA after all; there are no factors then, unless the adapter was there
+            before.
     """
 
     factors: dict[str, Factors] = field(default_factory=dict)
@@ -141,7 +141,7 @@ def _measured(
         start = _solved(method, measurements, statistics, precision)
         held_out = measurements.held_out_loss(first[1])
         factors, search = calibrate_factors(start.factors, served, held_out, method.trust_region)
-    refusal = method.refusal(search.gain) if isinstance(method, RefusesStart) else None
+    refusal = _refusal(method, search)
     if refusal is not None:
         return _refused(measurements, unused, search, refusal)
     return Start(factors, _sizes(factors, served), unused, search)
@@ -210,6 +210,25 @@ def _at_stated_length(start: Start, measurements: Measurements, method: Method) 
     )
     sizes = {name: size * length for name, size in start.sizes.items()}
     return Start(scale_factors(start.factors, length), sizes, start.unused)
+
+
+def _refusal(method: MeasuresLength, search: SearchResult) -> str | None:
+    """Why plain LoRA is taken in place of the start that was measured; None: it is not."""
+    if search.unmoved:
+        return (
+            f"the loss on held-back sequences is {search.start_loss:.4g} whatever the start, as that of a "
+            "loss that compares with a reference model inside the same forward, which the start moves "
+            "along: compute the reference before (DPO: precompute_ref_log_probs=True), or hold a second "
+            "model for it"
+        )
+    if not isinstance(method, RefusesStart):
+        return None
+    share, gain = search.is_share, search.gain
+    reason = method.refusal(gain, share=share)
+    if reason is None:
+        return None
+    moved = f"take {gain:.1%} of the loss away" if share else f"lower the loss by {gain:.3g}"
+    return f"the measured start would {moved}, {reason}"
 
 
 def _refused(

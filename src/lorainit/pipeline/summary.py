@@ -46,11 +46,7 @@ def summary(method: Method, start: Start, left_out: Mapping[str, str]) -> str:
     """One line: how large the start is, and what was left out and why."""
     line, sizes = f"{type(method).__name__}: ", start.sizes
     if start.refusal is not None:
-        assert start.search is not None
-        line += (
-            f"plain LoRA: the measured start would take {start.search.gain:.1%} of the loss away, "
-            f"{start.refusal}"
-        )
+        line += f"plain LoRA: {start.refusal}"
     elif sizes:
         line += (
             f"{len(sizes)} layers started, |s B A| / |W| largest {max(sizes.values()):.2g}, "

@@ -114,12 +114,12 @@ class MeasuresLength(Method, Protocol):
 class RefusesStart(MeasuresLength, Protocol):
     """A method that may prefer plain LoRA to the start that was measured."""
 
-    def refusal(self, gain: float) -> str | None:
+    def refusal(self, gain: float, *, share: bool = True) -> str | None:
         """Why plain LoRA is taken in its place, as the end of a sentence; None: the start is taken.
 
         Args:
-            gain: the share of the loss on held-back sequences that is gone; 1 of a loss that is not
-                above zero.
+            gain: the share of the loss on held-back sequences that is gone.
+            share: if false, the loss may be negative, and `gain` is by how much it is lower.
         """
 
 

@@ -21,7 +21,7 @@ from lorainit.errors import DataError
 from lorainit.linalg import all_finite
 from lorainit.models.experts import ExpertLayer, routed
 from lorainit.statistics.collect.accumulators import InputSums, LayerSums
-from lorainit.statistics.collect.positions import BatchPositions
+from lorainit.statistics.collect.model_calls import InputPositions, ModelCalls
 from lorainit.types import GRADIENT_STATISTICS, GradientDtype
 
 
@@ -32,7 +32,7 @@ class _InputTensor:
     tensor: weakref.ref[Tensor]
     version: int
     sums: InputSums
-    reads_encoder: bool
+    positions: InputPositions
     opens: bool
     layers: set[str]
     rows: tuple[Tensor, int] | None = None
@@ -46,25 +46,22 @@ class HookState:
     Attributes:
         needs: names of the statistics to collect.
         layers: running sums by target name.
+        calls: of the model's parts, which say what positions count.
         share_inputs: let layers that read the same tensor share one sum.
-        positions: which positions of the batch count.
         counts: whether the batch counts at all; if not, it only keeps other processes company.
-        encoder_layers: names of the layers inside an encoder, whose mask is not the decoder's.
         unknown: shapes of inputs by layer, where the batch is padded and no mask says where.
         gradient_dtype: what gradients are added up in.
     """
 
     needs: frozenset[str]
     layers: dict[str, LayerSums]
+    calls: ModelCalls
     share_inputs: bool = True
-    positions: BatchPositions | None = None
     counts: bool = True
     _reads: list[_InputTensor] = field(default_factory=list)
     _met: set[str] = field(default_factory=set)
-    encoder_layers: frozenset[str] = frozenset()
     unknown: dict[str, tuple[int, ...]] = field(default_factory=dict)
     gradient_dtype: GradientDtype = "float32"
-    _encoder_outputs: set[int] = field(default_factory=set)
 
     @property
     def backward(self) -> bool:
@@ -76,12 +73,19 @@ class HookState:
         """Whether the backward needs the layer's input."""
         return bool(self.needs & {"gradient", "input_second_moment", "input_mean"})
 
-    def begin_batch(self, positions: BatchPositions, *, counted: bool = True) -> None:
-        """Forget the tensors of the batch before."""
-        self.positions = positions
+    def begin_batch(
+        self, batch: Mapping[str, Any], moved: Mapping[str, Any], *, counted: bool = True
+    ) -> None:
+        """Forget the tensors of the batch before.
+
+        Args:
+            batch: the next one, as it arrived.
+            moved: the same on the model's device.
+            counted: whether it counts.
+        """
+        self.calls.begin_batch(batch, moved)
         self.counts = counted
         self._reads.clear()
-        self._encoder_outputs.clear()
 
     def arrived(self, name: str, x: Tensor, rows: tuple[Tensor, int] | None = None) -> _InputTensor:
         """Note that layer `name` reads `x`, at `rows` of the model's positions, and which sums count it.
@@ -102,9 +106,9 @@ class HookState:
             if read.sums is layer.inputs:
                 read.layers.add(name)
                 return read
-        reads_encoder = name in self.encoder_layers or x.data_ptr() in self._encoder_outputs
+        positions = self.calls.of_input(name, x)
         read = _InputTensor(
-            weakref.ref(x), x._version, layer.inputs, reads_encoder, first, {name}, rows
+            weakref.ref(x), x._version, layer.inputs, positions, first, {name}, rows
         )
         self._reads.append(read)
         return read
@@ -116,14 +120,11 @@ class HookState:
         layer = self.layers[name]
         operand = x if x is not None else g
         assert operand is not None
-        assert self.positions is not None
         leading = operand.shape[:-1]
-        indices = self.positions.indices_for(
-            leading, reads_encoder=read.reads_encoder, rows=read.rows
-        )
-        if indices is None and self.positions.unknown(
-            leading, reads_encoder=read.reads_encoder, rows=read.rows
-        ):
+        indices, known = None, True
+        if read.positions.mask is not None:
+            indices, known = read.positions.mask.indices_for(leading, read.rows)
+        if not (known and read.positions.known):
             self.unknown.setdefault(name, tuple(operand.shape))
         flat_x = None if x is None else x.reshape(-1, x.shape[-1])
         flat_g = None if g is None else g.reshape(-1, g.shape[-1])
@@ -138,13 +139,6 @@ class HookState:
             if read.sums.second_moment is not None:
                 flat_x = flat_x.to(read.sums.second_moment.device)
             read.sums.add(_rows(flat_x, indices), self.needs)
-
-    def note_encoder_output(self, output: object) -> None:
-        """Remember an encoder's output: layers that read it count the encoder's positions."""
-        hidden = getattr(output, "last_hidden_state", output)
-        hidden = hidden[0] if isinstance(hidden, tuple) else hidden
-        if isinstance(hidden, Tensor):
-            self._encoder_outputs.add(hidden.data_ptr())
 
     def tensors(self) -> list[Tensor]:
         """All sums so far, shared ones once."""
@@ -173,11 +167,6 @@ class HookState:
             for layer in self.layers.values()
             if layer.inputs.positions
         )
-
-
-def _in_model(module: nn.Module) -> nn.Module:
-    """The module of the model that a layer is, or is a part of."""
-    return module.stack.owner if isinstance(module, ExpertLayer) else module
 
 
 def _rows(flat: Tensor, indices: Tensor | None) -> Tensor:
@@ -215,9 +204,7 @@ class _CaptureGradient(torch.autograd.Function):
 
 
 @contextmanager
-def hooks_on(
-    state: HookState, modules: Mapping[str, nn.Module], encoder: nn.Module | None
-) -> Iterator[None]:
+def hooks_on(state: HookState, modules: Mapping[str, nn.Module]) -> Iterator[None]:
     """Hooks on `modules` (by target name) for the time of the context, removed whatever happens."""
     # An input that requires a gradient makes autograd follow the outputs of frozen layers.
     anchor = torch.zeros((), requires_grad=True)
@@ -235,10 +222,12 @@ def hooks_on(
                 )
             rows = module.rows if isinstance(module, ExpertLayer) else None
             if not state.backward:
-                state.count(name, state.arrived(name, x, rows), x.detach(), None)
+                with torch.autocast(x.device.type, enabled=False):
+                    state.count(name, state.arrived(name, x, rows), x.detach(), None)
                 return None
             if not torch.is_grad_enabled():
                 # The discarded forward of reentrant checkpointing; the recomputed one will come.
+                state.calls.note_discarded(name, x)
                 return None
             read = state.arrived(name, x, rows)
             saved = x.detach() if state.keeps_input else None
@@ -251,15 +240,7 @@ def hooks_on(
 
     with ExitStack() as stack:
         stack.enter_context(routed(modules.values()))
-        if encoder is not None:
-            inside = {id(module) for module in encoder.modules()}
-            state.encoder_layers = frozenset(
-                n for n, m in modules.items() if id(_in_model(m)) in inside
-            )
-            handle = encoder.register_forward_hook(
-                lambda module, args, output: state.note_encoder_output(output)
-            )
-            stack.callback(handle.remove)
+        stack.enter_context(state.calls.hooked())
         for name, module in modules.items():
             stack.callback(module.register_forward_hook(make_hook(name), with_kwargs=True).remove)
         yield

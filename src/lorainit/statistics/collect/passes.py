@@ -15,12 +15,12 @@ from tqdm.auto import tqdm
 from lorainit.data.batch import Batch
 from lorainit.data.even_rounds import even_rounds
 from lorainit.errors import DataError, TargetError
-from lorainit.models.introspection import encoder_of, model_dtype
+from lorainit.models.introspection import model_dtype
 from lorainit.parallel import collectives
 from lorainit.parallel.sharding import is_sharded
 from lorainit.statistics.collect.accumulators import LayerSums
 from lorainit.statistics.collect.hooks import HookState, hooks_on
-from lorainit.statistics.collect.positions import batch_positions
+from lorainit.statistics.collect.model_calls import ModelCalls
 from lorainit.statistics.loss.batch_loss import batch_loss, run_forward
 from lorainit.statistics.loss.nonfinite import DeferredChecks, checks_at_once, without_bad
 from lorainit.statistics.settings import CollectSettings, Subject
@@ -118,6 +118,7 @@ class _Pass:
         self.state = HookState(
             needs,
             {name: LayerSums() for name in subject.modules},
+            ModelCalls(subject.model, subject.settings.token_mask, subject.device),
             share_inputs,
             gradient_dtype=subject.settings.gradient_dtype,
         )
@@ -130,7 +131,7 @@ class _Pass:
 
     def over(self, parts: list[Batch]) -> tuple[Batch, Tensor] | None:
         """Run the batches; one that checks find bad ends it, and comes back with its finite ones."""
-        model, settings, state = self.subject.model, self.subject.settings, self.state
+        settings, state = self.subject.settings, self.state
         work = self._backward if state.backward else self._forward
         bar = tqdm(
             total=sum(part.sequences for part in parts if part.counts),
@@ -138,13 +139,13 @@ class _Pass:
             unit="seq",
             disable=None if settings.progress else True,
         )
-        taps = hooks_on(state, self.subject.modules, encoder_of(model))
+        taps = hooks_on(state, self.subject.modules)
         with bar, taps, _explained(state) as under_way:
             for part in _rounds(parts, self.left, sharded=self.sharded):
                 under_way[:] = [part]
-                positions = batch_positions(model, part.content, settings.token_mask, self.device)
-                state.begin_batch(positions, counted=part.counts)
-                bar.update(work(part, part.to(self.device).content))
+                inputs = part.to(self.device).content
+                state.begin_batch(part.content, inputs, counted=part.counts)
+                bar.update(work(part, inputs))
                 if self.checks is not None and (spoiled := self.checks.bad()) is not None:
                     return spoiled
         return None if self.checks is None else self.checks.bad(wait=True)
@@ -260,9 +261,9 @@ def _say_unknown(unknown: Mapping[str, tuple[int, ...]]) -> None:
     if unknown:
         name, shape = next(iter(unknown.items()))
         logger.warning(
-            "the inputs of %d layer(s) do not lie like the attention mask (first '%s', %s), so all of "
-            "their positions are counted, and padding too if it is among them; batches without "
-            "padding avoid that",
+            "the inputs of %d layer(s) do not lie like the attention mask that the model was called with "
+            "(first '%s', %s), so all of their positions are counted, and padding too if it is among "
+            "them; batches without padding avoid that",
             len(unknown),
             name,
             shape,

@@ -1,17 +1,15 @@
 """Which positions of a layer's input are counted: padding never is.
 
-A decoder's and an encoder's layers each have a mask of their own. Of a mask of who attends to whom,
-``(batch, heads, length, length)``, the positions count that may attend to themselves. Where an
-encoder takes fewer steps than its input (speech), its own account of the lengths says which count.
-Where a layer's input lies like none of these (one vector a sample, image patches), all its positions
-count.
+Of a mask of who attends to whom, ``(batch, heads, length, length)``, the positions count that may attend
+to themselves. Where an encoder takes fewer steps than its input (speech), its own account of the lengths
+says which count. Which mask is a layer's is found in `lorainit.statistics.collect.model_calls`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,9 +17,11 @@ from torch import Tensor, nn
 
 from lorainit.data.packing import packed_segments
 from lorainit.errors import DataError
-from lorainit.models.introspection import innermost_model
 from lorainit.statistics.loss.batch_loss import label_kind
-from lorainit.types import IGNORED, TokenMask
+from lorainit.types import IGNORED
+
+Lengths = Callable[[Tensor], Tensor | None]
+"""How many steps a model makes of inputs so long."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class CountedPositions:
     shape: tuple[int, int]
     indices: Tensor | None
     lengths: Tensor | None = None
-    shorter: Callable[[Tensor], Tensor | None] | None = None
+    shorter: Lengths | None = None
     _fewer: dict[int, CountedPositions | None] = field(default_factory=dict, repr=False)
 
     def matches(self, leading: torch.Size) -> bool:
@@ -64,6 +64,41 @@ class CountedPositions:
         fewer = self._fewer[steps]
         return fewer if fewer is not None and fewer.matches(leading) else None
 
+    def indices_for(
+        self, leading: torch.Size, rows: tuple[Tensor, int] | None = None
+    ) -> tuple[Tensor | None, bool]:
+        """Flat indices that count for an input of these leading dimensions, None for all.
+
+        Args:
+            leading: dimensions of the input but its last.
+            rows: where the input is a choice of the model's positions: which, and of how many.
+
+        Returns:
+            The indices; and whether they are known: if not, there is padding, and no telling where.
+        """
+        if self.indices is None:
+            return None, True
+        if rows is not None:
+            chosen, total = rows
+            if total != self.shape[0] * self.shape[1]:
+                return None, False
+            kept = torch.isin(chosen, self.indices.to(chosen.device))
+            return kept.nonzero().squeeze(1), True
+        found = self.lying_like(leading)
+        if found is not None:
+            return found.indices, True
+        # One vector a sample has no padding.
+        return None, leading.numel() == self.shape[0]
+
+    @cached_property
+    def length_first(self) -> CountedPositions:
+        """The same of inputs that lie as ``(length, rows)``."""
+        rows, length = self.shape
+        indices = self.indices
+        if indices is not None:
+            indices = (indices % length * rows + indices // length).sort().values
+        return CountedPositions((length, rows), indices)
+
     def _of_steps(self, steps: int) -> CountedPositions | None:
         assert self.lengths is not None
         assert self.shorter is not None
@@ -73,96 +108,41 @@ class CountedPositions:
             return None
         kept = torch.arange(steps, device=both.device) < both[:-1, None]
         place = torch.device("cpu") if self.indices is None else self.indices.device
-        return _from_mask(kept, place)
+        return positions_of(kept, place)
 
 
-@dataclass(frozen=True)
-class BatchPositions:
-    """The masks of one batch.
+def positions_of(
+    mask: Tensor, device: torch.device, shorter: Lengths | None = None
+) -> CountedPositions:
+    """The positions of a mask ``(rows, length)``, or ``(batch, choices, length)``, that are not zero.
 
-    Attributes:
-        main: of the model's own layers (a decoder's, where there are two).
-        encoder: of the encoder's layers and of what reads the encoder's output.
+    Models run choices as ``(batch * choices, length)``.
     """
-
-    main: CountedPositions | None
-    encoder: CountedPositions | None
-
-    def indices_for(
-        self,
-        leading: torch.Size,
-        *,
-        reads_encoder: bool,
-        rows: tuple[Tensor, int] | None = None,
-    ) -> Tensor | None:
-        """Flat indices that count for an input of these leading dimensions, None for all.
-
-        Args:
-            leading: dimensions of the input but its last.
-            reads_encoder: whether the encoder's mask is the input's.
-            rows: where the input is a choice of the model's positions: which, and of how many.
-        """
-        mask = self.encoder if reads_encoder else self.main
-        if mask is None or mask.indices is None:
-            return None
-        if rows is not None:
-            chosen, total = rows
-            if total != mask.shape[0] * mask.shape[1]:
-                return None
-            kept = torch.isin(chosen, mask.indices.to(chosen.device))
-            return kept.nonzero().squeeze(1)
-        found = mask.lying_like(leading)
-        return None if found is None else found.indices
-
-    def unknown(
-        self,
-        leading: torch.Size,
-        *,
-        reads_encoder: bool,
-        rows: tuple[Tensor, int] | None = None,
-    ) -> bool:
-        """Whether there is padding, and no telling which of the input's positions it is."""
-        mask = self.encoder if reads_encoder else self.main
-        if mask is None or mask.indices is None:
-            return False
-        if rows is not None:
-            return rows[1] != mask.shape[0] * mask.shape[1]
-        # One vector a sample has no padding.
-        return leading.numel() != mask.shape[0] and mask.lying_like(leading) is None
+    mask = mask.flatten(0, -2)
+    flat = mask.reshape(-1) != 0
+    indices = None if bool(flat.all()) else flat.nonzero().squeeze(1).to(device, non_blocking=True)
+    shape = (mask.shape[0], mask.shape[1])
+    if indices is None or shorter is None:
+        return CountedPositions(shape, indices)
+    counts = (mask != 0).sum(1)
+    first = torch.arange(shape[1], device=mask.device) < counts[:, None]
+    lengths = counts if bool(((mask != 0) == first).all()) else None
+    return CountedPositions(shape, indices, lengths, shorter)
 
 
-def batch_positions(
-    model: nn.Module, batch: Mapping[str, Any], token_mask: TokenMask, device: torch.device
-) -> BatchPositions:
-    """The masks of one batch, made on the batch's own device so that nothing waits."""
-    attention = batch.get("attention_mask")
-    labels = batch.get("labels")
-    config = getattr(innermost_model(model), "config", None)
-    if token_mask == "labels":
-        return BatchPositions(_label_positions(model, batch, device), None)
-    multiple_choice = isinstance(ids := batch.get("input_ids"), Tensor) and ids.dim() == 3
-    if isinstance(attention, Tensor) and (
-        attention.dim() == 4 or (attention.dim() == 3 and not multiple_choice)
-    ):
-        attention = attends_to_itself(attention)
-    own = _from_mask(attention, device, partial(_steps, model))
-    if not getattr(config, "is_encoder_decoder", False):
-        return BatchPositions(own, None)
-    decoder = batch.get("decoder_attention_mask")
-    if decoder is None and isinstance(labels, Tensor) and labels.dim() == 2:
-        decoder = _up_to_the_last_label(labels)
-    return BatchPositions(_from_mask(decoder, device), own)
-
-
-def _up_to_the_last_label(labels: Tensor) -> Tensor:
-    """Decoder inputs are the labels shifted by one; what follows the last label is padding."""
+def up_to_the_last_label(labels: Tensor) -> Tensor:
+    """``(rows, length)`` booleans: decoder inputs are the labels shifted by one; the rest is padding."""
     return (labels != IGNORED).long().flip(1).cumsum(1).flip(1) > 0
 
 
-def _label_positions(
+def label_positions(
     model: nn.Module, batch: Mapping[str, Any], device: torch.device
 ) -> CountedPositions:
-    """Positions that predict a label of their own sequence, the one after them."""
+    """Positions that predict a label of their own sequence, the one after them.
+
+    Raises:
+        DataError: the labels are not those of a causal language model.
+    """
     labels = batch.get("labels")
     if not isinstance(labels, Tensor) or labels.dim() != 2 or label_kind(model, labels) != "causal":
         raise DataError(
@@ -173,9 +153,7 @@ def _label_positions(
     predicts = torch.zeros_like(labels, dtype=torch.bool)
     starts = packed_segments(batch, labels)[1].to(labels.device)
     predicts[:, :-1] = (labels != IGNORED)[:, 1:] & ~starts[:, 1:]
-    mask = _from_mask(predicts, device)
-    assert mask is not None
-    return mask
+    return positions_of(predicts, device)
 
 
 def attends_to_itself(mask: Tensor) -> Tensor:
@@ -196,9 +174,29 @@ def attends_to_itself(mask: Tensor) -> Tensor:
     return attends.any(-1)
 
 
-def _steps(model: nn.Module, lengths: Tensor) -> Tensor | None:
+def attended_keys(mask: object, rows: int, length: int) -> Tensor | None:
+    """``(rows, length)`` booleans of a mask that a block was given, whichever of its forms it has.
+
+    ``(rows, length)`` or ``(rows, 1, 1, length)`` of keys, or of who attends to whom; floating masks are
+    added to the scores, where what is far below zero is not attended to. None where it is no such mask.
+    """
+    if not isinstance(mask, Tensor) or mask.shape[:1] != (rows,) or mask.shape[-1] != length:
+        return None
+    if mask.dim() == 4 and mask.shape[1] != 1:
+        mask = mask[:, :1]
+    if mask.dim() == 4 and mask.shape[2] == length:
+        return attends_to_itself(mask)
+    if mask.numel() != rows * length:
+        return None
+    keys = mask.reshape(rows, length)
+    if keys.is_floating_point() and not (float(keys.max()) == 1 and float(keys.min()) >= 0):
+        return keys > torch.finfo(keys.dtype).min / 2
+    return keys != 0
+
+
+def steps_of(base: nn.Module, lengths: Tensor) -> Tensor | None:
     """How many steps a speech model makes of inputs so long, by the helper that some part of it has."""
-    for part in innermost_model(model).modules():
+    for part in base.modules():
         helper = getattr(part, "_get_feat_extract_output_lengths", None)
         if callable(helper):
             return _last(helper(lengths))
@@ -209,23 +207,3 @@ def _last(found: object) -> Tensor | None:
     """Some give the lengths after each of two stages."""
     found = found[-1] if isinstance(found, tuple) and found else found
     return found.long() if isinstance(found, Tensor) else None
-
-
-def _from_mask(
-    mask: object,
-    device: torch.device,
-    shorter: Callable[[Tensor], Tensor | None] | None = None,
-) -> CountedPositions | None:
-    if not isinstance(mask, Tensor) or mask.dim() not in (2, 3):
-        return None
-    # Multiple choice: (batch, choices, length), which models run as (batch * choices, length).
-    mask = mask.flatten(0, -2)
-    flat = mask.reshape(-1) != 0
-    indices = None if bool(flat.all()) else flat.nonzero().squeeze(1).to(device, non_blocking=True)
-    shape = (mask.shape[0], mask.shape[1])
-    if indices is None or shorter is None:
-        return CountedPositions(shape, indices)
-    counts = (mask != 0).sum(1)
-    first = torch.arange(shape[1], device=mask.device) < counts[:, None]
-    lengths = counts if bool(((mask != 0) == first).all()) else None
-    return CountedPositions(shape, indices, lengths, shorter)

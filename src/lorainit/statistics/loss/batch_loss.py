@@ -6,7 +6,6 @@ scale, whatever batch it came in.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from lorainit.data.packing import packed_segments
 from lorainit.errors import DataError
 from lorainit.linalg.dtypes import sum_dtype
-from lorainit.models.introspection import innermost_model
+from lorainit.models.introspection import accepts, innermost_model
 from lorainit.statistics.loss.cross_entropy import token_losses
 from lorainit.types import IGNORED, LossReduction
 
@@ -166,18 +165,14 @@ def _model_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
         getattr(getattr(base, "config", None), "is_encoder_decoder", False)
         and isinstance(labels, Tensor)
         and label_kind(model, labels) == "aligned"
-        and _accepts(base, "decoder_input_ids")
+        and accepts(base, "decoder_input_ids")
         and "decoder_input_ids" not in inputs
         and "decoder_inputs_embeds" not in inputs
     ):
         inputs["decoder_input_ids"] = _shifted_right(base, labels)
-    if _accepts(base, "use_cache"):
+    if accepts(base, "use_cache"):
         inputs.setdefault("use_cache", False)
     return inputs
-
-
-def _accepts(model: nn.Module, argument: str) -> bool:
-    return argument in inspect.signature(model.forward).parameters
 
 
 def _logits(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from lorainit.data.batch import Batch
 from lorainit.data.even_rounds import even_rounds
-from lorainit.models.introspection import encoder_of, model_dtype
+from lorainit.models.introspection import model_dtype
 from lorainit.models.state import measuring
 from lorainit.parallel import collectives
 from lorainit.parallel.sharding import is_sharded
 from lorainit.statistics.collect.accumulators import LayerSums
 from lorainit.statistics.collect.hooks import HookState, hooks_on
-from lorainit.statistics.collect.positions import batch_positions
+from lorainit.statistics.collect.model_calls import ModelCalls
 from lorainit.statistics.loss.batch_loss import batch_loss, run_forward
 from lorainit.statistics.memory.peak import held_bytes, peak_bytes
 from lorainit.statistics.memory.plan import (
@@ -73,7 +73,8 @@ def _footprint(
 ) -> tuple[list[list[str]], float]:
     """Groups of layers that read one input, and the bytes that a position of a batch takes."""
     model, settings = subject.model, subject.settings
-    state = HookState(subject.needs, {name: LayerSums() for name in subject.modules})
+    calls = ModelCalls(model, settings.token_mask, device)
+    state = HookState(subject.needs, {name: LayerSums() for name in subject.modules}, calls)
     largest = max(batches, key=_row_positions, default=None)
     rows = [] if largest is None else [largest.first_row()]
     sharded = is_sharded(model)
@@ -93,11 +94,10 @@ def _footprint(
     # Collectives of a sharded model run in the backward, which everyone begins or nobody.
     shared_work = collectives.shared_errors if sharded else nullcontext
     own_work = nullcontext if sharded else collectives.shared_errors
-    with measuring(model), hooks_on(state, subject.modules, encoder_of(model)), own_work():
+    with measuring(model), hooks_on(state, subject.modules), own_work():
         for batch in rounds:
-            positions = batch_positions(model, batch.content, settings.token_mask, device)
-            state.begin_batch(positions, counted=False)
             inputs = batch.to(device).content
+            state.begin_batch(batch.content, inputs, counted=False)
             with peak_bytes(device) as peak:
                 with shared_work():
                     loss = forward(inputs)

@@ -1,0 +1,190 @@
+"""The mask is the one that the model was called with, whatever the batch calls it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lorainit
+from tests.statistics import models
+from tests.statistics.kinds import KINDS, gemma3, images_in_text, led, made, pegasus_x, together
+from tests.statistics.models import all_linear, pad, sequences
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+ROWS = sequences(6)
+NEEDS = {"gradient", "input_second_moment", "output_second_moment"}
+SIDES = ("chosen", "rejected")
+
+
+def collected(model: nn.Module, data: list[Any], **settings: Any) -> Any:
+    settings = {"needs": NEEDS, "on_unused": "default", "progress": False} | settings
+    return lorainit.collect_statistics(model, all_linear(), data=data, **settings)
+
+
+def likelihood(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """Of each row, the log-probability of its labels."""
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    wanted = batch["labels"][:, 1:]
+    chosen = logits[:, :-1].log_softmax(-1).gather(-1, wanted.clamp_min(0)[..., None])[..., 0]
+    return (chosen * (wanted != -100)).sum(1)
+
+
+def nested(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    return likelihood(model, batch["rejected"]) - likelihood(model, batch["chosen"])
+
+
+def renamed(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    sides = [{k: batch[f"{side}_{k}"] for k in pad(ROWS[:1])} for side in SIDES]
+    return likelihood(model, sides[1]) - likelihood(model, sides[0])
+
+
+def joined(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    """Both sides in one forward, whose mask is no tensor of the batch."""
+    length = max(batch[side]["input_ids"].shape[1] for side in SIDES)
+    whole = {
+        key: torch.cat(
+            [nn.functional.pad(batch[s][key], (0, length - batch[s][key].shape[1])) for s in SIDES]
+        )
+        for key in pad(ROWS[:1])
+    }
+    better, worse = likelihood(model, whole).chunk(2)
+    return worse - better
+
+
+def pairs(form: Callable[..., Tensor], chosen: Any, rejected: Any) -> Any:
+    sides = {"chosen": pad(chosen, extra=3), "rejected": pad(rejected, extra=1)}
+    if form is renamed:
+        return {f"{side}_{k}": v for side, batch in sides.items() for k, v in batch.items()}
+    return sides | {"margin": torch.zeros(len(chosen))}
+
+
+def hooked(model: nn.Module, pairs: list[Any]) -> tuple[dict[str, Tensor], int]:
+    """Plain sums over sequences that are run one by one, not padded."""
+    sums: dict[str, Tensor] = {}
+    handles = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+
+            def hook(module: nn.Module, args: Any, output: Tensor, name: str = name) -> None:
+                x = args[0].flatten(0, -2)
+                sums[name] = sums.get(name, torch.zeros(())) + x.mT @ x
+
+            handles.append(module.register_forward_hook(hook))
+    count = 0
+    with torch.no_grad():
+        for row in (row for pair in pairs for row in pair):
+            model(input_ids=row["input_ids"][None])
+            count += len(row["input_ids"])
+    for handle in handles:
+        handle.remove()
+    return sums, count
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("form", [nested, renamed, joined])
+def test_masks_of_preferences(
+    form: Callable[..., Tensor], checkpointing: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two forwards of a batch, each under its own mask, which the batch holds under another name."""
+    model = models.llama(torch.float64)
+    data = [pairs(form, ROWS[:2], ROWS[2:4]), pairs(form, ROWS[4:5], ROWS[5:])]
+    expected, count = hooked(model, [ROWS])
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": True})
+        model.train()
+    with caplog.at_level(logging.WARNING, logger="lorainit"):
+        found = collected(model, data, loss_fn=form)
+    assert "do not lie like" not in caplog.text
+    for name, layer in found.items():
+        if name != "lm_head":
+            assert layer.positions == count
+            torch.testing.assert_close(
+                layer.input_second_moment_sum, expected[name], rtol=1e-6, atol=1e-9
+            )
+
+
+def test_masks_without_a_loss() -> None:
+    """Methods that read inputs alone: the same masks."""
+    model = models.llama(torch.float64)
+    data = [pairs(nested, ROWS[:3], ROWS[3:])]
+    expected, count = hooked(model, [ROWS])
+    found = collected(model, data, loss_fn=nested, needs={"input_second_moment"})
+    for name, layer in found.items():
+        assert layer.positions == count
+        torch.testing.assert_close(
+            layer.input_second_moment_sum, expected[name], rtol=1e-6, atol=1e-9
+        )
+
+
+def test_a_mask_that_never_reaches_the_model_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    def blind(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+        return model(input_ids=batch["chosen"]["input_ids"]).logits.sum((1, 2))  # type: ignore[no-any-return]
+
+    for extra, said in ((3, 1), (0, 0)):
+        caplog.clear()
+        data = [{"margin": torch.zeros(1), "chosen": pad(ROWS[:1], extra=extra)}]
+        with caplog.at_level(logging.WARNING, logger="lorainit"):
+            collected(models.llama(), data, loss_fn=blind)
+        assert caplog.text.count("do not lie like the attention mask") == said
+
+
+def test_label_positions_are_those_of_the_text() -> None:
+    """The text is as long as an image has patches, and the label's mask is not the patches'."""
+    model = made(gemma3)
+    rows = images_in_text()[:1]
+    batch = together(rows)
+    assert batch["input_ids"].shape[1] == 16
+    found = collected(model, [batch], token_mask="labels")
+    labelled = int((batch["labels"][:, 1:] != -100).sum())
+    assert found["model.vision_tower.encoder.layers.0.self_attn.q_proj"].positions == 16
+    assert found["model.language_model.layers.0.self_attn.q_proj"].positions == labelled < 16
+
+
+def test_what_a_decoder_is_given_without_a_mask_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    """Ids of the user's own, ending in padding, no mask and no labels of tokens."""
+
+    def loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+        return model(**batch).logits.sum((1, 2))  # type: ignore[no-any-return]
+
+    batch = {k: v for k, v in pad(ROWS[:2]).items() if k != "labels"}
+    ids = torch.tensor([[0, 5, 6, 7], [0, 8, 9, 0]])
+    for last, said in ((0, 1), (4, 0)):
+        caplog.clear()
+        ids[1, -1] = last
+        with caplog.at_level(logging.WARNING, logger="lorainit"):
+            collected(models.t5(), [batch | {"decoder_input_ids": ids}], loss_fn=loss)
+        assert caplog.text.count("do not lie like the attention mask") == said
+        assert "decoder" in caplog.text or not said
+
+
+@pytest.mark.parametrize("masked", [True, False], ids=["mask", "no mask"])
+@pytest.mark.parametrize("build", [led, pegasus_x])
+def test_padding_of_the_models_own(build: Callable[[], nn.Module], masked: bool) -> None:
+    """Two rows of one length, with a mask of ones or none: as many positions as tokens."""
+    rows = [row for row in KINDS["led"].rows()[:1] for _ in range(2)]
+    batch = together(rows)
+    if not masked:
+        del batch["attention_mask"]
+    found = collected(made(build), [batch])
+    first = next(n for n in found.names if "encoder.layers.0.fc1" in n)
+    assert found[first].positions == batch["input_ids"].numel() == 18
+
+
+def test_padding_inside_of_a_layer_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    """Blocks that are staggered pad once more where no mask is seen."""
+
+    def staggered() -> nn.Module:
+        model = pegasus_x()
+        model.model.encoder.layers[0].stagger_blocks_this_layer = True
+        return model
+
+    with caplog.at_level(logging.WARNING, logger="lorainit"):
+        collected(made(staggered), [together(KINDS["pegasus_x"].rows())])
+    assert "do not lie like the attention mask" in caplog.text
+    assert "self_attn" in caplog.text
