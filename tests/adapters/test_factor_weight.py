@@ -167,9 +167,9 @@ def test_a_fused_kernel_that_reads_the_factors_by_name_trains_them() -> None:
     for one in (a, b):
         one.zero_grad()
     b(a(x)).square().sum().backward()
-    for one, grad in zip((a, b), found, strict=True):
-        torch.testing.assert_close(grad, one.trained.grad)
-        assert grad.any()
+    for one, expected in zip((a, b), found, strict=True):
+        torch.testing.assert_close(expected, one.trained.grad)
+        assert expected.any()
 
 
 def test_what_cannot_work_says_so() -> None:
