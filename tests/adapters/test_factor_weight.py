@@ -143,6 +143,35 @@ def test_gradients_flow_to_the_trained_half_alone(kind: type[AnchoredFactor], ex
     assert one.trained.requires_grad
 
 
+class Fused(torch.autograd.Function):
+    """As fused LoRA kernels are written: both factors are taken by name, the gradients made by hand."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(x, a, b)
+        return x @ a.t() @ b.t()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, a, b = ctx.saved_tensors
+        return grad @ b @ a, (grad @ b).t() @ x, grad.t() @ (x @ a.t())
+
+
+def test_a_fused_kernel_that_reads_the_factors_by_name_trains_them() -> None:
+    a, b = factor(AnchoredA), factor(AnchoredB)
+    x = torch.randn(4, IN)
+    out = Fused.apply(x, a.weight, b.weight)
+    torch.testing.assert_close(out, b(a(x)))
+    out.square().sum().backward()
+    found = [one.trained.grad.clone() for one in (a, b)]
+    for one in (a, b):
+        one.zero_grad()
+    b(a(x)).square().sum().backward()
+    for one, expected in zip((a, b), found, strict=True):
+        torch.testing.assert_close(expected, one.trained.grad)
+        assert expected.any()
+
+
 def test_what_cannot_work_says_so() -> None:
     one = factor(AnchoredA)
     with pytest.raises(ValueError, match="non-leaf"):

@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorainit.adapters.factor_weight import FactorWeight
+from lorainit.adapters.factor_weight import FactorWeight, weight_of
 from lorainit.errors import AdapterError
 
 
@@ -110,7 +110,7 @@ class AnchoredFactor(nn.Linear):
             return trained
         if not isinstance(trained, nn.Parameter):
             return self.joined()
-        return FactorWeight(self, self._whole_shape, trained)
+        return weight_of(self, self._whole_shape)
 
     @weight.setter
     def weight(self, value: Tensor) -> None:

@@ -92,6 +92,28 @@ class _View:
         return whole, out if self.index is None else out[self.index]
 
 
+class _Connected(torch.autograd.Function):
+    """Gives a `FactorWeight` the graph that custom autograd functions, such as fused kernels, go by."""
+
+    @staticmethod
+    def forward(ctx: Any, trained: Tensor, halves: Halves, shape: torch.Size) -> FactorWeight:
+        ctx.halves = halves
+        return FactorWeight(halves, shape, trained)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return ctx.halves.split(grad)[0], None, None
+
+
+def weight_of(halves: Halves, shape: torch.Size) -> FactorWeight:
+    """Two halves as one weight of this shape."""
+    trained = halves.trained
+    if torch.is_grad_enabled() and trained.requires_grad:
+        found: FactorWeight = _Connected.apply(trained, halves, shape)  # type: ignore[no-untyped-call]
+        return found
+    return FactorWeight(halves, shape, trained)
+
+
 class FactorWeight(torch.Tensor):
     """Two halves as one tensor, or a view of it; see the module."""
 
