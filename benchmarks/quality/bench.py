@@ -205,6 +205,7 @@ class Bench:
         while size // 2 >= count:
             size //= 2
         if (key, size) not in self._trainers:
+            self._make_room()
             self._trainers[key, size] = StackTrainer(
                 self._base(first.model, first.precision),
                 stack=size,
@@ -240,6 +241,15 @@ class Bench:
         record |= {"error": f"{type(error).__name__}: {error}", "traceback": text[-2000:]}
         append(self.out, record, "failures")
         tqdm.write(f"failed: {experiment.label} on {experiment.task}: {error}")
+
+    def _make_room(self) -> None:
+        """Two trainers with their captured graphs do not fit on every card: drop the one before."""
+        if self.cuda and self._trainers:
+            free, whole = torch.cuda.mem_get_info(self.device)
+            if free < whole / 2:
+                self._trainers.clear()
+                gc.collect()
+                torch.cuda.empty_cache()
 
     def free(self) -> None:
         self._trainers.clear()

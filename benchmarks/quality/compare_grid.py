@@ -9,7 +9,13 @@ import argparse
 from pathlib import Path
 
 from benchmarks.quality.analysis.rate_figure import rate_figure
-from benchmarks.quality.analysis.rate_grid import cells_of, comparison, rate_table, task_table
+from benchmarks.quality.analysis.rate_grid import (
+    cells_of,
+    common_tasks,
+    comparison,
+    rate_table,
+    task_table,
+)
 from benchmarks.quality.choose import chosen, rooms, table
 from benchmarks.quality.records import RESULTS, read_records
 
@@ -26,6 +32,7 @@ def main() -> None:
         found = rooms(mine)
         names = chosen(found, arguments.most)
         cells = cells_of(r for r in mine if r["task"] in names)
+        common = common_tasks(cells)
         seconds = sum(r["train_seconds"] + r["stack_evaluate_seconds"] / r["stack"] for r in mine)
         parts = [
             f"# Every line at every rate: {model}",
@@ -34,17 +41,18 @@ def main() -> None:
             table(found, names),
             "## Against plain LoRA, each at its own best rate",
             comparison(cells),
-            "## At fixed rates: test loss above tuned plain LoRA's, mean over tasks",
-            rate_table(cells),
+            f"## At fixed rates: test loss above tuned plain LoRA's, mean over {len(common)} tasks",
+            "Tasks on which every line has run: " + ", ".join(sorted(common)) + ".",
+            rate_table(common),
             "## At fixed rates: exact match, %",
-            rate_table(cells, "exact"),
+            rate_table(common, "exact"),
             "## Test loss at the best rate, by task",
             task_table(cells),
         ]
         text = "\n\n".join(parts) + "\n"
         (arguments.out / f"grid-{model}.md").write_text(text, encoding="utf-8")
         print(text)
-        print(rate_figure(cells, arguments.out / f"rate-by-method-{model}.png"))
+        print(rate_figure(common, arguments.out / f"rate-by-method-{model}.png"))
 
 
 if __name__ == "__main__":

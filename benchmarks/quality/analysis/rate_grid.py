@@ -27,6 +27,7 @@ LEVEL = 0.05
 
 
 def cells_of(records: Iterable[Record], stage: str = "grid") -> Cells:
+    """Records in order; a seed that has not run at every rate of its task is left out."""
     found: dict[str, dict[str, dict[float, dict[int, Record]]]] = defaultdict(
         lambda: defaultdict(lambda: defaultdict(dict))
     )
@@ -34,6 +35,15 @@ def cells_of(records: Iterable[Record], stage: str = "grid") -> Cells:
         if record["stage"] == stage:
             place = found[record["task"]][record["label"]][record["learning_rate"]]
             place[record["seed"]] = record
+    for lines in found.values():
+        every = {rate for line in lines.values() for rate in line}
+        for label, line in lines.items():
+            whole = set.intersection(*(set(line.get(rate, ())) for rate in every))
+            lines[label] = defaultdict(
+                dict, {r: {s: m[s] for s in whole} for r, m in line.items() if whole}
+            )
+        for label in [label for label, line in lines.items() if not line]:
+            del lines[label]
     return found
 
 
@@ -175,6 +185,12 @@ def comparison(cells: Cells) -> str:
         "p over tasks", "Holm", "tasks below", "tasks significantly below / above",
     ]  # fmt: skip
     return table(heads, rows)
+
+
+def common_tasks(cells: Cells) -> Cells:
+    """The tasks on which every line has run, so that means over tasks are of the same tasks."""
+    labels = {label for lines in cells.values() for label in lines}
+    return {task: lines for task, lines in cells.items() if set(lines) == labels}
 
 
 def by_rate(cells: Cells, value: str = "loss") -> tuple[list[float], dict[str, list[float]]]:
