@@ -74,7 +74,8 @@ def get_peft_model(
             ``loss_fn``, ``on_nonfinite``, ``on_unused``, ``max_memory``, ``gradient_dtype``, ``progress``.
 
     Returns:
-        The PeftModel; `model` itself where that was one.
+        The PeftModel; `model` itself where that was one. Of ``torch.compile(model)`` it is around the model
+        inside, under the model's own names: compile what is returned.
 
     Raises:
         LorainitError: bad input, found before any long work; the model is as it was.
