@@ -109,6 +109,37 @@ def test_router_losses_follow_the_configuration(caplog: pytest.LogCaptureFixture
         assert caplog.text.count(SAID) == said
 
 
+def test_other_decoder_inputs_are_seen_where_all_losses_are_alike(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A head of zeros, nearly: any input gives the logarithm of the vocabulary."""
+
+    class Starts(hf.T5ForConditionalGeneration):
+        """Makes decoder inputs in its own way where it is given labels."""
+
+        def forward(
+            self,
+            input_ids: Any = None,
+            decoder_input_ids: Any = None,
+            labels: Any = None,
+            **named: Any,
+        ) -> Any:
+            if labels is not None:
+                decoder_input_ids = labels.clamp_min(0).flip(1)
+            named |= {"decoder_input_ids": decoder_input_ids, "labels": labels}
+            return super().forward(input_ids, **named)
+
+    rows = rows_of("t5")
+    for build, said in ((Starts, 1), (hf.T5ForConditionalGeneration, 0)):
+        caplog.clear()
+        model = made(lambda build=build: build(made(KINDS["t5"].build).config))
+        with torch.no_grad():
+            model.lm_head.weight.mul_(1e-4)
+        with caplog.at_level(logging.WARNING, logger="lorainit"):
+            collected(model, rows)
+        assert caplog.text.count("it makes other inputs of its labels") == said
+
+
 def test_label_positions_of_another_loss_are_refused() -> None:
     with pytest.raises(DataError, match="token_mask='labels' counts the positions that predict"):
         collected(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -59,3 +60,13 @@ def model_dtype(model: nn.Module) -> torch.dtype:
 def is_transformers_model(module: nn.Module) -> bool:
     """Whether a module is a model of transformers by itself: a whole one, an encoder, a vision tower."""
     return any(parent.__name__ == "PreTrainedModel" for parent in type(module).__mro__)
+
+
+def blocks_with_masks(model: nn.Module) -> Iterator[nn.Module]:
+    """Blocks of layers that are given a mask."""
+    for container in model.modules():
+        for block in container if isinstance(container, nn.ModuleList) else ():
+            if next(block.children(), None) is None or is_transformers_model(block):
+                continue
+            if "attention_mask" in inspect.signature(block.forward).parameters:
+                yield block

@@ -81,7 +81,9 @@ def get_peft_model(
             ``loss_fn``, ``on_nonfinite``, ``on_unused``, ``max_memory``, ``gradient_dtype``, ``progress``.
 
     Returns:
-        The PeftModel; `model` itself where that was one, or has the adapter as its own.
+        The PeftModel; `model` itself where that was one, or has the adapter as its own. Of
+        ``torch.compile(model)`` it is around the model inside, under the model's own names: compile what is
+        returned.
 
     Raises:
         LorainitError: bad input, found before any long work; the model is as it was.

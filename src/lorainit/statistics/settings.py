@@ -25,13 +25,15 @@ class CollectSettings:
     Both take such an object as ``settings``, or its fields as keywords.
 
     Args:
-        token_mask: ``"attention"``: positions that attend count in the second moments; ``"labels"``:
+        token_mask: ``"attention"``: positions that attend count in the second moments, by the masks that
+            the model's forward is called with; ``"labels"``:
             positions that predict a label (causal language models). The gradient is never masked.
         loss_reduction: ``"sequence"``: each sequence's loss is the mean over its own label tokens;
             ``"token"``: their sum, and the gradient is divided by all label tokens.
         max_sequences: a cap, over all processes together; None for all of the data.
-        loss_fn: ``loss_fn(model, batch)`` to ``(sequences,)`` losses, where the default (cross-entropy
-            from the logits; mean squared error for regression) does not fit.
+        loss_fn: ``loss_fn(model, batch)`` to ``(sequences,)`` losses. The default is the model's own loss:
+            from the logits of whole batches (cross-entropy; mean squared error for regression) where that
+            is what the model itself gives of one sequence, else as the model gives it, one sequence at a time.
         on_nonfinite: what to do about sequences whose loss is not finite: ``"raise"``, or
             ``"skip"``: they are named in the log, counted in the statistics' ``metadata`` under
             ``"skipped_sequences"``, and the rest of their batch is run without them.

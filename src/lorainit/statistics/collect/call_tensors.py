@@ -53,3 +53,20 @@ def address(tensor: Tensor) -> int:
     except (NotImplementedError, RuntimeError):
         # Tensors of subclasses that hold others.
         return id(tensor)
+
+
+def is_length_first(x: Tensor, rows: int) -> bool:
+    """Whether an input is ``(length, rows, ...)``: a view, by its strides, of what has the rows first."""
+    if x.dim() != 3 or x.shape[1] != rows:
+        return False
+    return x.shape[0] > 1 if rows == 1 else x.stride(0) < x.stride(1)
+
+
+def is_longer(x: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether an input has the rows of `shape`, and more positions."""
+    return x.dim() == 3 and x.shape[0] == shape[0] and x.shape[1] > shape[1]
+
+
+def same_memory(one: Tensor | None, other: Tensor | None) -> bool:
+    """Whether two tensors are the same, or views of one."""
+    return one is not None and other is not None and address(one) == address(other)

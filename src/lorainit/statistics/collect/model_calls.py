@@ -9,7 +9,6 @@ Outputs are followed by their storage, not by their shape.
 
 from __future__ import annotations
 
-import inspect
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -20,11 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorainit.models.introspection import innermost_model, is_transformers_model
+from lorainit.models.introspection import blocks_with_masks, innermost_model, is_transformers_model
 from lorainit.statistics.collect.call_tensors import (
     address,
     arguments_of,
+    is_length_first,
+    is_longer,
     output_tensors,
+    same_memory,
     tensor_pairs,
 )
 from lorainit.statistics.collect.positions import (
@@ -139,7 +141,7 @@ class ModelCalls:
             inner = (m for m in self.base.modules() if m is self.base or is_transformers_model(m))
             for modules, enter, leave in (
                 (inner, self._enter, self._leave),
-                (_blocks(self.base), self._enter_block, self._leave_block),
+                (blocks_with_masks(self.base), self._enter_block, self._leave_block),
             ):
                 for module in modules:
                     before = module.register_forward_pre_hook(enter, with_kwargs=True)
@@ -154,10 +156,10 @@ class ModelCalls:
             discarded = self._discarded.get(name)
             return discarded.pop() if discarded else self._of_batch()
         call = self._running[-1]
-        turned = call.shape is not None and _is_length_first(x, call.shape[0])
+        turned = call.shape is not None and is_length_first(x, call.shape[0])
         rows_first = x.transpose(0, 1) if turned else x
         found = self._in_call(call, x)
-        if found is call.found and call.shape is not None and _is_longer(rows_first, call.shape):
+        if found is call.found and call.shape is not None and is_longer(rows_first, call.shape):
             found = self._with_own_padding(call, rows_first)
         if turned and found.mask is not None:
             found = InputPositions(found.mask.length_first, found.known)
@@ -176,9 +178,12 @@ class ModelCalls:
             return call.found
         if call.last.found.mask is not None or call.found.mask is None:
             return call.last.found
-        # After a part without a mask (images): what is made of its output has a share of its positions.
-        count = x.shape[:-1].numel()
-        return call.last.found if count and call.last.count % count == 0 else call.found
+        # After a part without a mask (images): what is made of its output has a share of its positions,
+        # or at least no more of them, and does not lie like the text.
+        count, text = x.shape[:-1].numel(), call.found.mask
+        share = count > 0 and call.last.count % count == 0
+        fewer = count <= call.last.count and text.lying_like(x.shape[:-1]) is None
+        return call.last.found if share or fewer else call.found
 
     def _output_of(self, x: Tensor) -> _Output | None:
         """The part's output that a tensor is, or is a view of."""
@@ -261,7 +266,7 @@ class ModelCalls:
         choices = isinstance(ids := arguments.get("input_ids"), Tensor) and ids.dim() == 3
         if isinstance(mask, Tensor) and (mask.dim() == 2 or (mask.dim() == 3 and choices)):
             return InputPositions(self._of_mask(mask, call))
-        if outer is not None and _same(call.tokens, outer.tokens):
+        if outer is not None and same_memory(call.tokens, outer.tokens):
             return outer.found
         if isinstance(arguments.get("encoder_hidden_states"), Tensor):
             return self._of_decoder(call)
@@ -333,29 +338,3 @@ class ModelCalls:
         if host is None or host.numel() != tensor.numel() or not tensor.is_contiguous():
             return tensor
         return host.reshape(tensor.shape)
-
-
-def _blocks(model: nn.Module) -> Iterator[nn.Module]:
-    """Blocks of layers that are given a mask."""
-    for container in model.modules():
-        for block in container if isinstance(container, nn.ModuleList) else ():
-            if next(block.children(), None) is None or is_transformers_model(block):
-                continue
-            if "attention_mask" in inspect.signature(block.forward).parameters:
-                yield block
-
-
-def _is_length_first(x: Tensor, rows: int) -> bool:
-    """Whether an input is ``(length, rows, ...)``: a view, by its strides, of what has the rows first."""
-    if x.dim() != 3 or x.shape[1] != rows:
-        return False
-    return x.shape[0] > 1 if rows == 1 else x.stride(0) < x.stride(1)
-
-
-def _is_longer(x: Tensor, shape: tuple[int, ...]) -> bool:
-    """Whether an input has the rows of `shape`, and more positions."""
-    return x.dim() == 3 and x.shape[0] == shape[0] and x.shape[1] > shape[1]
-
-
-def _same(one: Tensor | None, other: Tensor | None) -> bool:
-    return one is not None and other is not None and address(one) == address(other)

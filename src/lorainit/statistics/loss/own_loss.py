@@ -197,18 +197,21 @@ def one_by_one(batches: Sequence[Batch]) -> list[Batch]:
 
 def _difference(model: nn.Module, content: Mapping[str, Any], device: torch.device) -> str | None:
     """How the two losses of one sequence differ, in words; empty: they do not; None: no telling."""
-    try:
-        with unchanged_rng(device):
-            has_label(model, content)
-            result = batch_loss(model, content, "token")
-    except torch.OutOfMemoryError:
-        raise
-    except _REFUSALS as error:
-        own = _tried(model, content, device)
-        if own is None:
+    refusal: Exception | None = None
+    with _logits_of(model) as logits:
+        try:
+            with unchanged_rng(device):
+                has_label(model, content)
+                result = batch_loss(model, content, "token")
+        except torch.OutOfMemoryError:
             raise
-        return f"{type(error).__name__} against {own:.6g} on one sequence"
-    own = _tried(model, content, device)
+        except _REFUSALS as error:
+            refusal = error
+        own = _tried(model, content, device)
+    if refusal is not None:
+        if own is None:
+            raise refusal
+        return f"{type(refusal).__name__} against {own:.6g} on one sequence"
     if own is None:
         return ""
     if _adds_router_losses(model):
@@ -218,9 +221,31 @@ def _difference(model: nn.Module, content: Mapping[str, Any], device: torch.devi
     own = own.to(default)
     if not (own.isfinite() and default.isfinite()):
         return None
-    if abs(own - default) <= tolerance * max(abs(own), abs(default)):
-        return ""
-    return f"{float(default):.6g} against {float(own):.6g} on one sequence"
+    if abs(own - default) > tolerance * max(abs(own), abs(default)):
+        return f"{float(default):.6g} against {float(own):.6g} on one sequence"
+    # Of a model that has learned nothing all losses are alike, whatever goes in.
+    if len(logits) == 2 and logits[0].shape == logits[1].shape:
+        first, second = (some.double() for some in logits)
+        if (first - second).norm() > max(tolerance, _TOLERANCE_IN_HALF) * second.norm():
+            return "it makes other inputs of its labels"
+    return ""
+
+
+@contextlib.contextmanager
+def _logits_of(model: nn.Module) -> Iterator[list[Tensor]]:
+    """The logits of every forward inside."""
+    found: list[Tensor] = []
+
+    def keep(module: nn.Module, args: object, output: Any) -> None:
+        logits = getattr(output, "logits", None)
+        if isinstance(logits, Tensor):
+            found.append(logits.detach())
+
+    handle = innermost_model(model).register_forward_hook(keep)
+    try:
+        yield found
+    finally:
+        handle.remove()
 
 
 def _tried(model: nn.Module, content: Mapping[str, Any], device: torch.device) -> Tensor | None:
