@@ -23,6 +23,7 @@ from lorainit.statistics.collect.hooks import HookState, hooks_on
 from lorainit.statistics.collect.positions import batch_positions
 from lorainit.statistics.loss.batch_loss import batch_loss, run_forward
 from lorainit.statistics.loss.nonfinite import DeferredChecks, checks_at_once, without_bad
+from lorainit.statistics.loss.vocabulary import tokens_named
 from lorainit.statistics.settings import CollectSettings, Subject
 
 logger = logging.getLogger("lorainit")
@@ -142,9 +143,10 @@ class _Pass:
         with bar, taps, _explained(state) as under_way:
             for part in _rounds(parts, self.left, sharded=self.sharded):
                 under_way[:] = [part]
-                positions = batch_positions(model, part.content, settings.token_mask, self.device)
+                positions = batch_positions(model, part.keywords, settings.token_mask, self.device)
                 state.begin_batch(positions, counted=part.counts)
-                bar.update(work(part, part.to(self.device).content))
+                with tokens_named(model, part):
+                    bar.update(work(part, part.to(self.device).content))
                 if self.checks is not None and (spoiled := self.checks.bad()) is not None:
                     return spoiled
         return None if self.checks is None else self.checks.bad(wait=True)
@@ -180,7 +182,7 @@ class _Pass:
                     subject.model, inputs, subject.settings.loss_reduction, subject.settings.loss_fn
                 )
                 if subject.settings.loss_fn is not None and part.counts:
-                    _check_count(result.per_sequence, part.index, rows, part.rows)
+                    _check_count(result.per_sequence, part)
                 loss = result.per_sequence.sum()
                 finite = self._goes_on(part, loss)
                 if not finite:
@@ -229,11 +231,12 @@ def _rounds(parts: list[Batch], left: list[Batch], *, sharded: bool) -> Iterator
         left.clear()
 
 
-def _check_count(losses: Tensor, index: int, sequences: int, rows: int) -> None:
+def _check_count(losses: Tensor, part: Batch) -> None:
     """A loss function of the user's own might return one loss per token."""
-    if losses.shape[0] not in (sequences, rows):
+    count, sequences = losses.shape[0], part.sequences
+    if not part.whole and count not in (sequences, part.rows):
         raise DataError(
-            f"loss_fn returned {losses.shape[0]} losses for batch {index}, which has {sequences} "
+            f"loss_fn returned {count} losses for batch {part.index}, which has {sequences} "
             "sequences. It must return one loss per sequence: average over each sequence's tokens."
         )
 
@@ -279,7 +282,7 @@ def _explained(state: HookState) -> Iterator[list[Batch]]:
         part = under_way[0]
         size = sum(t.numel() * t.element_size() for t in state.tensors()) / 2**30
         shapes = ", ".join(
-            f"{k} {tuple(v.shape)}" for k, v in part.content.items() if isinstance(v, Tensor)
+            f"{k} {tuple(v.shape)}" for k, v in part.keywords.items() if isinstance(v, Tensor)
         )
         raise torch.OutOfMemoryError(
             f"out of memory while statistics were taken of batch {part.index} ({shapes}); the sums "

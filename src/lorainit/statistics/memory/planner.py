@@ -19,6 +19,7 @@ from lorainit.statistics.collect.accumulators import LayerSums
 from lorainit.statistics.collect.hooks import HookState, hooks_on
 from lorainit.statistics.collect.positions import batch_positions
 from lorainit.statistics.loss.batch_loss import batch_loss, run_forward
+from lorainit.statistics.loss.vocabulary import tokens_named
 from lorainit.statistics.memory.peak import held_bytes, peak_bytes
 from lorainit.statistics.memory.plan import (
     BatchSize,
@@ -95,11 +96,11 @@ def _footprint(
     own_work = nullcontext if sharded else collectives.shared_errors
     with measuring(model), hooks_on(state, subject.modules, encoder_of(model)), own_work():
         for batch in rounds:
-            positions = batch_positions(model, batch.content, settings.token_mask, device)
+            positions = batch_positions(model, batch.keywords, settings.token_mask, device)
             state.begin_batch(positions, counted=False)
             inputs = batch.to(device).content
             with peak_bytes(device) as peak:
-                with shared_work():
+                with shared_work(), tokens_named(model, batch):
                     loss = forward(inputs)
                 if loss is not None and loss.requires_grad:
                     torch.autograd.backward(loss)
