@@ -52,6 +52,8 @@ class HookState:
         encoder_layers: names of the layers inside an encoder, whose mask is not the decoder's.
         unknown: shapes of inputs by layer, where the batch is padded and no mask says where.
         gradient_dtype: what gradients are added up in.
+        ran: names of the layers that were called, with a gradient or without.
+        ran_in_batch: whether any was in the batch under way.
     """
 
     needs: frozenset[str]
@@ -64,6 +66,8 @@ class HookState:
     encoder_layers: frozenset[str] = frozenset()
     unknown: dict[str, tuple[int, ...]] = field(default_factory=dict)
     gradient_dtype: GradientDtype = "float32"
+    ran: set[str] = field(default_factory=set)
+    ran_in_batch: bool = False
     _encoder_outputs: set[int] = field(default_factory=set)
 
     @property
@@ -80,6 +84,7 @@ class HookState:
         """Forget the tensors of the batch before."""
         self.positions = positions
         self.counts = counted
+        self.ran_in_batch = False
         self._reads.clear()
         self._encoder_outputs.clear()
 
@@ -233,6 +238,8 @@ def hooks_on(
                     "tensor, so "
                     "no statistics can be taken of it. Leave it out with exclude_modules."
                 )
+            state.ran.add(name)
+            state.ran_in_batch = True
             rows = module.rows if isinstance(module, ExpertLayer) else None
             if not state.backward:
                 state.count(name, state.arrived(name, x, rows), x.detach(), None)

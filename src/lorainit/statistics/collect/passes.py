@@ -187,13 +187,14 @@ class _Pass:
                 finite = self._goes_on(part, loss)
                 if not finite:
                     taken_out = self._set_aside(part, result.per_sequence)
-                elif not loss.requires_grad:
+                elif not loss.requires_grad and (self.state.ran_in_batch or self.sharded):
                     raise TargetError(
                         "the loss does not depend on any target layer: none of the targets ran in "
                         "the forward pass, or the loss was computed under torch.no_grad()."
                     )
             self.state.counts = self.state.counts and finite
-            if finite or self.sharded:
+            # A batch may reach none of the targets: text alone, where a vision model is the target.
+            if loss.requires_grad and (finite or self.sharded):
                 torch.autograd.backward(loss * self.scale if self.scale != 1.0 else loss)
         if not self.state.counts:
             return taken_out
