@@ -159,6 +159,7 @@ class LoraDA:
     population: float | None = None
     scale: Literal["paper", "calibrated"] = "paper"
 
+    reads_weight: ClassVar[bool] = False
     needs: ClassVar[frozenset[str]] = frozenset(
         {"gradient", "input_second_moment", "output_second_moment_diagonal"}
     )

@@ -81,7 +81,7 @@ class Measurements:
         known = self._fingerprints()
         with displaced(self.subject.modules, at) if at else contextlib.nullcontext():
             found = collect_layers(self.subject, sample)
-        found.fingerprints = {name: known[name] for name in found.names}
+        found.fingerprints = {n: known[n] for n in found.names if n in known}
         return found
 
     def passes(self, sample: Sample) -> Iterator[Statistics]:

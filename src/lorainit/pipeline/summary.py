@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import statistics as stats
 import sys
 from collections.abc import Mapping, Sequence
@@ -66,10 +67,11 @@ def summary(
             f"{start.refusal}"
         )
     elif sizes:
-        line += (
-            f"{len(sizes)} layers started, |s B A| / |W| largest {max(sizes.values()):.2g}, "
-            f"median {stats.median(sizes.values()):.2g}"
-        )
+        line += f"{len(sizes)} layers started"
+        # Of a weight that could not be read there is no size.
+        if known := [size for size in sizes.values() if not math.isnan(size)]:
+            largest, median = max(known), stats.median(known)
+            line += f", |s B A| / |W| largest {largest:.2g}, median {median:.2g}"
     else:
         line += "PEFT's own start"
     if start.search is not None and start.refusal is None:
