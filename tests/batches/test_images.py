@@ -125,7 +125,9 @@ SHAPES = {"patches by grid": (qwen2_vl, by_grid), "images per row": (llava, seve
 
 def together(rows: list[Row]) -> Row:
     """One padded batch."""
-    length = max(row["input_ids"].shape[1] for row in rows)
+    # More than any row's patches, so that no mask fits the patches by its shape alone.
+    length = 41
+    assert length > max(row["input_ids"].shape[1] for row in rows)
     found: Row = {}
     for key, fill in (("input_ids", 0), ("labels", -100), ("mm_token_type_ids", 0)):
         if key in rows[0]:
