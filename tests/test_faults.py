@@ -129,7 +129,7 @@ BAD_INPUT: dict[str, tuple[Callable[[nn.Module], Any], type[Exception], list[str
         ["model.embed_tokens", "Embedding is not a linear layer"],
     ),
     "rank above the layer's own": (
-        wanting(config=LoraConfig(r=9, target_modules="all-linear")),
+        wanting(config=LoraConfig(r=9, target_modules="all-linear"), on_unused="raise"),
         errors.RankError,
         [r"model.layers.0.self_attn.k_proj", "rank 9", r"min\(out, in\) = 8", "cap_rank=True"],
     ),
@@ -220,7 +220,7 @@ BAD_INPUT: dict[str, tuple[Callable[[nn.Module], Any], type[Exception], list[str
     ),
     "no target ran": (half_used(["idle"], "used"), errors.TargetError, UNREACHED),
     "one target never ran": (
-        half_used(["idle", "used"], "used"),
+        half_used(["idle", "used"], "used", on_unused="raise"),
         errors.TargetError,
         ["'idle'", "exclude_modules", "on_unused='default'"],
     ),
@@ -313,7 +313,7 @@ def test_what_was_never_reached_may_be_left_at_pefts_start(
     data = [{"x": torch.randn(4, 5), "labels": torch.arange(4) % 3}]
     config = LoraConfig(r=2, target_modules=["idle", "used"])
     with caplog.at_level(logging.INFO, logger="lorainit"):
-        wrapped = install(HalfUsed(), config, data=data, on_unused="default")
+        wrapped = install(HalfUsed(), config, data=data)
     assert "idle: no sequence reached it" in caplog.text
     assert not wrapped.get_base_model().idle.lora_B["default"].weight.any()
     assert wrapped.get_base_model().used.lora_B["default"].weight.any()

@@ -30,6 +30,14 @@ def random_state() -> dict[str, Any]:
     }
 
 
+def _bits(parameter: nn.Parameter) -> bytes:
+    values = parameter.detach().clone()
+    if values.is_floating_point() and values.element_size() == 1:
+        # NumPy has no floating numbers of eight bits.
+        values = values.view(torch.uint8)
+    return values.numpy().tobytes()
+
+
 def snapshot(model: nn.Module) -> dict[str, Any]:
     """By name, so that an assertion on two of them says what changed."""
     found: dict[str, Any] = {}
@@ -44,7 +52,7 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
             id(parameter),
             parameter.requires_grad,
             parameter._version,
-            parameter.detach().clone().numpy().tobytes(),
+            _bits(parameter),
             None if grad is None else (id(grad), grad.clone().numpy().tobytes()),
         )
     for name, buffer in model.named_buffers(remove_duplicate=False):

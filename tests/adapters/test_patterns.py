@@ -54,7 +54,7 @@ def test_capped_ranks_reload(
         "progress": False,
     }
     with pytest.raises(RankError, match="cap_rank"):
-        lorainit.get_peft_model(llama(), lora, **arguments)
+        lorainit.get_peft_model(llama(), lora, on_unused="raise", **arguments)
     wrapped = lorainit.get_peft_model(llama(), lora, cap_rank=True, **arguments)
     found = shapes(wrapped)
     factor = 2 if kind == "anchored" else 1

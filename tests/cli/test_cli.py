@@ -306,7 +306,6 @@ WRONG = {
     "init --model @model --data @nothing --output @x": "no data file",
     "init --model @model --data @pairs.jsonl --method lora-da --set gama=1 --output @x": "of lora-da are",
     "init --model @model --data @pairs.jsonl --method lora-da --set gamma=0 --output @x": "gamma must be",
-    "init --model @model --data @pairs.jsonl --rank 99 --output @x": "Lower r",
     "init --model @model --data @pairs.jsonl --target-modules none --output @x": "all-linear",
     "init --model @model --statistics @nothing --output @x": "no statistics file",
     "init --model @model --data @pairs.jsonl --max-memory 1 --output @x": "is too small",

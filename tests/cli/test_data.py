@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -99,6 +100,34 @@ def test_bad_files_are_named(content: str, message: str, tmp_path: Path) -> None
     file.write_text(content)
     with pytest.raises(DataError, match=message):
         list(load_batches(file, tokenizer()))
+
+
+def test_what_a_template_refuses_is_one_line_with_the_record(tmp_path: Path) -> None:
+    """A record that the template writes, and one that it does not."""
+    tok = tokenizer()
+    tok.chat_template = (
+        "{{ raise_exception('No system\nhere') if messages[0].role == 'system' }}" + (TEMPLATE)
+    )
+    system = [{"role": "system", "content": "w1"}, *CHAT]
+    for form in ({"messages": system}, {"prompt": system[:-1], "completion": CHAT[-1:]}):
+        file = tmp_path / "d.jsonl"
+        lines = [json.dumps(record) + "\n" for record in ({"messages": CHAT}, form)]
+        file.write_text("".join(lines))
+        with pytest.raises(DataError, match=r"^record 2: .*No system\)") as caught:
+            list(load_batches(file, tok, seed=None))
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("change", [{"tools": "[{"}, {"tools": 3}, {"chat_template_kwargs": "a"}])
+def test_bad_fields_beside_messages_are_named(change: dict[str, object]) -> None:
+    with pytest.raises(DataError, match="'tools' must be a list"):
+        encode({"messages": CHAT} | change, tokenizer())
+
+
+def test_a_byte_order_mark_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "d.jsonl"
+    file.write_bytes(b"\xef\xbb\xbf" + b'{"text": "w1"}\n')
+    assert read_records(file) == [{"text": "w1"}]
 
 
 def test_messages_need_a_template() -> None:

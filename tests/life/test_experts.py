@@ -447,7 +447,7 @@ def test_measured_lengths_and_redistributed_ranks(method: Any) -> None:
 def test_ranks_are_capped_for_a_whole_parameter() -> None:
     big = lora(r=20, target_modules=["q_proj"], rank_pattern={"q_proj": 2})
     with untouched(base := mixtral()), pytest.raises(errors.RankError, match=r"_proj' has rank 20"):
-        start(base, METHODS["displaced"], big, data=[batch()], on_unused="default")
+        start(base, METHODS["displaced"], big, data=[batch()], on_unused="raise")
     wrapped = start(
         base, METHODS["displaced"], big, data=[batch()], on_unused="default", cap_rank=True
     )
@@ -526,7 +526,7 @@ def test_unfused_experts_are_layers_like_others(tmp_path: Path) -> None:
     want = config(r=2, target_modules=["q", "wi", "wo"])
     arguments: dict[str, Any] = {"data": [pairs()], "progress": False}
     with untouched(model), pytest.raises(errors.TargetError, match=min(idle).replace(".", r"\.")):
-        lorainit.collect_statistics(model, want, needs=NEEDS, **arguments)
+        lorainit.collect_statistics(model, want, needs=NEEDS, on_unused="raise", **arguments)
     found = lorainit.collect_statistics(model, want, needs=NEEDS, on_unused="default", **arguments)
     assert set(found.metadata["unused"]) == idle
 

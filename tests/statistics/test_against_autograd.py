@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import lorainit
-from lorainit.statistics.collect.positions import attends_to_itself
+from lorainit.statistics.positions.counted import attends_to_itself
 from lorainit.types import STATISTICS
 from tests.statistics import models, reference
 from tests.statistics.models import Batch, all_linear, batches, sequences
@@ -64,10 +64,20 @@ def test_llama(size: int) -> None:
 
 
 def test_llama_with_rows_that_have_no_labels() -> None:
+    """They are no part of any sum: the same as without them, and not as with them."""
     rows = sequences()
     rows[2]["labels"][:] = -100
-    found = check(models.llama(F64), batches(rows, 3), reference.causal)
-    assert next(iter(found.values())).sequences == len(rows) - 1
+    model = models.llama(F64)
+    found = collect(model, batches(rows, 3))
+    without = collect(model, batches(rows[:2] + rows[3:], 3))
+    inputs = lorainit.collect_statistics(
+        model, all_linear(), data=batches(rows, 3), needs=["input_second_moment"], progress=False
+    )
+    for name, layer in found.items():
+        assert layer.sequences == len(rows) - 1
+        for field in ("gradient_sum", "input_second_moment_sum", "output_second_moment_sum"):
+            assert_close(getattr(layer, field), getattr(without[name], field), f"{name}: {field}")
+        assert layer.positions == without[name].positions < inputs[name].positions
 
 
 def test_llama_counting_label_positions() -> None:

@@ -188,7 +188,7 @@ class TestLossFunctions:
             return returned
 
         with pytest.raises(DataError, match="one loss per sequence"):
-            batch_loss(nn.Identity(), {}, "sequence", loss)
+            batch_loss(nn.Identity(), {"labels": torch.ones(3, 2).long()}, "sequence", loss)
 
 
 class TestPackedRows:

@@ -22,13 +22,13 @@ from lorainit.statistics.collect.accumulators import (
     add_sum,
     sum_dtype,
 )
-from lorainit.statistics.collect.positions import (
+from lorainit.statistics.memory.peak import LiveBytes
+from lorainit.statistics.positions.counted import (
     CountedPositions,
     label_positions,
     positions_of,
     up_to_the_last_label,
 )
-from lorainit.statistics.memory.peak import LiveBytes
 from tests.statistics import models
 
 CPU = torch.device("cpu")

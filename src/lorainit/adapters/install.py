@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -22,7 +22,13 @@ from lorainit.adapters.layers import (
     takes_factors,
 )
 from lorainit.adapters.origin import Origin, remember
-from lorainit.adapters.pairs import experts_of, materialize, prepare_pair, put_pair
+from lorainit.adapters.pairs import (
+    experts_of,
+    filled_up,
+    materialize,
+    prepare_pair,
+    put_pair,
+)
 from lorainit.adapters.patterns import scale_ranks, scaled, spell_out
 from lorainit.adapters.stacks import in_peft, is_stack, stacked_a, stacked_b
 from lorainit.adapters.tuner import know_anchors
@@ -62,6 +68,7 @@ def install(
     factors: Mapping[str, Factors],
     settings: Mapping[str, Any] | None = None,
     measured: Mapping[str, float] | None = None,
+    small: Collection[str] = (),
 ) -> None:
     """Write factors into an adapter whose layers PEFT has created.
 
@@ -75,6 +82,7 @@ def install(
             anchored, they get an anchor of zeros, so that all layers have one rank.
         settings: what found the factors, for the record; JSON-ready.
         measured: losses before and after, where they were measured; for the record too.
+        small: names of layers whose factors have a lower rank than the adapter, and are filled up.
 
     Raises:
         AdapterError: factors for a layer that the adapter does not have, or of another shape.
@@ -89,6 +97,10 @@ def install(
             "configuration matches other modules than the one that the factors were made with."
         )
     for place, pairs in given.items():
+        layer = layers[place]
+        for name in [name for name in pairs if name in small]:
+            rank = trained_of(layer.lora_A[adapter_name]).shape[0] // experts_of(layer)
+            pairs[name] = filled_up(pairs[name], rank)
         for name, pair in pairs.items():
             _check_shapes(name, layers[place], adapter_name, pair)
     was_anchored = any(is_anchored(layer, adapter_name) for layer in layers.values())

@@ -98,6 +98,20 @@ def _filled(
     return Factors(a, b), Factors(start_a, start_b, anchored)
 
 
+def filled_up(pair: Factors, rank: int) -> Factors:
+    """Factors of a larger rank and the same product: further rows of ``A`` as PEFT draws them, ``B`` zero.
+
+    Of an anchored pair the rows are in its anchor too.
+    """
+    own, columns = pair.A.shape
+    rows = pair.A.new_empty(rank, columns)
+    nn.init.kaiming_uniform_(rows, a=5**0.5)
+    zeros = pair.B.new_zeros(pair.B.shape[0], rank - own)
+    return Factors(
+        torch.cat([pair.A, rows[own:]]), torch.cat([pair.B, zeros], dim=1), pair.anchored
+    )
+
+
 def experts_of(layer: LoraLayer) -> int:
     """Pairs in the layer's one: more than one in a stack of experts only."""
     return int(layer.num_experts) if is_stack(layer) else 1

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from peft import LoraConfig, PeftModel
 from peft.tuners.tuners_utils import (
@@ -58,16 +59,37 @@ class Targets:
         layers: by name, in the model's order.
         left_out: matched by the configuration but not served, by name, with the reason. They get
             PEFT's own start.
+        filled_up: layers that are solved at a rank below the adapter's, by name, with both ranks in
+            words. Rows of ``A`` beyond it are PEFT's, with zero columns of ``B``.
     """
 
     layers: dict[str, Target]
     left_out: dict[str, str]
+    filled_up: dict[str, str] = field(default_factory=dict)
 
     @property
     def configured_names(self) -> list[str]:
         """Every name by which PEFT looks up rank and alpha, once."""
         names = [target.configured_name for target in self.layers.values()]
         return list(dict.fromkeys([*names, *self.left_out]))
+
+    def at_own_ranks(self, limits: Mapping[str, int]) -> Targets:
+        """The same, layers to be solved at most at these ranks; at rank zero they are left out.
+
+        Args:
+            limits: by name; others keep their rank.
+        """
+        layers, left_out, filled_up = {}, dict(self.left_out), dict(self.filled_up)
+        for name, target in self.layers.items():
+            limit, rank = limits.get(name, target.spec.rank), target.spec.rank
+            if limit == 0:
+                left_out[name] = "it is too small for the method"
+                continue
+            if limit < rank:
+                target = replace(target, spec=replace(target.spec, rank=limit))
+                filled_up[name] = f"{limit} of {rank}"
+            layers[name] = target
+        return Targets(layers, left_out, filled_up)
 
 
 def base_model_of(model: nn.Module) -> nn.Module:
@@ -171,6 +193,19 @@ def _check_experts(config: LoraConfig, layers: dict[str, Target]) -> None:
             f"'{name}' is an expert in a stacked parameter, which PEFT does not adapt with "
             f"{', '.join(odd)}. Leave that out of the LoraConfig, or the experts out of its targets."
         )
+
+
+def skipped_experts(model: nn.Module, config: LoraConfig | None, targets: Targets) -> list[str]:
+    """Stacked parameters of experts that ``"all-linear"`` passes over, since they are no linear layers."""
+    if config is None or config.target_modules != "all-linear":
+        return []
+    known = {*targets.configured_names}
+    return [
+        f"{name}.{parameter}"
+        for name, module in base_model_of(model).named_modules()
+        for parameter in expert_parameters(module)
+        if f"{name}.{parameter}" not in known
+    ]
 
 
 def converted(model: nn.Module, config: LoraConfig) -> None:

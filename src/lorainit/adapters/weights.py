@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from lorainit.adapters.dequantize import dequantized
 from lorainit.adapters.targets import weight_shape
 from lorainit.errors import AdapterError, NonFiniteError
 from lorainit.linalg import all_finite
@@ -36,9 +35,7 @@ def read_weight(module: nn.Module, name: str) -> Tensor:
             f"layer '{name}' ({type(module).__name__}) stores its weight as {tuple(weight.shape)}, "
             f"which cannot be read as {expected}. Leave it out with exclude_modules."
         )
-    # Eight bits have no norm.
-    finite = all_finite(weight) if weight.element_size() > 1 else torch.isfinite(weight).all()
-    if not bool(finite):
+    if not bool(all_finite(weight)):
         raise NonFiniteError(_not_finite(name))
     return weight
 
@@ -65,64 +62,24 @@ def _floating(module: nn.Module, name: str) -> Tensor:
         if isinstance(weight, Tensor) and hasattr(weight, "full_tensor"):
             whole: Tensor = weight.full_tensor()
             return whole.detach()
-        # PEFT's own reader of modules stores a copy in the module, on a CPU.
-        if isinstance(weight, Tensor) and hasattr(weight, "quant_state"):
-            return _from_4bit(weight)
-        if isinstance(weight, Tensor) and _is_int8(weight):
-            return _from_int8(module, weight)
-        if isinstance(weight, Tensor) and type(weight).__module__.startswith("torchao"):
-            plain: Tensor = weight.dequantize()  # type: ignore[no-untyped-call]
-            return plain.detach()
         if isinstance(weight, Tensor) and _is_plain(weight):
             return weight.detach()
         try:
-            return torch.as_tensor(dequantize_module_weight(module)).detach()
-        except (TypeError, NotImplementedError, AttributeError) as error:
+            return dequantized(module)
+        except Exception as error:  # whatever the layer's own reader or forward raises
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise AdapterError(
                 f"the weight of layer '{name}' ({type(module).__name__}) cannot be dequantized: "
-                f"{error}. "
+                f"{first}. "
                 "Leave the layer out with exclude_modules."
             ) from error
-
-
-def _is_int8(weight: Tensor) -> bool:
-    return type(weight).__name__ == "Int8Params" and not weight.is_floating_point()
-
-
-def _from_4bit(weight: Any) -> Tensor:
-    """Bitsandbytes' four bits, in whichever of its two layouts they lie."""
-    if not getattr(weight.quant_state, "packing_format_for_cpu", False):
-        return torch.as_tensor(dequantize_bnb_weight(weight)).detach()
-    # On some CPUs the first forward lays them out anew, which its own reader does not know; its
-    # inverse leaves the scales transposed.
-    from bitsandbytes import functional
-
-    scales = weight.quant_state.absmax.T.reshape(-1).float()
-    data, state = functional._convert_weight_packed_for_cpu_inverse(
-        weight.data, copy.copy(weight.quant_state)
-    )
-    state.absmax, state.nested = scales, False
-    plain: Tensor = functional.dequantize_4bit(data, state)
-    return plain.detach()
-
-
-def _from_int8(module: nn.Module, weight: Any) -> Tensor:
-    """Bitsandbytes' eight bits: rows of integers, each with the absolute maximum of the row."""
-    scales = getattr(weight, "SCB", None)
-    if scales is None:
-        # Moved there by the layer's first forward.
-        scales = getattr(getattr(module, "state", None), "SCB", None)
-    if scales is None:
-        raise TypeError("its scales are not there")
-    found: Tensor = weight.data.float() * (scales.to(weight.device).float().unsqueeze(1) / 127)
-    return found
 
 
 def fingerprints(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     """At most `FINGERPRINT_SIZE` entries of every weight, evenly spread, float32 on the CPU.
 
-    Of a weight that ``fully_shard`` cut by rows, each process looks into its own rows, and only the
-    entries travel, all layers' together; all processes must call it.
+    A weight that cannot be read has none. Of a weight that ``fully_shard`` cut by rows, each process
+    looks into its own rows, and only the entries travel, all layers' together; all processes must call it.
     """
     found: dict[str, Tensor] = {}
     sent: dict[Any, dict[str, Tensor]] = {}
@@ -135,7 +92,10 @@ def fingerprints(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
         index = torch.arange(count) * (rows * columns - 1) // max(count - 1, 1)
         shard = _entries_of_shard(module, index // columns, index % columns)
         if shard is None:
-            flat = read_weight(module, name).reshape(-1)
+            try:
+                flat = read_weight(module, name).reshape(-1)
+            except AdapterError:
+                continue
             found[name] = flat[index.to(flat.device)].float().cpu()
         else:
             sent.setdefault(shard[1], {})[name] = shard[0]
@@ -147,7 +107,7 @@ def fingerprints(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
             if float(part[-1]) != 0:
                 raise NonFiniteError(_not_finite(name))
             found[name] = part[:-1].clone()
-    return {name: found[name] for name in modules}
+    return {name: found[name] for name in modules if name in found}
 
 
 def _entries_of_shard(
@@ -189,6 +149,7 @@ def _is_plain(weight: Tensor) -> bool:
         weight.is_floating_point()
         and weight.element_size() > 1
         and not hasattr(weight, "quant_state")
+        and not type(weight).__module__.startswith("torchao")
     )
 
 

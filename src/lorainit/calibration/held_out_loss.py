@@ -17,6 +17,7 @@ from lorainit.models.state import measuring, unchanged_rng
 from lorainit.parallel import collectives
 from lorainit.parallel.sharding import is_sharded
 from lorainit.statistics.loss.batch_loss import batch_loss
+from lorainit.statistics.loss.vocabulary import tokens_named
 from lorainit.statistics.settings import Subject
 
 
@@ -59,7 +60,8 @@ class HeldOutLoss:
         """``(2,)``: the batch's summed loss, and what it is divided by."""
         settings = self.subject.settings
         reduction = settings.loss_reduction
-        result = batch_loss(self.subject.model, batch.content, reduction, settings.loss_fn)
+        with tokens_named(self.subject.model, batch):
+            result = batch_loss(self.subject.model, batch.content, reduction, settings.loss_fn)
         unit = result.sequences if reduction == "sequence" else result.label_tokens
         total = result.per_sequence.sum()
         return torch.stack([total, unit.to(total)])

@@ -54,6 +54,7 @@ class RepeatedSteps:
     _stacks: list[StepStack] = field(default_factory=list)
     _owners: Mapping[str, int] = field(default_factory=dict)
     _norms: Mapping[str, float] = field(default_factory=dict)
+    _reached: Mapping[str, Target] = field(default_factory=dict)
 
     def present(self) -> dict[str, LowRank]:
         """The displacement so far."""
@@ -61,7 +62,10 @@ class RepeatedSteps:
 
     def take(self, statistics: Statistics, held_out: HeldOutLoss) -> SearchResult:
         """One step from statistics taken at the present displacement; `held_out` measures its length."""
-        self._owners = layer_owners(self.targets, statistics)
+        # Layers that none of this step's sequences reached stay where they are.
+        known = set(statistics.names)
+        self._reached = {name: t for name, t in self.targets.items() if name in known}
+        self._owners = layer_owners(self._reached, statistics)
         self._norms = self._norms or weight_norms(self.targets)
         with collectives.shared_errors():
             self._stacks = [
@@ -102,7 +106,7 @@ class RepeatedSteps:
     def _groups(self) -> list[list[Target]]:
         """This process's layers, those of one shape, rank and device together."""
         groups: dict[tuple[Any, ...], list[Target]] = {}
-        for name, target in self.targets.items():
+        for name, target in self._reached.items():
             if self._owners[name] == collectives.world()[0]:
                 spec = target.spec
                 device = next((p.device for p in target.module.parameters()), None)
@@ -127,14 +131,16 @@ class RepeatedSteps:
                 for i, target in enumerate(stack.targets):
                     own[target.name, "left"], own[target.name, "right"] = left[i], right[i]
         slots = []
-        for name, target in self.targets.items():
+        for name, target in self._reached.items():
             spec, owner = target.spec, self._owners[name]
             rank = spec.rank if width is None else min(width, spec.rank)
             slots.append(Slot((name, "left"), owner, (spec.out_features, rank), dtype))
             slots.append(Slot((name, "right"), owner, (rank, spec.in_features), dtype))
         device = device_of(next(iter(self.targets.values())))
         broadcast_from_owners(own, slots, device)
-        return {name: (own[name, "left"], own[name, "right"]) for name in self.targets}
+        moved = {name: (own[name, "left"], own[name, "right"]) for name in self._reached}
+        stayed = {n: p for n, p in self._at.items() if n not in moved} if width is None else {}
+        return moved | {n: (left.to(dtype), right.to(dtype)) for n, (left, right) in stayed.items()}
 
     def _terms(
         self, placed: Callable[[StepStack], tuple[Tensor, Tensor]], width: int | None = None

@@ -31,7 +31,7 @@ from lorainit.cli.shared import (
     speaking,
 )
 from lorainit.data import batches_of
-from lorainit.data.batch import to_device
+from lorainit.data.nested import to_device
 from lorainit.errors import DataError
 from lorainit.files.atomic import write_text
 from lorainit.pipeline import collect_statistics, get_peft_model

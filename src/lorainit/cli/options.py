@@ -97,7 +97,10 @@ TargetModules = Annotated[
     str | Sequence[str],
     Option("q_proj,v_proj or a regular expression or all-linear", "adapter", "NAMES"),
 ]
-CapRank = Annotated[bool, Option("lower the rank of layers too small for it", "adapter")]
+CapRank = Annotated[
+    bool,
+    Option("lower the rank of layers too small for it, which are filled up otherwise", "adapter"),
+]
 
 _METHOD = Option("one of those that 'lorainit methods' lists", "method")
 Method = Annotated[str, _METHOD]

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 
 from lorainit.data import IGNORED, Records, batches_of, read_records
-from lorainit.data.batch import to_device
+from lorainit.data.nested import to_device
 from lorainit.errors import DataError
 from lorainit.methods import METHODS
 from lorainit.types import Method

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lorainit.data.images import image_owners
+from lorainit.data.nested import tensors_in, to_device
 from lorainit.data.packing import (
     CUMULATIVE_LENGTHS,
     LONGEST,
@@ -34,39 +35,59 @@ class Batch:
     """One batch of the data, or some units of one.
 
     Attributes:
-        content: keywords of the model's forward, as they arrived.
+        content: keywords of the model's forward, as they arrived; with a loss function of the user's
+            own, anything that it takes.
         index: of the batch in the data; `FILLER` for one that counts nothing.
         names: which of the arrived batch's units each unit is; empty: all of them, in order.
         owners: of tensors that are not one entry a row, such as patches of images: by key, the row of
             each entry, ``(entries,)`` integers on the CPU, in order.
+        whole: never cut, whatever its layout.
+        losses: of a batch that is never cut, as how many sequences it counts; None: as many as its
+            layout tells.
     """
 
-    content: Mapping[str, Any]
+    content: Any
     index: int = 0
     names: tuple[int, ...] = ()
     owners: Mapping[str, Tensor] = field(default_factory=dict)
+    whole: bool = False
+    losses: int | None = None
 
     @classmethod
-    def arrived(cls, content: object, index: int, config: object = None) -> Batch:
+    def arrived(
+        cls, content: object, index: int, config: object = None, *, own_loss: bool = False
+    ) -> Batch:
         """A batch of the user's.
 
         Args:
             content: what the data gave.
             index: of the batch in the data.
             config: of the model, where it has one: it says which tokens stand for images.
+            own_loss: a loss function of the user's takes it, as it is.
 
         Raises:
-            DataError: it is no dictionary of tensors.
+            DataError: it is no dictionary of tensors, and the model itself is to take it.
         """
         if isinstance(content, Batch):
             return replace(content, index=index)
         if not isinstance(content, Mapping):
+            if own_loss:
+                return cls(content, index, whole=True)
             raise DataError(
                 f"batch {index} is a {type(content).__name__}, not a dictionary of the model's "
-                "keyword arguments. Give a DataLoader whose collate function returns dictionaries."
+                "keyword arguments. Give a DataLoader whose collate function returns dictionaries, or "
+                "a loss_fn that takes it."
             )
-        batch = cls(dict(content), index)
+        flat = any(isinstance(v, Tensor) and v.dim() > 0 for v in content.values())
+        if own_loss and not flat:
+            return cls(content, index, whole=True)
+        batch = cls(dict(content) if own_loss else as_keywords(content), index)
         return replace(batch, owners=image_owners(batch.content, batch.rows, config))
+
+    @property
+    def keywords(self) -> Mapping[str, Any]:
+        """The content where it is keywords; nothing where it is anything else."""
+        return self.content if isinstance(self.content, Mapping) else {}
 
     @property
     def counts(self) -> bool:
@@ -75,13 +96,15 @@ class Batch:
 
     @cached_property
     def rows(self) -> int:
-        """The first dimension that its labels, or else its first tensor, has."""
-        labels = self.content.get("labels")
+        """The first dimension that its labels, or else its first tensor, has; one where nothing tells."""
+        labels = self.keywords.get("labels")
         if isinstance(labels, Tensor) and labels.dim() > 0:
             return labels.shape[0]
-        for value in self.content.values():
+        for value in self.keywords.values():
             if isinstance(value, Tensor) and value.dim() > 0:
                 return value.shape[0]
+        if self.whole:
+            return 1
         raise DataError(
             f"a batch has no tensors (keys: {', '.join(map(str, self.content)) or 'none'}). Batches are "
             "dictionaries of tensors, as a DataLoader with return_tensors='pt' collation gives them."
@@ -90,22 +113,23 @@ class Batch:
     @property
     def is_empty(self) -> bool:
         """Whether it has no rows, or rows without a token."""
-        ids = self.content.get("input_ids")
+        ids = self.keywords.get("input_ids")
         return self.rows == 0 or (isinstance(ids, Tensor) and ids.numel() == 0)
 
     @property
     def positions(self) -> int:
         """Tokens, padding counted; numbers of its largest tensor, where it has none."""
         for key in ("input_ids", "labels", "inputs_embeds"):
-            value = self.content.get(key)
+            value = self.keywords.get(key)
             if isinstance(value, Tensor) and value.dim() >= 2:
                 return value.shape[0] * value.shape[1]
-        tensors = (v.numel() for v in self.content.values() if isinstance(v, Tensor))
-        return max(tensors, default=1)
+        return max((tensor.numel() for tensor in tensors_in(self.content)), default=1)
 
     @cached_property
     def separable(self) -> bool:
         """Whether its rows can run apart: all that it holds has one entry a row."""
+        if self.whole:
+            return False
         if self.rows == 1 and self._segments is None:
             return True
         return all(self._is_by_row(key, value) for key, value in self.content.items())
@@ -124,9 +148,9 @@ class Batch:
     @cached_property
     def _segments(self) -> Tensor | None:
         """``(rows, length)``: the sequence of each position, where rows are of tokens."""
-        reference = self.content.get("labels")
+        reference = self.keywords.get("labels")
         if not isinstance(reference, Tensor) or reference.dim() != 2:
-            reference = self.content.get("input_ids")
+            reference = self.keywords.get("input_ids")
         if not isinstance(reference, Tensor) or reference.dim() != 2 or reference.shape[1] == 0:
             return None
         return packed_segments(self.content, reference)[0]
@@ -159,6 +183,8 @@ class Batch:
     @cached_property
     def sequences(self) -> int:
         """How many sequences there are, packed ones one by one."""
+        if self.whole and self.losses is not None:
+            return self.losses
         return sum(map(len, self._sequences))
 
     @property
@@ -174,6 +200,22 @@ class Batch:
     def unit_names(self) -> tuple[int, ...]:
         """Of each unit, which of the arrived batch's it is."""
         return self.names or tuple(range(self.units))
+
+    def units_of(self, marked: Tensor) -> list[bool]:
+        """For each unit, whether any of its entries is marked.
+
+        Args:
+            marked: booleans, ``(rows, ...)``; where rows are packed, ``(rows, length)``.
+        """
+        if not self.separable:
+            return [bool(marked.any())]
+        if all(len(row) == 1 for row in self._groups) or self._segments is None:
+            found: list[bool] = (
+                marked.flatten(1).any(1).tolist() if marked.dim() > 1 else marked.tolist()
+            )
+            return found
+        hit = set(self._segments[marked.cpu()].tolist())
+        return [member in hit for row in self._groups for member in row]
 
     def take(self, kept: Sequence[bool]) -> list[Batch]:
         """The units for which `kept` is true, as batches that run as they did: one, or none.
@@ -269,6 +311,24 @@ class Batch:
         return Batch(content, self.index, names, owners)
 
 
+def as_keywords(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Keywords that every model takes: a row that has no batch axis gets one, and labels are int64.
+
+    ``Dataset.with_format("torch")`` gives rows, and some data sets store labels in fewer bits.
+    """
+    found = dict(content)
+    ids = found.get("input_ids")
+    if isinstance(ids, Tensor) and ids.dim() == 1:
+        found = {k: v.unsqueeze(0) if isinstance(v, Tensor) else v for k, v in found.items()}
+    for key, value in found.items():
+        whole = (
+            isinstance(value, Tensor) and not value.is_floating_point() and not value.is_complex()
+        )
+        if whole and value.dtype != torch.bool and (key == "labels" or key.endswith("input_ids")):
+            found[key] = value.long()
+    return found
+
+
 def _entries(value: Tensor, chosen: Tensor, axis: int) -> Tensor:
     """The entries along `axis` that `chosen` is true for; a view where they are neighbours."""
     index = chosen.nonzero().flatten()
@@ -280,16 +340,3 @@ def _entries(value: Tensor, chosen: Tensor, axis: int) -> Tensor:
 def _row_axis(key: str, value: Tensor) -> int:
     """Which dimension counts the rows: rotary positions of several axes have the axes in front."""
     return 1 if key == "position_ids" and value.dim() == 3 else 0
-
-
-def to_device(value: Any, device: torch.device) -> Any:
-    """Tensors, also in dictionaries and lists, on `device`."""
-    if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
-    if isinstance(value, dict):
-        return {key: to_device(item, device) for key, item in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(to_device(item, device) for item in value))
-    if isinstance(value, list | tuple):
-        return type(value)(to_device(item, device) for item in value)
-    return value

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lorainit.data.encoding import Example, Tokenizer, encode
+from lorainit.data.chat import Tokenizer
+from lorainit.data.encoding import Example, encode
 from lorainit.data.records import read_records
 from lorainit.errors import DataError
 from lorainit.types import IGNORED

@@ -32,7 +32,7 @@ def read_records(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         raise DataError(f"there is no data file '{path}'. Give a file of JSON lines.")
     records = []
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     records.append(_record(line, path, number))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
 
 from lorainit.data.batch import Batch
+from lorainit.data.reading import ALL_MASKED, Reader, Reading, shared_population
 from lorainit.errors import DataError
 from lorainit.parallel import collectives
+
+logger = logging.getLogger("lorainit")
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,50 +78,54 @@ class Sample:
         return Sample(kept, self.population), Sample(held, self.population)
 
 
-def draw_sample(data: object, max_sequences: int | None, config: object = None) -> Sample:
+def draw_sample(data: object, max_sequences: int | None, reading: Reading | None = None) -> Sample:
     """This process's part of at most `max_sequences` sequences over all processes.
 
     Equal parts, where every process has them; who has more gives more. Nothing is drawn from `data`
-    beyond the batch that fills the part.
+    beyond the batch that fills the part. Sequences without a label do not count.
 
     Args:
         data: the user's iterable of batches.
         max_sequences: None for all.
-        config: of the model, where it has one.
+        reading: how batches are read.
 
     Raises:
-        DataError: no process has a sequence, or something is no dictionary of tensors.
+        DataError: no process has a sequence, or one with a label, or something is no dictionary of
+            tensors.
         ProcessError: another process's data failed.
     """
     rank, size = collectives.world()
-    population = shared_population(data)
+    reader = Reader(data, reading or Reading())
+    reader.look()
     if size == 1:
-        batches = list(take_sequences(arriving(data, config), max_sequences))
+        batches = list(take_sequences(reader, max_sequences))
     else:
-        batches = _part_of_process(data, max_sequences, config, rank, size)
+        batches = _part_of_process(reader, max_sequences, rank, size)
+    unlabelled, drawn = collectives.sum_counts([reader.unlabelled, reader.sequences])
     if not collectives.any_process(bool(batches)):
+        if unlabelled:
+            raise DataError(ALL_MASKED)
         raise DataError(
             "data gave no sequences: the iterable is empty, or exhausted by an earlier pass. "
             "Give a DataLoader or a list of batches."
         )
-    return Sample([], population).with_batches(batches)
+    if unlabelled:
+        logger.warning(
+            "%d of %d sequences have nothing to learn (every label is -100: prompts, or answers that "
+            "a maximal length cut off) and do not count",
+            unlabelled,
+            drawn,
+        )
+    return Sample([], shared_population(reader)).with_batches(batches)
 
 
-def arriving(data: object, config: object = None) -> Iterator[Batch]:
-    """The user's batches one by one, without those of no rows, or of rows without a token.
+def arriving(data: object, reading: Reading | None = None) -> Iterator[Batch]:
+    """The user's batches one by one, see `Reader`.
 
     Raises:
         DataError: something that is no dictionary of tensors.
     """
-    if not isinstance(data, Iterable):
-        raise DataError(
-            f"data must be an iterable of batches, not {type(data).__name__}. Give a DataLoader, "
-            "or a list of dictionaries."
-        )
-    for index, content in enumerate(data):
-        batch = Batch.arrived(content, index, config)
-        if not batch.is_empty:
-            yield batch
+    return iter(Reader(data, reading or Reading()))
 
 
 def take_sequences(batches: Iterable[Batch], most: int | None) -> Iterator[Batch]:
@@ -142,20 +149,17 @@ def take_sequences(batches: Iterable[Batch], most: int | None) -> Iterator[Batch
             return
 
 
-def _part_of_process(
-    data: object, cap: int | None, config: object, rank: int, size: int
-) -> list[Batch]:
+def _part_of_process(reader: Reader, cap: int | None, rank: int, size: int) -> list[Batch]:
     kept: list[Batch] = []
     if cap is None:
         with collectives.shared_errors():
-            kept += arriving(data, config)
+            kept += reader
         return kept
-    rest: Any = None
+    rest = iter(reader)
     have, exhausted = 0, False
     part = cap // size + (1 if rank < cap % size else 0)
     while True:
         with collectives.shared_errors():
-            rest = arriving(data, config) if rest is None else rest
             while have < part and not exhausted:
                 batch = next(rest, None)
                 if batch is None:
@@ -168,20 +172,3 @@ def _part_of_process(
         part = parts[rank]
         if all(wanted <= has for wanted, (has, _) in zip(parts, known, strict=True)):
             return list(take_sequences(kept, part)) if part else []
-
-
-def shared_population(data: object) -> int | None:
-    """Samples to fine-tune on: one set's length if all processes hold the same, else their sum."""
-    lengths = [n for n in collectives.gather_objects(population_of(data)) if n is not None]
-    if len(set(lengths)) == 1:
-        return int(lengths[0])
-    return sum(lengths) if lengths else None
-
-
-def population_of(data: object) -> int | None:
-    """Length of the data set behind a loader, where it has one."""
-    dataset = getattr(data, "dataset", None)
-    try:
-        return len(dataset) if dataset is not None else None
-    except (TypeError, NotImplementedError):
-        return None

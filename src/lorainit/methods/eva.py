@@ -43,6 +43,8 @@ class EVA:
     centered: bool = True
     rho: float = 2.0
 
+    reads_weight: ClassVar[bool] = False
+
     workspace: ClassVar[int] = 3
     """A solve in float32 takes so many times the bytes of a stack's statistics and gradient, beside them."""
 

@@ -176,6 +176,7 @@ class LoraDA:
     rescale_variance: bool = False
     balance: bool = False
 
+    reads_weight: ClassVar[bool] = False
     needs: ClassVar[frozenset[str]] = frozenset(
         {"gradient", "input_second_moment", "output_second_moment_diagonal"}
     )

@@ -72,6 +72,11 @@ class LoraGA:
         """The paper's settings: ArB2r, stable scale, gamma 16."""
         return cls(direction="ArB2r", scale="stable", gamma=16.0)
 
+    @property
+    def reads_weight(self) -> bool:
+        """Whether the scale is one of the weight's."""
+        return self.scale == "weightS"
+
     def solve(
         self, weight: Tensor, statistics: LayerStatistics, rank: int, scaling: float
     ) -> Factors:

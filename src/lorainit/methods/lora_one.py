@@ -49,6 +49,7 @@ class LoraOne:
     scale: Literal["paper", "calibrated"] = "paper"
 
     needs: ClassVar[frozenset[str]] = frozenset({"gradient"})
+    reads_weight: ClassVar[bool] = False
 
     trust_region: ClassVar[float] = TRUST_REGION
     """Where the length is measured, see `Natural`."""

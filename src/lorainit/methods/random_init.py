@@ -24,6 +24,7 @@ class Gaussian:
     """``A`` normal with standard deviation ``1 / rank``, ``B = 0``: reads nothing."""
 
     needs: ClassVar[frozenset[str]] = frozenset()
+    reads_weight: ClassVar[bool] = False
 
     @classmethod
     def paper(cls) -> Gaussian:
@@ -67,6 +68,7 @@ class Orthogonal:
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
+    reads_weight: ClassVar[bool] = False
 
     @classmethod
     def paper(cls) -> Orthogonal:

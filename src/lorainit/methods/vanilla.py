@@ -28,6 +28,7 @@ class Vanilla:
     size: float = 1.0
 
     needs: ClassVar[frozenset[str]] = frozenset()
+    reads_weight: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         require_number("size", self.size, inclusive=False)

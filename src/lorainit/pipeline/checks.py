@@ -23,10 +23,9 @@ from lorainit.errors import (
 )
 from lorainit.parallel import collectives
 from lorainit.statistics import Statistics
+from lorainit.statistics.collect.unreached import NOT_REACHED
+from lorainit.statistics.settings import OnUnused
 from lorainit.types import LayerStatistics, LimitsRank, Method
-
-UNUSED = "no sequence reached it"
-"""Why a target may keep PEFT's start."""
 
 logger = logging.getLogger("lorainit")
 
@@ -126,28 +125,52 @@ def _check_same_targets(
 
 
 def with_possible_ranks(
-    model: nn.Module, config: LoraConfig, targets: Targets, method: Method, *, cap_rank: bool
+    model: nn.Module,
+    config: LoraConfig,
+    targets: Targets,
+    method: Method,
+    *,
+    cap_rank: bool,
+    on_small: OnUnused = "raise",
 ) -> Targets:
-    """Refuse ranks above what the layer and the method allow, or cap them at the same scaling."""
+    """Ranks above what a layer and the method allow: lowered, capped at the same scaling, or refused.
+
+    Args:
+        model: the base model, or a PeftModel.
+        config: of the adapter, changed in place by `cap_rank`.
+        targets: what it matches.
+        method: what is to solve them.
+        cap_rank: lower the adapter's own rank in the configuration.
+        on_small: ``"default"``: solve such layers at their own rank, in an adapter of the configured one.
+
+    Raises:
+        RankError: such a layer, unless either is said; or no layer that could be solved.
+    """
     factor = method.rank_factor if isinstance(method, LimitsRank) else 1
-    ranks = {t.configured_name: t.spec.rank for t in targets.layers.values()}
     limits = {
-        t.configured_name: min(t.spec.out_features, t.spec.in_features) // factor
-        for t in targets.layers.values()
+        name: min(t.spec.out_features, t.spec.in_features) // factor
+        for name, t in targets.layers.items()
         if factor * t.spec.rank > min(t.spec.out_features, t.spec.in_features)
     }
     if not limits:
         return targets
-    if not cap_rank:
+    if not (cap_rank or on_small == "default") or not any(
+        limits.get(name, 1) for name in targets.layers
+    ):
         name, limit = next(iter(limits.items()))
+        target = targets.layers[name]
         divided = f" / {factor}" if factor > 1 else ""
+        small = len({targets.layers[n].configured_name for n in limits})
         raise RankError(
-            f"layer '{name}' has rank {ranks[name]} in the configuration, above its "
-            f"min(out, in){divided} = {limit} ({len(limits)} such layers). Lower r, give these layers "
+            f"layer '{target.configured_name}' has rank {target.spec.rank} in the configuration, above "
+            f"its min(out, in){divided} = {limit} ({small} such layers). Lower r, give these layers "
             "a rank_pattern, or pass cap_rank=True."
         )
-    with_ranks(config, limits, targets.configured_names)
-    return match_targets(model, config)
+    if cap_rank:
+        ranks = {targets.layers[n].configured_name: max(1, k) for n, k in limits.items()}
+        with_ranks(config, ranks, targets.configured_names)
+        targets = match_targets(model, config)
+    return targets.at_own_ranks(limits)
 
 
 def check_statistics(statistics: Statistics, targets: Targets, method: Method) -> None:
@@ -210,7 +233,10 @@ def _check_layer(name: str, target: Target, layer: LayerStatistics, method: Meth
 
 
 def unused_targets(statistics: Statistics, targets: Targets) -> dict[str, str]:
-    """Targets that no sequence reached when the statistics were collected, with that reason."""
+    """Targets that have no statistics, with the reason that was found when the others were collected."""
+    reasons = statistics.metadata.get("unused_reasons") or {}
     return {
-        name: UNUSED for name in statistics.metadata.get("unused", ()) if name in targets.layers
+        name: reasons.get(name, NOT_REACHED)
+        for name in statistics.metadata.get("unused", ())
+        if name in targets.layers
     }

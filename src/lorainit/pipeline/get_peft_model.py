@@ -18,7 +18,7 @@ from lorainit.adapters.layers import (
     left_at_default,
 )
 from lorainit.adapters.patterns import with_ranks
-from lorainit.adapters.targets import Targets, match_targets
+from lorainit.adapters.targets import Targets, match_targets, skipped_experts
 from lorainit.adapters.wrappers import adapter_tensors, unwrapped
 from lorainit.methods.auto import Auto
 from lorainit.models.state import outside_autocast, unchanged_rng_on_error
@@ -70,7 +70,8 @@ def get_peft_model(
         data: batches to collect statistics from, see `collect_statistics`.
         statistics: statistics collected before, instead of `data`.
         adapter_name: of the adapter to create or start again.
-        cap_rank: lower the rank of layers that are too small for it, instead of an error.
+        cap_rank: lower the adapter's rank at layers that are too small for it; they keep it otherwise,
+            filled up as PEFT would, see ``on_unused`` in `CollectSettings`.
         calibration_share: of `data`, held back from the statistics to measure a step's length on,
             where the method asks for that; with `statistics`, all of `data` is used.
         precision: ``"fast"``: solve in float32 (float64 where that fails), to residuals of a thousandth or
@@ -96,7 +97,8 @@ def get_peft_model(
     existing = adapter_name in configurations(model)
     config = configuration(model, peft_config, adapter_name, existing)
     targets = match_targets(model, config)
-    targets = with_possible_ranks(model, config, targets, method, cap_rank=cap_rank)
+    small = settings.on_unused
+    targets = with_possible_ranks(model, config, targets, method, cap_rank=cap_rank, on_small=small)
     if statistics is not None:
         check_statistics(statistics, targets, method)
     # An adapter that exists is drawn anew, by the method itself.
@@ -105,7 +107,8 @@ def get_peft_model(
 
     def reallocate(ranks: Mapping[str, int]) -> Targets:
         with_ranks(config, ranks, targets.configured_names)
-        return match_targets(model, config)
+        found = match_targets(model, config)
+        return with_possible_ranks(model, config, found, method, cap_rank=False, on_small="default")
 
     # The layers of an adapter that exists have their ranks already.
     redistribute = None if existing else reallocate
@@ -134,7 +137,12 @@ def get_peft_model(
             wrapped = create_adapter(model, config, adapter_name, autocast=autocast_adapter_dtype)
         with collectives.shared_errors():
             installing.install(
-                wrapped, adapter_name, start.factors, settings_of(method), measured_losses(start)
+                wrapped,
+                adapter_name,
+                start.factors,
+                settings_of(method),
+                measured_losses(start),
+                targets.filled_up,
             )
         # PEFT's own random start of the layers left at it, too.
         collectives.broadcast(adapter_tensors(wrapped, adapter_name), 0)
@@ -143,5 +151,7 @@ def get_peft_model(
         left_out = {}
     elif not default:
         left_out |= left_at_default(wrapped, adapter_name, start.factors, left_out)
-    report_line(summary(method, start, left_out), progress=settings.progress)
+    started = {n: ranks for n, ranks in targets.filled_up.items() if n in start.sizes}
+    skipped = skipped_experts(model, peft_config, targets)
+    report_line(summary(method, start, left_out, started, skipped), progress=settings.progress)
     return wrapped

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import nn
@@ -13,6 +13,7 @@ from torch import nn
 from lorainit.adapters.targets import Target, Targets
 from lorainit.adapters.weights import fingerprints
 from lorainit.calibration.held_out_loss import HeldOutLoss
+from lorainit.data.reading import Reading
 from lorainit.data.sampling import Sample, draw_sample
 from lorainit.errors import AdapterError
 from lorainit.models.displacement import LowRank, displaced
@@ -25,6 +26,7 @@ from lorainit.solve.layers import value_directions
 from lorainit.solve.ranks import allocate_ranks, rank_limits
 from lorainit.statistics.collection import collect_layers, plan_collection
 from lorainit.statistics.loss.own_loss import OwnLoss, needs_own_loss, one_by_one
+from lorainit.statistics.loss.togetherness import labelled_units, losses_together
 from lorainit.statistics.settings import CollectSettings, Subject
 from lorainit.statistics.store.statistics import Statistics
 from lorainit.types import (
@@ -73,8 +75,14 @@ class Measurements:
 
     def sample(self, data: object) -> Sample:
         """This process's part of the data, kept."""
-        config = getattr(innermost_model(self.model), "config", None)
-        return draw_sample(data, self.settings.max_sequences, config)
+        model, loss_fn = self.model, self.settings.loss_fn
+        config = getattr(innermost_model(model), "config", None)
+        reading = Reading(config)
+        if loss_fn is not None:
+            reading = Reading(config, True, partial(losses_together, model, loss_fn))
+        elif self.needs & GRADIENT_STATISTICS:
+            reading = Reading(config, labelled=partial(labelled_units, model))
+        return draw_sample(data, self.settings.max_sequences, reading)
 
     def with_own_loss(self, sample: Sample) -> tuple[Measurements, Sample]:
         """The same with the model's own loss, one sequence at a time, where the default one is another."""
@@ -92,7 +100,7 @@ class Measurements:
         known = self._fingerprints()
         with displaced(self.subject.modules, at) if at else contextlib.nullcontext():
             found = collect_layers(self.subject, sample)
-        found.fingerprints = {name: known[name] for name in found.names}
+        found.fingerprints = {n: known[n] for n in found.names if n in known}
         return found
 
     def passes(self, sample: Sample) -> Iterator[Statistics]:

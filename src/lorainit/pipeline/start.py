@@ -21,7 +21,7 @@ from lorainit.calibration.sizes import (
 from lorainit.data.sampling import Sample
 from lorainit.methods.vanilla import Vanilla
 from lorainit.models.displacement import LowRank
-from lorainit.pipeline.checks import UNUSED, unused_targets
+from lorainit.pipeline.checks import unused_targets
 from lorainit.pipeline.measurements import Measurements
 from lorainit.solve.layers import relative_size, solve_layers
 from lorainit.solve.stacks import solving_bytes
@@ -154,12 +154,12 @@ def _pass_by_pass(
     budget, device = measurements.settings.budget, measurements.device
     factors: dict[str, Factors] = {}
     sizes: dict[str, float] = {}
-    names: list[str] = []
+    unused: dict[str, str] = {}
     for part in measurements.passes(sample):
         if budget is not None and device.type != "cpu":
             room = budget - solving_bytes(measurements.targets.layers, method.needs)
             part.relieve(device, held_bytes(measurements.model, device) - room)
-        names += part.metadata["unused"]
+        unused |= unused_targets(part, measurements.targets)
         served = {name: measurements.targets.layers[name] for name in part.names}
         found = solve_layers(
             served,
@@ -173,8 +173,7 @@ def _pass_by_pass(
         factors |= found[0]
         sizes |= found[1]
         del part
-    check_unused(names, factors, measurements.subject)
-    unused = {n: UNUSED for n in names}
+    check_unused(list(unused), factors, measurements.subject)
     ordered = [name for name in measurements.targets.layers if name in factors]
     return Start({n: factors[n] for n in ordered}, {n: sizes[n] for n in ordered}, unused)
 

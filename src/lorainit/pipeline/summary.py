@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import statistics as stats
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from tqdm.auto import tqdm
 
@@ -42,22 +43,51 @@ def report_line(line: str, *, progress: bool) -> None:
         tqdm.write(line, file=sys.stderr)
 
 
-def summary(method: Method, start: Start, left_out: Mapping[str, str]) -> str:
-    """One line: how large the start is, and what was left out and why."""
+def summary(
+    method: Method,
+    start: Start,
+    left_out: Mapping[str, str],
+    filled_up: Mapping[str, str] | None = None,
+    skipped: Sequence[str] = (),
+) -> str:
+    """One line: how large the start is, and what was left out and why.
+
+    Args:
+        method: of the start.
+        start: what was found.
+        left_out: layers at PEFT's start, with the reason.
+        filled_up: layers smaller than the rank, with both ranks.
+        skipped: parameters of experts that the configuration does not target.
+    """
     line, sizes = f"{type(method).__name__}: ", start.sizes
     if start.refusal is not None:
         line += f"plain LoRA: {start.refusal}"
     elif sizes:
-        line += (
-            f"{len(sizes)} layers started, |s B A| / |W| largest {max(sizes.values()):.2g}, "
-            f"median {stats.median(sizes.values()):.2g}"
-        )
+        line += f"{len(sizes)} layers started"
+        # Of a weight that could not be read there is no size.
+        if known := [size for size in sizes.values() if not math.isnan(size)]:
+            largest, median = max(known), stats.median(known)
+            line += f", |s B A| / |W| largest {largest:.2g}, median {median:.2g}"
     else:
         line += "PEFT's own start"
     if start.search is not None and start.refusal is None:
         line += f", calibration loss {start.search.start_loss:.4g} to {start.search.loss:.4g}"
     if left_out:
-        shown = "; ".join(f"{name}: {reason}" for name, reason in list(left_out.items())[:4])
-        more = f"; and {len(left_out) - 4} more" if len(left_out) > 4 else ""
-        line += f". Left at PEFT's start: {shown}{more}"
+        line += f". Left at PEFT's start: {_shown(left_out)}"
+    if filled_up:
+        line += f". Smaller than the rank, filled up as PEFT would: {_shown(filled_up)}"
+    if skipped:
+        line += (
+            f". {len(skipped)} stacked parameters of experts are no targets (first '{skipped[0]}'): "
+            "target_parameters of the LoraConfig would name them"
+        )
     return line
+
+
+def _shown(reasons: Mapping[str, str]) -> str:
+    """The first layers with their reasons, every reason among them."""
+    first = dict.fromkeys(reasons.values())
+    names = [next(n for n, why in reasons.items() if why == reason) for reason in first]
+    names += [name for name in reasons if name not in names]
+    shown = "; ".join(f"{name}: {reasons[name]}" for name in names[:4])
+    return shown + (f"; and {len(reasons) - 4} more" if len(reasons) > 4 else "")

@@ -27,6 +27,7 @@ from lorainit.types import (
     LayerStatistics,
     Method,
     RanksDirections,
+    ReadsWeight,
 )
 
 logger = logging.getLogger("lorainit")
@@ -65,7 +66,7 @@ def solve_layers(
         exact = precision == "exact"
         for chunks in rounds(targets, owners, size, statistics, method, max_memory, exact=exact):
             try:
-                weights = _weights(chunks, rank)
+                weights = _weights(chunks, rank, method)
                 if chunks[rank] and failure is None:
                     chunk = chunks[rank]
                     layers = [
@@ -150,15 +151,19 @@ def _without_gradient(chunk: Sequence[Target], layers: Sequence[LayerStatistics]
     return [name for name, one in zip(names, told, strict=True) if not bool(one)]
 
 
-def _weights(chunks: Sequence[list[Target]], rank: int) -> list[Tensor]:
-    """The weights of this process's chunk; sharded ones are gathered by everyone, one at a time."""
+def _weights(chunks: Sequence[list[Target]], rank: int, method: Method) -> list[Tensor]:
+    """The weights of this process's chunk; sharded ones are gathered by everyone, one at a time.
+
+    One that cannot be read is zero for a method that reads none.
+    """
+    needed = not isinstance(method, ReadsWeight) or method.reads_weight
     weights = []
     failure: Exception | None = None
     for owner, chunk in enumerate(chunks):
         for target in chunk:
             try:
                 if owner == rank:
-                    weights.append(read_weight(target.module, target.name))
+                    weights.append(_weight(target, needed=needed))
                 else:
                     part_of_gather(target.module)
             except Exception as error:
@@ -167,6 +172,16 @@ def _weights(chunks: Sequence[list[Target]], rank: int) -> list[Tensor]:
     if failure is not None:
         raise failure
     return weights
+
+
+def _weight(target: Target, *, needed: bool) -> Tensor:
+    try:
+        return read_weight(target.module, target.name)
+    except AdapterError:
+        if needed:
+            raise
+    shape = target.spec.out_features, target.spec.in_features
+    return torch.zeros(1, 1, device=device_of(target)).expand(shape)
 
 
 def _exchanged(
@@ -313,10 +328,10 @@ def _for_solving(
 
 
 def relative_size(pair: Factors, weight: Tensor, scaling: float) -> Tensor:
-    """``|s B A|_F / |W|_F``, 0-dimensional, without forming the product."""
+    """``|s B A|_F / |W|_F``, 0-dimensional, without forming the product; NaN of a weight of zeros."""
     a, b = pair.A.float(), pair.B.float()
     square = ((b.mT @ b) * (a @ a.mT)).sum().clamp_min(0)
     wide = torch.promote_types(weight.dtype, torch.float32)
     norm = torch.linalg.vector_norm(weight, dtype=wide)
     size: Tensor = scaling * square.sqrt() / norm.clamp_min(1e-30)
-    return size
+    return size.where(norm > 0, torch.nan)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from itertools import chain
 
 import torch
 
@@ -28,7 +29,8 @@ def layer_owners(targets: Mapping[str, Target], statistics: Statistics | None) -
 
 def device_of(target: Target) -> torch.device:
     """Where a layer's factors lie: with its weight, or on the CPU while that is elsewhere."""
-    found = next((p.device for p in target.module.parameters()), torch.device("cpu"))
+    tensors = chain(target.module.parameters(), target.module.buffers())
+    found = next((t.device for t in tensors), torch.device("cpu"))
     return torch.device("cpu") if found.type == "meta" else found
 
 

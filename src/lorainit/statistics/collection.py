@@ -15,6 +15,7 @@ from lorainit.models.state import measuring, unchanged_rng
 from lorainit.parallel import collectives
 from lorainit.statistics.collect.finalize import check_unused, finish
 from lorainit.statistics.collect.passes import run_batches
+from lorainit.statistics.collect.unreached import unreached_reasons
 from lorainit.statistics.loss.batch_loss import ALL_MASKED, has_label
 from lorainit.statistics.memory.plan import Plan
 from lorainit.statistics.memory.planner import plan_passes
@@ -60,7 +61,11 @@ class PlannedCollection:
         subject = replace(self.subject, modules=some)
         with measuring(subject.model):
             run = run_batches(subject, self.sample.batches, self.plan.batch.rows)
-        return finish(run, subject, self.sample.population, whole=len(self.plan.passes) == 1)
+            found = finish(run, subject, self.sample.population, whole=len(self.plan.passes) == 1)
+            found.metadata["unused_reasons"] = unreached_reasons(
+                found.metadata["unused"], run.state.ran, subject, self.sample.batches
+            )
+        return found
 
 
 def plan_collection(subject: Subject, sample: Sample) -> PlannedCollection:
@@ -97,6 +102,9 @@ def _merged(parts: list[Statistics], subject: Subject) -> Statistics:
     layers = {name: part[name] for part in parts for name in part}
     metadata = dict(parts[0].metadata)
     metadata["unused"] = [name for part in parts for name in part.metadata["unused"]]
+    metadata["unused_reasons"] = {
+        name: why for part in parts for name, why in part.metadata["unused_reasons"].items()
+    }
     some = [part.shares for part in parts if part.shares is not None]
     owners = {name: owner for shares in some for name, owner in shares.owners.items()}
     check_unused(metadata["unused"], [n for part in parts for n in part.names], subject)

@@ -37,8 +37,11 @@ class CollectSettings:
         on_nonfinite: what to do about sequences whose loss is not finite: ``"raise"``, or
             ``"skip"``: they are named in the log, counted in the statistics' ``metadata`` under
             ``"skipped_sequences"``, and the rest of their batch is run without them.
-        on_unused: what to do about targets that no sequence reached, experts of a mixture among
-            them: ``"raise"``, or ``"default"``: start them as PEFT does, and name them in the log.
+        on_unused: what to do about targets that no sequence reached (experts of a mixture among them,
+            layers whose weight the model reads directly) or whose ``min(out, in)`` is below the rank:
+            ``"default"``: the former start as PEFT starts them, the latter at their own rank with PEFT's
+            rows beyond it, and the log names them with the reason; ``"raise"``. It is an error in any
+            case if no target was reached.
         max_memory: what the model, the statistics and a batch may take together on the model's device,
             in bytes or as ``"24GiB"``. Default: what is free there; no limit on a CPU. Where that is
             too little for one pass, batches are cut to fewer rows, and layers are collected in several
@@ -58,7 +61,7 @@ class CollectSettings:
     max_sequences: int | None = 256
     loss_fn: LossFunction | None = None
     on_nonfinite: OnNonfinite = "raise"
-    on_unused: OnUnused = "raise"
+    on_unused: OnUnused = "default"
     max_memory: int | str | None = None
     gradient_dtype: GradientDtype = "float32"
     progress: bool = True

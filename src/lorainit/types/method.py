@@ -51,6 +51,15 @@ class UsesDefaultStart(Method, Protocol):
 
 
 @runtime_checkable
+class ReadsWeight(Method, Protocol):
+    """A method that says whether it reads weights: if not, layers start whose weight cannot be read."""
+
+    @property
+    def reads_weight(self) -> bool:
+        """Whether `solve` reads more of the weight than its shape, dtype and device."""
+
+
+@runtime_checkable
 class LimitsRank(Method, Protocol):
     """A method that takes more directions of a layer than the adapter's rank."""
 

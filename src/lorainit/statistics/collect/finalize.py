@@ -78,9 +78,8 @@ def check_unused(unused: list[str], reached: Collection[str], subject: Subject) 
         return
     if not reached:
         raise TargetError(
-            f"none of the {len(unused)} target layers ran in the forward pass (first: "
-            f"'{unused[0]}'). "
-            "Check that the batches reach this part of the model."
+            f"none of the {len(unused)} target layers ran in the forward pass, or the loss does not depend "
+            f"on them (first: '{unused[0]}'). Check that the batches reach this part of the model."
         )
     if subject.settings.on_unused == "raise":
         shown = ", ".join(f"'{n}'" for n in unused[:5]) + (", ..." if len(unused) > 5 else "")

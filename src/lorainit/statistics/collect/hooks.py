@@ -21,7 +21,7 @@ from lorainit.errors import DataError
 from lorainit.linalg import all_finite
 from lorainit.models.experts import ExpertLayer, routed
 from lorainit.statistics.collect.accumulators import InputSums, LayerSums
-from lorainit.statistics.collect.model_calls import InputPositions, ModelCalls
+from lorainit.statistics.positions.model_calls import InputPositions, ModelCalls
 from lorainit.types import GRADIENT_STATISTICS, GradientDtype
 
 
@@ -51,6 +51,8 @@ class HookState:
         counts: whether the batch counts at all; if not, it only keeps other processes company.
         unknown: shapes of inputs by layer, where the batch is padded and no mask says where.
         gradient_dtype: what gradients are added up in.
+        ran: names of the layers that were called, with a gradient or without.
+        ran_in_batch: whether any was in the batch under way.
     """
 
     needs: frozenset[str]
@@ -62,6 +64,8 @@ class HookState:
     _met: set[str] = field(default_factory=set)
     unknown: dict[str, tuple[int, ...]] = field(default_factory=dict)
     gradient_dtype: GradientDtype = "float32"
+    ran: set[str] = field(default_factory=set)
+    ran_in_batch: bool = False
 
     @property
     def backward(self) -> bool:
@@ -85,6 +89,7 @@ class HookState:
         """
         self.calls.begin_batch(batch, moved)
         self.counts = counted
+        self.ran_in_batch = False
         self._reads.clear()
 
     def arrived(self, name: str, x: Tensor, rows: tuple[Tensor, int] | None = None) -> _InputTensor:
@@ -220,6 +225,8 @@ def hooks_on(state: HookState, modules: Mapping[str, nn.Module]) -> Iterator[Non
                     "tensor, so "
                     "no statistics can be taken of it. Leave it out with exclude_modules."
                 )
+            state.ran.add(name)
+            state.ran_in_batch = True
             rows = module.rows if isinstance(module, ExpertLayer) else None
             if not state.backward:
                 with torch.autocast(x.device.type, enabled=False):

@@ -20,9 +20,10 @@ from lorainit.parallel import collectives
 from lorainit.parallel.sharding import is_sharded
 from lorainit.statistics.collect.accumulators import LayerSums
 from lorainit.statistics.collect.hooks import HookState, hooks_on
-from lorainit.statistics.collect.model_calls import ModelCalls
 from lorainit.statistics.loss.batch_loss import batch_loss, run_forward
 from lorainit.statistics.loss.nonfinite import DeferredChecks, checks_at_once, without_bad
+from lorainit.statistics.loss.vocabulary import tokens_named
+from lorainit.statistics.positions.model_calls import ModelCalls
 from lorainit.statistics.settings import CollectSettings, Subject
 
 logger = logging.getLogger("lorainit")
@@ -143,9 +144,10 @@ class _Pass:
         with bar, taps, _explained(state) as under_way:
             for part in _rounds(parts, self.left, sharded=self.sharded):
                 under_way[:] = [part]
-                inputs = part.to(self.device).content
-                state.begin_batch(part.content, inputs, counted=part.counts)
-                bar.update(work(part, inputs))
+                moved = part.to(self.device)
+                state.begin_batch(part.keywords, moved.keywords, counted=part.counts)
+                with tokens_named(self.subject.model, part):
+                    bar.update(work(part, moved.content))
                 if self.checks is not None and (spoiled := self.checks.bad()) is not None:
                     return spoiled
         return None if self.checks is None else self.checks.bad(wait=True)
@@ -181,18 +183,19 @@ class _Pass:
                     subject.model, inputs, subject.settings.loss_reduction, subject.settings.loss_fn
                 )
                 if subject.settings.loss_fn is not None and part.counts:
-                    _check_count(result.per_sequence, part.index, rows, part.rows)
+                    _check_count(result.per_sequence, part)
                 loss = result.per_sequence.sum()
                 finite = self._goes_on(part, loss)
                 if not finite:
                     taken_out = self._set_aside(part, result.per_sequence)
-                elif not loss.requires_grad:
+                elif not loss.requires_grad and (self.state.ran_in_batch or self.sharded):
                     raise TargetError(
                         "the loss does not depend on any target layer: none of the targets ran in "
                         "the forward pass, or the loss was computed under torch.no_grad()."
                     )
             self.state.counts = self.state.counts and finite
-            if finite or self.sharded:
+            # A batch may reach none of the targets: text alone, where a vision model is the target.
+            if loss.requires_grad and (finite or self.sharded):
                 torch.autograd.backward(loss * self.scale if self.scale != 1.0 else loss)
         if not self.state.counts:
             return taken_out
@@ -230,11 +233,12 @@ def _rounds(parts: list[Batch], left: list[Batch], *, sharded: bool) -> Iterator
         left.clear()
 
 
-def _check_count(losses: Tensor, index: int, sequences: int, rows: int) -> None:
+def _check_count(losses: Tensor, part: Batch) -> None:
     """A loss function of the user's own might return one loss per token."""
-    if losses.shape[0] not in (sequences, rows):
+    count, sequences = losses.shape[0], part.sequences
+    if not part.whole and count not in (sequences, part.rows):
         raise DataError(
-            f"loss_fn returned {losses.shape[0]} losses for batch {index}, which has {sequences} "
+            f"loss_fn returned {count} losses for batch {part.index}, which has {sequences} "
             "sequences. It must return one loss per sequence: average over each sequence's tokens."
         )
 
@@ -280,7 +284,7 @@ def _explained(state: HookState) -> Iterator[list[Batch]]:
         part = under_way[0]
         size = sum(t.numel() * t.element_size() for t in state.tensors()) / 2**30
         shapes = ", ".join(
-            f"{k} {tuple(v.shape)}" for k, v in part.content.items() if isinstance(v, Tensor)
+            f"{k} {tuple(v.shape)}" for k, v in part.keywords.items() if isinstance(v, Tensor)
         )
         raise torch.OutOfMemoryError(
             f"out of memory while statistics were taken of batch {part.index} ({shapes}); the sums "

@@ -15,21 +15,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorainit.data.packing import packed_segments
+from lorainit.data.reading import ALL_MASKED as ALL_MASKED
 from lorainit.errors import DataError
 from lorainit.linalg.dtypes import sum_dtype
 from lorainit.models.introspection import accepts, innermost_model
 from lorainit.statistics.loss.cross_entropy import token_losses
 from lorainit.types import IGNORED, LossReduction
 
-ALL_MASKED = (
-    "every label is masked: not one that the loss counts differs from -100, so there is no "
-    "gradient. "
-    "Look at the collator's prompt masking, and at truncation that cuts the answers off."
-)
-"""What is wrong where `has_label` is true of no batch."""
-
-LossFunction = Callable[[nn.Module, Mapping[str, Any]], Tensor]
-"""``loss_fn(model, batch) -> (sequences,)`` losses, one for each sequence of the batch."""
+LossFunction = Callable[[nn.Module, Any], Tensor]
+"""``loss_fn(model, batch) -> (sequences,)`` losses, one for each sequence of the batch, or for what belongs
+together in it. A batch is what the data gave, on the model's device; of one that is no dictionary of
+tensors a single number is a loss too."""
 
 LabelKind = Literal["causal", "aligned", "sample"]
 """Token labels one step ahead of the logits, token labels beside them, or one label a sample."""
@@ -65,6 +61,9 @@ def batch_loss(
     if loss_fn is None:
         return _default_loss(model, batch, reduction)
     losses = loss_fn(model, batch)
+    flat = isinstance(batch, Mapping) and any(isinstance(v, Tensor) for v in batch.values())
+    if isinstance(losses, Tensor) and losses.dim() == 0 and not flat:
+        losses = losses.unsqueeze(0)
     if not isinstance(losses, Tensor) or losses.dim() != 1:
         shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
         raise DataError(
@@ -73,7 +72,7 @@ def batch_loss(
             "Use reduction='none' in the loss and average over each sequence's own tokens."
         )
     rows = losses.shape[0]
-    labels = batch.get("labels")
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
     if isinstance(labels, Tensor) and labels.dim() > 0 and not labels.is_floating_point():
         counted = labels != IGNORED
         # Rows of labels say which sequences count, unless several are packed into a row.

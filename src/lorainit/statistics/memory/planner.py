@@ -17,8 +17,8 @@ from lorainit.parallel import collectives
 from lorainit.parallel.sharding import is_sharded
 from lorainit.statistics.collect.accumulators import LayerSums
 from lorainit.statistics.collect.hooks import HookState, hooks_on
-from lorainit.statistics.collect.model_calls import ModelCalls
 from lorainit.statistics.loss.batch_loss import batch_loss, run_forward
+from lorainit.statistics.loss.vocabulary import tokens_named
 from lorainit.statistics.memory.peak import held_bytes, peak_bytes
 from lorainit.statistics.memory.plan import (
     BatchSize,
@@ -28,6 +28,7 @@ from lorainit.statistics.memory.plan import (
     make_plan,
     total_bytes,
 )
+from lorainit.statistics.positions.model_calls import ModelCalls
 from lorainit.statistics.settings import Subject
 
 
@@ -96,10 +97,11 @@ def _footprint(
     own_work = nullcontext if sharded else collectives.shared_errors
     with measuring(model), hooks_on(state, subject.modules), own_work():
         for batch in rounds:
-            inputs = batch.to(device).content
-            state.begin_batch(batch.content, inputs, counted=False)
+            moved = batch.to(device)
+            inputs = moved.content
+            state.begin_batch(batch.keywords, moved.keywords, counted=False)
             with peak_bytes(device) as peak:
-                with shared_work():
+                with shared_work(), tokens_named(model, batch):
                     loss = forward(inputs)
                 if loss is not None and loss.requires_grad:
                     torch.autograd.backward(loss)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lorainit.models.introspection import blocks_with_masks, innermost_model, is_transformers_model
-from lorainit.statistics.collect.call_tensors import (
+from lorainit.statistics.positions.call_tensors import (
     address,
     arguments_of,
     is_length_first,
@@ -29,7 +29,7 @@ from lorainit.statistics.collect.call_tensors import (
     same_memory,
     tensor_pairs,
 )
-from lorainit.statistics.collect.positions import (
+from lorainit.statistics.positions.counted import (
     CountedPositions,
     attended_keys,
     attends_to_itself,

@@ -2,7 +2,7 @@
 
 Of a mask of who attends to whom, ``(batch, heads, length, length)``, the positions count that may attend
 to themselves. Where an encoder takes fewer steps than its input (speech), its own account of the lengths
-says which count. Which mask is a layer's is found in `lorainit.statistics.collect.model_calls`.
+says which count. Which mask is a layer's is found in `lorainit.statistics.positions.model_calls`.
 """
 
 from __future__ import annotations
