@@ -62,7 +62,7 @@ class SteepestDescent:
     def rank_values(self, statistics: LayerStatistics, max_rank: int) -> Tensor:
         return torch.linalg.svdvals(statistics.gradient)[..., :max_rank]
 
-    def refusal(self, gain: float) -> str | None:
+    def refusal(self, gain: float, *, share: bool = True) -> str | None:
         self.seen.append(("gain", gain))
         return (
             None if gain >= self.wanted else f"which is not the {self.wanted:.0%} that was wanted"
