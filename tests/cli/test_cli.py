@@ -395,7 +395,7 @@ def test_interrupted_collection_leaves_nothing(place: Path, tmp_path: Path) -> N
     code = (
         "import os, signal, sys\n"
         "from lorainit.cli import main\n"
-        "import lorainit.data as data\n"
+        "import lorainit.data.loading as data\n"
         # Whoever runs the tests in the background may have the signal ignored.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "whole, seen = data.collate, []\n"

@@ -16,6 +16,7 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from lorainit.adapters.config_checks import check_config
 from lorainit.errors import TargetError
 from lorainit.models.experts import ExpertLayer, ExpertStack, expert_parameters
 from lorainit.types import LayerSpec
@@ -89,7 +90,9 @@ def match_targets(model: nn.Module, peft_config: LoraConfig) -> Targets:
     Raises:
         TargetError: nothing matches, nothing that matches can be served, or experts are to be
             adapted in a way that PEFT has for linear layers only.
+        RankError, AdapterError: a number in the configuration that is none, or out of its range.
     """
+    check_config(peft_config)
     base = base_model_of(model)
     config = _resolved(base, peft_config)
     layers: dict[str, Target] = {}

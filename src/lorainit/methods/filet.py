@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lorainit import linalg
-from lorainit.methods._settings import ROW_NORM, require_choice, require_number
+from lorainit.methods._settings import ROW_NORM, require_choice, require_number, require_types
 from lorainit.types import Factors, LayerStatistics
 
 _RELATIVE_FLOOR = 1e-2
@@ -51,6 +51,7 @@ class FILet:
     needs: ClassVar[frozenset[str]] = frozenset({"input_second_moment", "output_second_moment"})
 
     def __post_init__(self) -> None:
+        require_types(self)
         require_choice("candidates", self.candidates, ("gram", "svd"))
         require_choice("select", self.select, ("lowest", "highest"))
         if self.scale_floor is not None:

@@ -81,7 +81,9 @@ def get_peft_model(
     settings = settings_with(settings, options, "get_peft_model")
     model = unwrapped(model)
     method = Auto() if method is None else method
-    check_arguments(model, peft_config, method, data, statistics, adapter_name)
+    check_arguments(
+        model, peft_config, method, data, statistics, adapter_name, calibration_share, precision
+    )
     check_not_merged(model)
     existing = isinstance(model, PeftModel) and adapter_name in model.peft_config
     config = configuration(model, peft_config, adapter_name, existing)

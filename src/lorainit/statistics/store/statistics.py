@@ -26,7 +26,9 @@ from lorainit.statistics.store.sharded_files import Entry, Stored, opened, write
 from lorainit.types import LayerStatistics
 from lorainit.types.byte_size import parse_bytes
 
-_FORMAT = "lorainit-statistics"
+FORMAT = "lorainit-statistics"
+"""In the header of every file: what bears it is this package's own."""
+
 _FORMAT_VERSION = 2
 """Version 1 had no triangles and no shards."""
 
@@ -194,7 +196,7 @@ class Statistics(Mapping[str, LayerStatistics]):
             triangles = {key: width for theirs in every for key, width in theirs.items()}
             layers = table.records
         header = {
-            "format": _FORMAT,
+            "format": FORMAT,
             "version": str(_FORMAT_VERSION),
             "lorainit": __version__,
             "layers": json.dumps(layers),
@@ -322,7 +324,7 @@ def _shares(table: Mapping[str, Mapping[str, Any]], file: Stored) -> Shares | No
 
 
 def _check_header(path: Path, header: Mapping[str, str]) -> None:
-    if header.get("format") != _FORMAT:
+    if header.get("format") != FORMAT:
         raise StatisticsFileError(
             f"'{path}' is a safetensors file, but not one of lorainit's statistics. Give the "
             "file that "
