@@ -88,4 +88,5 @@ def _work(name: str, rank: int, size: int, folder: Path, args: tuple[Any, ...]) 
     path.with_suffix(".part").rename(path)
     if not isinstance(result, Failed):
         dist.barrier()
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -87,6 +87,8 @@ def read_origin(folder: Path, config: LoraConfig) -> Origin | None:
         return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content["anchored"], bool):
+            raise TypeError(f"anchored is {content['anchored']!r}, not true or false")
         found = (content["r"], content["lora_alpha"])
         origin = Origin(
             bool(content["anchored"]),
@@ -94,7 +96,7 @@ def read_origin(folder: Path, config: LoraConfig) -> Origin | None:
             str(content["version"]),
             dict(content.get("measured", {})),
         )
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise AdapterError(
             f"{path} is damaged ({error}). Say anchored=True or anchored=False yourself."
         ) from error

@@ -40,9 +40,13 @@ class Aside:
             self.path = folder / _fresh_name()
             number = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _NOFOLLOW, 0o666)
             self.file: BinaryIO = os.fdopen(number, "wb")
-            # Between the two lines somebody may have taken it for left over.
-            if lock(number) is not False and self.path.exists():
-                return
+            try:
+                # Between the two somebody may have taken it for left over.
+                if lock(number) is not False and self.path.exists():
+                    return
+            except BaseException:
+                self.discard()
+                raise
             self.file.close()
 
     def put(self, target: Path) -> None:
@@ -68,14 +72,21 @@ def make_folder(beside: Path) -> tuple[Path, int | None]:
     """A new folder aside in `beside`, and what to close when it is done with."""
     while True:
         path = beside / _fresh_name()
-        path.mkdir()
+        number = None
         try:
+            path.mkdir()
+            if fcntl is None:
+                return path, None
             number = os.open(path, os.O_RDONLY)
-        except OSError:  # not on Windows
-            return path, None
-        if lock(number) is not False and path.exists():
-            return path, number
-        os.close(number)
+            if lock(number) is not False and path.exists():
+                return path, number
+            os.close(number)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+            if number is not None:
+                os.close(number)
+            raise
 
 
 def lock(number: int) -> bool | None:

@@ -11,6 +11,9 @@ from torch import nn
 from lorainit.adapters.layers import adapters_off, check_not_merged
 from lorainit.adapters.targets import match_targets
 from lorainit.adapters.wrappers import unwrapped
+from lorainit.models.state import unchanged_generators
+from lorainit.parallel.together import agreed, left_together
+from lorainit.pipeline.facts import facts_of
 from lorainit.pipeline.measurements import Measurements
 from lorainit.statistics.settings import (
     CollectOptions,
@@ -52,11 +55,15 @@ def collect_statistics(
     Raises:
         TargetError, DataError, NonFiniteError, MemoryPlanError: see each; the model is as it was.
     """
-    settings = settings_with(settings, options, "collect_statistics")
-    names = checked_needs(needs)
-    model = unwrapped(model)
-    check_not_merged(model)
-    targets = match_targets(model, peft_config)
-    measurements = Measurements(model, targets, names, settings, gather=gather)
-    with adapters_off(model), measurements.unchanged_rng():
-        return measurements.statistics(measurements.sample(data))
+    with left_together():
+        with agreed() as facts:
+            settings = settings_with(settings, options, "collect_statistics")
+            names = checked_needs(needs)
+            model = unwrapped(model)
+            check_not_merged(model)
+            targets = match_targets(model, peft_config)
+            facts |= facts_of(peft_config, settings, targets)
+            facts |= {"function": "collect_statistics", "needs": sorted(names), "gather": gather}
+        measurements = Measurements(model, targets, names, settings, gather=gather)
+        with adapters_off(model), measurements.unchanged_rng(), unchanged_generators(data):
+            return measurements.statistics(measurements.sample(data))
