@@ -59,7 +59,9 @@ def in_threads(works: list[Callable[[], Any]]) -> list[Any]:
 def test_several_models(repeat: int) -> None:
     expected = [factors(begun(tiny.llama(seed=n), n)) for n in range(4)]
     before = classes()
-    found = in_threads([lambda n=n: begun(tiny.llama(seed=n), n) for n in range(4)])
+    # The random weights are drawn from one generator: before the threads.
+    models = [tiny.llama(seed=n) for n in range(4)]
+    found = in_threads([lambda n=n: begun(models[n], n) for n in range(4)])
     assert classes() == before
     for model, wanted in zip(found, expected, strict=True):
         have = factors(model)
@@ -67,6 +69,31 @@ def test_several_models(repeat: int) -> None:
         for key, value in wanted.items():
             assert not have[key].is_meta
             torch.testing.assert_close(have[key], value, rtol=0, atol=0)
+
+
+def test_one_model() -> None:
+    """Adapters of other names on one PeftModel, and statistics of its base meanwhile."""
+
+    def fresh() -> Any:
+        return begun(tiny.llama(), 0)
+
+    def measured(model: Any) -> lorainit.Statistics:
+        return lorainit.collect_statistics(
+            model, tiny.config(), data=[tiny.batch()], needs={"gradient"}, progress=False
+        )
+
+    alone = fresh()
+    sums = measured(alone)
+    for number in range(1, 4):
+        begun(alone, number, f"a{number}")
+    model = fresh()
+    works: list[Callable[[], Any]] = [lambda n=n: begun(model, n, f"a{n}") for n in range(1, 4)]
+    found = in_threads([*works, lambda: measured(model)])[-1]
+    for number in range(1, 4):
+        have, wanted = factors(model, f"a{number}"), factors(alone, f"a{number}")
+        assert have.keys() == wanted.keys()
+        assert all(torch.equal(have[key], wanted[key]) for key in wanted)
+    assert all(torch.equal(found[n].gradient, sums[n].gradient) for n in sums)
 
 
 def test_the_seed_of_a_model_tells() -> None:

@@ -20,7 +20,7 @@ from lorainit.adapters.install import anchor_loaded, undone_on_error
 from lorainit.adapters.origin import SIDE_FILE, Origin, read_origin, remember
 from lorainit.adapters.restore import restored_on_error
 from lorainit.errors import AdapterError
-from lorainit.models.state import unchanged_rng_on_error
+from lorainit.models.state import one_at_a_time, unchanged_rng_on_error
 
 
 def load_adapter(
@@ -68,6 +68,7 @@ def load_adapter(
         keys = readable_weights(path)
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         with (
+            one_at_a_time(model),
             unchanged_rng_on_error(device),
             restored_on_error(model, adapter_name),
             undone_on_error(model, adapter_name),

@@ -4,13 +4,35 @@ from __future__ import annotations
 
 import random
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from lorainit.parallel.sharding import reshard
+
+_locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+_locks_lock = threading.Lock()
+
+
+@contextmanager
+def one_at_a_time(model: nn.Module) -> Iterator[None]:
+    """Threads that work on one model take turns: each changes its flags and hooks for a while.
+
+    A PeftModel and its base model are one model.
+    """
+    base = model
+    while isinstance(inner := getattr(base, "base_model", None), nn.Module) and hasattr(
+        base, "peft_config"
+    ):
+        base = getattr(inner, "model", inner)
+    with _locks_lock:
+        lock = _locks.setdefault(base, threading.RLock())
+    with lock:
+        yield
 
 
 @contextmanager

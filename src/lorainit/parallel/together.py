@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import torch.distributed as dist
 

@@ -11,7 +11,7 @@ from torch import nn
 from lorainit.adapters.layers import adapters_off, check_not_merged
 from lorainit.adapters.targets import match_targets
 from lorainit.adapters.wrappers import unwrapped
-from lorainit.models.state import unchanged_generators
+from lorainit.models.state import one_at_a_time, unchanged_generators
 from lorainit.parallel.together import agreed, left_together
 from lorainit.pipeline.facts import facts_of
 from lorainit.pipeline.measurements import Measurements
@@ -55,7 +55,7 @@ def collect_statistics(
     Raises:
         TargetError, DataError, NonFiniteError, MemoryPlanError: see each; the model is as it was.
     """
-    with left_together():
+    with one_at_a_time(model), left_together():
         with agreed() as facts:
             settings = settings_with(settings, options, "collect_statistics")
             names = checked_needs(needs)

@@ -17,7 +17,7 @@ from lorainit.adapters.restore import restored_on_error
 from lorainit.adapters.targets import Targets, match_targets
 from lorainit.adapters.wrappers import adapter_tensors, unwrapped
 from lorainit.methods.auto import Auto
-from lorainit.models.state import unchanged_generators, unchanged_rng_on_error
+from lorainit.models.state import one_at_a_time, unchanged_generators, unchanged_rng_on_error
 from lorainit.parallel import collectives
 from lorainit.parallel.together import agreed, left_together
 from lorainit.pipeline.checks import (
@@ -81,7 +81,7 @@ def get_peft_model(
     Raises:
         LorainitError: bad input, found before any long work; the model is as it was.
     """
-    with left_together(), unchanged_generators(data):
+    with one_at_a_time(model), left_together(), unchanged_generators(data):
         with agreed() as facts:
             settings = settings_with(settings, options, "get_peft_model")
             model = unwrapped(model)
