@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -156,3 +158,17 @@ def test_names_that_no_file_can_have(
 ) -> None:
     assert init(place, tmp_path, "--method", "eva", "--max-sequences", "2", option, name) == 1
     one_line(capsys)
+
+
+def test_a_closed_pipe_at_the_end_does_not_undo_the_work(place: Path, tmp_path: Path) -> None:
+    words = ["init", "--model", str(place / "model"), "--output", str(tmp_path / "a")]
+    code = (
+        "import os, sys\nfrom lorainit.cli import main\n"
+        "read, write = os.pipe()\nos.close(read)\nos.dup2(write, 1)\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    command = [sys.executable, "-c", code, *words, "--method", "pissa", "--rank", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "a" / "adapter_config.json").is_file()

@@ -261,6 +261,11 @@ class Statistics(Mapping[str, LayerStatistics]):
         except FileNotFoundError as error:
             missing = "" if str(error) == str(path) else f": its part '{error}' is missing"
             raise StatisticsFileError(f"there is no statistics file '{path}'{missing}") from None
+        except OSError as error:
+            raise StatisticsFileError(
+                f"'{path}' cannot be read ({error.strerror or error}). Look at its place and permissions, or "
+                "collect the statistics again."
+            ) from error
         except SafetensorError as error:
             raise StatisticsFileError(
                 f"'{path}' cannot be read as a statistics file ({error}): it is truncated or "
