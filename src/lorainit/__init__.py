@@ -13,6 +13,7 @@ from lorainit._version import __version__ as __version__
 if TYPE_CHECKING:
     from lorainit.adapters.export import ExportReport, export
     from lorainit.adapters.load import load_adapter
+    from lorainit.adapters.save import save_adapter
     from lorainit.adapters.serving import serving_objections
     from lorainit.methods import *  # noqa: F403
     from lorainit.methods import __all__ as _methods
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
         "export",
         "get_peft_model",
         "load_adapter",
+        "save_adapter",
         "serving_objections",
     ]
     __all__ += _methods  # type: ignore[has-type]
@@ -45,6 +47,7 @@ _HOMES = {
     "export": "adapters.export",
     "get_peft_model": "pipeline",
     "load_adapter": "adapters.load",
+    "save_adapter": "adapters.save",
     "serving_objections": "adapters.serving",
 }
 _MODULES = ("adapters", "calibration", "data", "errors", "linalg", "methods", "report", "types")

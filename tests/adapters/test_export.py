@@ -17,6 +17,7 @@ import lorainit
 from lorainit.adapters import export as exporting
 from lorainit.errors import AdapterError, RankError
 from lorainit.files import atomic
+from lorainit.files.aside import Aside
 from tests.adapters.tiny import METHODS, config, llama, logits, start, train
 
 CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 2e-6}
@@ -204,12 +205,11 @@ def test_an_older_side_file_survives_a_full_disk(
 
     tried = []
 
-    def full(self: Path, text: str, **kwargs: Any) -> None:
-        tried.append(self.name)
-        self.write_bytes(text[:9].encode())
+    def full(self: Aside, target: Path) -> None:
+        tried.append(target.name)
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(Aside, "put", full)
     with pytest.raises(OSError, match="No space left"):
         atomic.write_text(tmp_path / "report.html", "a page of text")
     with pytest.raises(OSError, match="No space left"):

@@ -89,4 +89,5 @@ def _work(
     path.with_suffix(".part").rename(path)
     if not isinstance(result, Failed):
         dist.barrier()
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -511,3 +514,81 @@ def factor_sharded_by_itself(rank: int, size: int) -> None:
             fully_shard(module.lora_A["default"])
     sharded(model)
     lorainit.get_peft_model(model, None, method=lorainit.PiSSA(), progress=False)
+
+
+# --- processes that disagree --------------------------------------------------------------------
+
+
+def disagreeing(rank: int, size: int, cases: Sequence[str]) -> list[tuple[float, str]]:
+    """Seconds until each case ended here, and what was raised."""
+    return [_disagree(case, rank, size) for case in cases]
+
+
+def _disagree(case: str, rank: int, size: int) -> tuple[float, str]:
+    odd = rank == size - 1
+    model = models.llama()
+    names = ["q_proj"] if odd and case == "targets" else ["q_proj", "up_proj"]
+    settings: dict[str, Any] = {"r": 3 if odd and case == "rank" else 2, "lora_alpha": 4}
+    if odd and case in ("alpha", "bad rank"):
+        settings |= {"lora_alpha": 5} if case == "alpha" else {"r": 0}
+    peft_config = LoraConfig(target_modules=names, **settings)
+    arguments: dict[str, Any] = {"method": lorainit.LoraDA(), "data": batches(ROWS, 2)}
+    arguments |= {"progress": odd, "max_memory": "4GB" if odd else "5GB"}
+    own: dict[str, dict[str, Any]] = {
+        "method": {"method": lorainit.LoraOne()},
+        "setting": {"method": lorainit.LoraDA(gamma=8)},
+        "loss_reduction": {"loss_reduction": "token"},
+        "token_mask": {"token_mask": "labels"},
+        "max_sequences": {"max_sequences": 7},
+        "adapter_name": {"adapter_name": "other"},
+        "calibration_share": {"calibration_share": 0.5},
+        "data": {"method": lorainit.PiSSA(), "data": None},
+        "keyword": {"mask": "labels"},
+        "interrupt in data": {"data": _interrupted()},
+    }
+    if case == "data":
+        arguments["method"] = lorainit.PiSSA()
+    if odd:
+        arguments |= own.get(case, {})
+    if case == "interrupt in solve":
+        arguments = {"method": _Interrupted() if odd else _Calm(), "progress": False}
+    patch = pytest.MonkeyPatch()
+    if case == "error after data" and odd:
+        module = importlib.import_module("lorainit.pipeline.get_peft_model")
+        patch.setattr(module, "adapter_tensors", _accident)
+    begin = time.monotonic()
+    try:
+        if case == "collect":
+            needs = {"gradient"} if odd else {"input_mean"}
+            lorainit.collect_statistics(model, peft_config, data=batches(ROWS, 2), needs=needs)
+        else:
+            lorainit.get_peft_model(model, peft_config, **arguments)
+    except (Exception, KeyboardInterrupt) as error:
+        return time.monotonic() - begin, f"{type(error).__name__}: {error}"
+    finally:
+        patch.undo()
+    return time.monotonic() - begin, ""
+
+
+def _interrupted() -> Iterator[Batch]:
+    yield batches(ROWS, 2)[0]
+    raise KeyboardInterrupt
+
+
+def _accident(*_: Any) -> Any:
+    raise RuntimeError("an accident")
+
+
+class _Calm(lorainit.PiSSA):
+    """As its parent."""
+
+
+class _Interrupted(lorainit.PiSSA):
+    """Ctrl-C in the middle of a solve."""
+
+    def solve(self, weight: Tensor, *args: Any) -> Any:
+        raise KeyboardInterrupt
+
+
+# The same name everywhere: what fails must not be found out before.
+_Interrupted.__name__ = _Calm.__name__

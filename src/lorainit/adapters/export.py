@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import logging
 import math
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,8 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lorainit.adapters.layers import adapter_layers, is_linear
-from lorainit.adapters.serving import CONFIG_FILE, PREFIX, WEIGHTS_FILE, serving_objections
+from lorainit.adapters.save import adapter_files
+from lorainit.adapters.serving import PREFIX, WEIGHTS_FILE, serving_objections
 from lorainit.errors import AdapterError, RankError
+from lorainit.types.numbers import require_count
 
 logger = logging.getLogger("lorainit")
 
@@ -68,7 +67,8 @@ def export(
     exactly, or cut by singular value decomposition to the `rank` asked for. What else is trained
     (``modules_to_save``, DoRA magnitudes, biases, embeddings, trainable tokens) comes along.
 
-    Files are written aside and renamed, so a full disk leaves an older export as it was.
+    Files are written aside and take their places together, the configuration last: whatever happens, the
+    folder is the older export, the new one, or has no configuration and is not loadable.
 
     Args:
         model: holds the adapter.
@@ -87,8 +87,9 @@ def export(
         RankError: `rank` below one.
     """
     config = _lora_config(model, adapter_name)
-    if rank is not None and rank < 1:
-        raise RankError(f"rank must be at least 1, got {rank}.")
+    for setting, value in (("rank", rank), ("max_rank", max_rank)):
+        if value is not None:
+            require_count(setting, value, error=RankError)
     layers = adapter_layers(model, adapter_name)
     own = {n: layer for n, layer in layers.items() if not isinstance(layer, ParamWrapper)}
     common = rank or max((layer.r[adapter_name] for layer in own.values()), default=config.r)
@@ -228,36 +229,10 @@ def _padded(tensor: Tensor, rank: int, dim: int) -> Tensor:
 
 
 def _write(folder: Path, tensors: Mapping[str, Tensor], config: LoraConfig) -> None:
-    """All files aside, then renamed into place."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    if folder.is_file():
-        raise AdapterError(f"{folder} is a file: give a folder.")
-    with _aside(folder) as aside:
+    """All files at once, as `save_adapter` does."""
+    with adapter_files(folder) as aside:
         save_file(_unshared(tensors), str(aside / WEIGHTS_FILE), metadata={"format": "pt"})
         config.save_pretrained(str(aside))
-        if not folder.exists():
-            os.replace(aside, folder)
-            return
-        for file in (WEIGHTS_FILE, CONFIG_FILE):
-            os.replace(aside / file, folder / file)
-        (folder / "lorainit.json").unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _aside(folder: Path) -> Iterator[Path]:
-    """A folder beside `folder`, on the same disk, gone afterwards."""
-    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    aside.chmod(0o777 & ~_umask())
-    try:
-        yield aside
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

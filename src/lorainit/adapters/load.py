@@ -6,12 +6,21 @@ import os
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, PeftConfig, PeftModel
+import torch
+from peft import PeftModel
 from torch import nn
 
-from lorainit.adapters.install import anchor_loaded
+from lorainit.adapters.folder_checks import (
+    check_loaded,
+    one_error,
+    readable_config,
+    readable_weights,
+)
+from lorainit.adapters.install import anchor_loaded, undone_on_error
 from lorainit.adapters.origin import SIDE_FILE, Origin, read_origin, remember
+from lorainit.adapters.restore import restored_on_error
 from lorainit.errors import AdapterError
+from lorainit.models.state import one_at_a_time, unchanged_rng_on_error
 
 
 def load_adapter(
@@ -44,39 +53,49 @@ def load_adapter(
         The PeftModel; `model` itself where that was one.
 
     Raises:
-        AdapterError: no LoRA adapter there, the name is taken, or the side file belongs to another.
+        AdapterError: no LoRA adapter there, one that is damaged or of another base, the name is taken, or
+            the side file belongs to another. The model is as it was.
     """
     path = Path(folder)
-    if not (path / "adapter_config.json").is_file():
-        raise AdapterError(
-            f"{path} holds no adapter_config.json. Give the folder that save_pretrained wrote, or "
-            "a "
-            "checkpoint-* folder of a Trainer; an adapter on a model hub must be downloaded first."
-        )
-    config = PeftConfig.from_pretrained(str(path))
-    if not isinstance(config, LoraConfig):
-        raise AdapterError(
-            f"{path} holds a {type(config).__name__}; lorainit loads LoRA adapters only."
-        )
-    if isinstance(model, PeftModel) and adapter_name in model.peft_config:
-        raise AdapterError(
-            f"the model has an adapter '{adapter_name}' already. Give another adapter_name, or "
-            "call "
-            "delete_adapter first."
-        )
-    origin = read_origin(path, config) if anchored is None else Origin(anchored)
-    if isinstance(model, PeftModel):
-        wrapped = model
-        wrapped.load_adapter(str(path), adapter_name, is_trainable=is_trainable, **peft_arguments)
-    else:
-        wrapped = PeftModel.from_pretrained(
-            model, str(path), adapter_name=adapter_name, is_trainable=is_trainable, **peft_arguments
-        )
-    if origin is not None:
-        if origin.anchored:
-            anchor_loaded(wrapped, adapter_name)
-        remember(wrapped, adapter_name, origin)
+    with one_error(path):
+        config = readable_config(path)
+        if isinstance(model, PeftModel) and adapter_name in model.peft_config:
+            raise AdapterError(
+                f"the model has an adapter '{adapter_name}' already. Give another adapter_name, or "
+                "call delete_adapter first."
+            )
+        origin = read_origin(path, config) if anchored is None else Origin(anchored)
+        keys = readable_weights(path)
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        with (
+            one_at_a_time(model),
+            unchanged_rng_on_error(device),
+            restored_on_error(model, adapter_name),
+            undone_on_error(model, adapter_name),
+        ):
+            wrapped = _loaded(model, path, adapter_name, is_trainable, peft_arguments)
+            check_loaded(path, wrapped, adapter_name, keys)
+            if origin is not None:
+                if origin.anchored:
+                    anchor_loaded(wrapped, adapter_name)
+                remember(wrapped, adapter_name, origin)
     return wrapped
+
+
+def _loaded(
+    model: nn.Module,
+    path: Path,
+    adapter_name: str,
+    is_trainable: bool,
+    peft_arguments: dict[str, Any],
+) -> PeftModel:
+    """PEFT's own loading."""
+    if isinstance(model, PeftModel):
+        model.load_adapter(str(path), adapter_name, is_trainable=is_trainable, **peft_arguments)
+        return model
+    return PeftModel.from_pretrained(
+        model, str(path), adapter_name=adapter_name, is_trainable=is_trainable, **peft_arguments
+    )
 
 
 __all__ = ["SIDE_FILE", "load_adapter"]

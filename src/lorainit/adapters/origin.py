@@ -118,7 +118,7 @@ def read_origin(folder: Path, config: LoraConfig) -> Origin | None:
             dict(content.get("measured", {})),
         )
         digest = content.get("weights_sha256")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise AdapterError(f"{path} is damaged ({error}). {remedy}") from error
     if found != (config.r, config.lora_alpha):
         raise AdapterError(

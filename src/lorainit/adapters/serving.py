@@ -8,6 +8,7 @@ from pathlib import Path
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
+SIDE_FILE = "lorainit.json"
 PREFIX = "base_model.model."
 """Of every tensor's name in the weights file."""
 

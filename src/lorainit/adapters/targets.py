@@ -17,6 +17,7 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from lorainit.adapters.config_checks import check_config
 from lorainit.adapters.supported import check_supported
 from lorainit.errors import TargetError
 from lorainit.models.experts import ExpertLayer, ExpertStack, expert_parameters
@@ -112,8 +113,10 @@ def match_targets(model: nn.Module, peft_config: LoraConfig) -> Targets:
     Raises:
         TargetError: nothing matches, nothing that matches can be served, or experts are to be
             adapted in a way that PEFT has for linear layers only.
-        AdapterError: the configuration asks for something that a start does not serve.
+        RankError, AdapterError: a number in the configuration that is none, or out of its range; or the
+            configuration asks for something that a start does not serve.
     """
+    check_config(peft_config)
     check_supported(peft_config)
     base = base_model_of(model)
     config = _resolved(base, peft_config)

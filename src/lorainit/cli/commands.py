@@ -9,7 +9,7 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 from lorainit.cli import options as o
 from lorainit.cli.options import Option
@@ -58,6 +58,7 @@ def collect(
     seed: o.Seed = 0,
     dtype: o.Dtype = "auto",
     device: o.Device = "auto",
+    trust_remote_code: o.TrustRemoteCode = False,
     dry_run: o.DryRun = False,
     quiet: o.Quiet = False,
 ) -> Outcome:
@@ -96,6 +97,7 @@ def init(
     seed: o.Seed = 0,
     dtype: o.Dtype = "auto",
     device: o.Device = "auto",
+    trust_remote_code: o.TrustRemoteCode = False,
     dry_run: o.DryRun = False,
     quiet: o.Quiet = False,
 ) -> Outcome:
@@ -130,10 +132,14 @@ def train(
     rslora: o.RsLora = False,
     dropout: o.Dropout = 0.0,
     target_modules: o.TargetModules = "all-linear",
-    learning_rate: Annotated[float, Option("at its highest", "training")] = 2e-4,
-    epochs: Annotated[float, Option("passes over the data", "training")] = 1.0,
-    max_steps: Annotated[int, Option("stop after so many; -1: no limit", "training")] = -1,
-    warmup_ratio: Annotated[float, Option("share of the steps", "training")] = 0.03,
+    learning_rate: Annotated[float, Option("at its highest", "training", above=0)] = 2e-4,
+    epochs: Annotated[float, Option("passes over the data", "training", above=0)] = 1.0,
+    max_steps: Annotated[
+        int, Option("stop after so many; -1: no limit", "training", least=-1)
+    ] = -1,
+    warmup_ratio: Annotated[
+        float, Option("share of the steps", "training", least=0, below=1)
+    ] = 0.03,
     logging_steps: Annotated[int, Option("between two records", "training", least=1)] = 10,
     max_sequences: o.MaxSequences = 256,
     token_mask: o.TokenMask = "attention",
@@ -145,6 +151,7 @@ def train(
     seed: o.Seed = 0,
     dtype: o.Dtype = "auto",
     device: o.Device = "auto",
+    trust_remote_code: o.TrustRemoteCode = False,
     dry_run: o.DryRun = False,
     quiet: o.Quiet = False,
 ) -> Outcome:
@@ -174,6 +181,7 @@ def compare(
             "training",
             "RATES",
             many=float,
+            above=0,
         ),
     ] = (1e-4, 3e-4, 1e-3),
     steps: Annotated[int, Option("of training, each run", "training", least=1)] = 100,
@@ -199,6 +207,7 @@ def compare(
     seed: o.Seed = 0,
     dtype: o.Dtype = "auto",
     device: o.Device = "auto",
+    trust_remote_code: o.TrustRemoteCode = False,
     dry_run: o.DryRun = False,
     quiet: o.Quiet = False,
 ) -> Outcome:
@@ -245,6 +254,7 @@ def report(
     seed: o.Seed = 0,
     dtype: o.Dtype = "auto",
     device: o.Device = "auto",
+    trust_remote_code: o.TrustRemoteCode = False,
     quiet: o.Quiet = False,
 ) -> Outcome:
     r"""Write one HTML page: what the data asks of each layer, and what a rank keeps of it.
@@ -273,6 +283,7 @@ def export(
     ] = None,
     dtype: o.Dtype = "auto",
     device: o.Device = "auto",
+    trust_remote_code: o.TrustRemoteCode = False,
     quiet: o.Quiet = False,
 ) -> Outcome:
     """Write an adapter for servers: one rank, one scaling, nothing else to know.
@@ -292,7 +303,21 @@ COMMANDS: dict[str, Callable[..., Outcome]] = {
 
 
 def _run(module: str, command: str, arguments: dict[str, Any]) -> Outcome:
-    """Import what does the work, which takes seconds, only now."""
+    """Import what does the work, which takes seconds, only now.
+
+    Raises:
+        ValueError: a number that is none, or out of its range.
+    """
+    hints = get_type_hints(COMMANDS[command], include_extras=True)
+    for name, value in arguments.items():
+        option = next(m for m in hints[name].__metadata__ if isinstance(m, Option))
+        many = option.many in (int, float) and not isinstance(value, str)
+        for number in value if many else [value]:
+            if isinstance(number, int | float) and not isinstance(number, bool):
+                try:
+                    o.check_number(option, number)
+                except ValueError as error:
+                    raise ValueError(f"--{name.replace('_', '-')} {error}") from None
     from lorainit.cli.quiet import quiet_import
 
     found = quiet_import(f"lorainit.cli.{module}")

@@ -18,12 +18,12 @@ from torch import Tensor
 from torch.utils.data import Subset
 from tqdm.auto import tqdm
 
+from lorainit.cli.loading import load_model
+from lorainit.cli.outputs import check_file, is_comparison
 from lorainit.cli.plan import plan
 from lorainit.cli.shared import (
-    check_file,
     class_of,
     known_methods,
-    load_model,
     load_records,
     lora_config,
     mean_loss,
@@ -53,7 +53,7 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
             runs = len(names) * len(rates)
             return plan(options, needs, trained=runs * options.steps * options.batch_size)
         if options.output:
-            check_file(options.output)
+            check_file(options.output, is_comparison)
         records = load_records(options)
         if len(records) < options.held_out + options.batch_size:
             raise DataError(

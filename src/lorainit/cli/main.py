@@ -7,7 +7,9 @@ Exit codes: 0 done, 1 bad input (the message says what to do), 2 wrong usage, 3 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import sys
 from collections.abc import Sequence
 
@@ -63,7 +65,16 @@ def _failed(program: str, error: Exception, code: int) -> int:
 
 
 def _show(options: argparse.Namespace, outcome: Outcome) -> None:
+    text = "" if options.quiet else outcome.text
     if options.json:
-        print(json.dumps(outcome.values, indent=2, default=str))
-    elif not options.quiet and outcome.text:
-        print(outcome.text)
+        text = json.dumps(outcome.values, indent=2, default=str)
+    if not text:
+        return
+    try:
+        encoding = sys.stdout.encoding or "utf-8"
+        # A name that the terminal cannot show is shown by its numbers.
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    except (OSError, ValueError):
+        # Nobody reads it any more; what was asked for is done.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -6,6 +6,7 @@ Nothing here imports torch, so ``--help`` answers at once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -20,14 +21,39 @@ class Option:
         group: of the help under which it stands.
         metavar: word for its value.
         least: whole numbers below this are refused.
+        above: numbers that are not greater are refused.
+        below: numbers that are not smaller are refused.
         many: type of one value, where commas separate several.
     """
 
     help: str
     group: str = "options"
     metavar: str | None = None
-    least: int | None = None
+    least: float | None = None
+    above: float | None = None
+    below: float | None = None
     many: type | None = None
+
+
+def check_number(option: Option, value: float) -> None:
+    """Raise ValueError unless a number is finite and in the option's range."""
+    try:
+        good = math.isfinite(value)
+    except OverflowError:
+        good = False
+    bounds = []
+    if option.least is not None:
+        good = good and value >= option.least
+        bounds.append(f"at least {option.least:g}")
+    if option.above is not None:
+        good = good and value > option.above
+        bounds.append(f"above {option.above:g}")
+    if option.below is not None:
+        good = good and value < option.below
+        bounds.append(f"below {option.below:g}")
+    if not good:
+        wanted = " and ".join(bounds) or "a finite number"
+        raise ValueError(f"must be {wanted}, got {str(value)[:40]}")
 
 
 def _count(text: str, group: str, metavar: str | None = None) -> Option:
@@ -42,6 +68,9 @@ Dtype = Annotated[
     Option("to load it in; auto: as it was saved", "model"),
 ]
 Device = Annotated[str, Option("cpu, cuda, cuda:1, mps; auto: the best", "model")]
+TrustRemoteCode = Annotated[
+    bool, Option("run the Python code that comes with the model; otherwise never", "model")
+]
 
 _DATA = Option(
     "JSON lines with prompt and completion, or messages, or text; or a data set's name on the hub, "
@@ -53,7 +82,9 @@ Data = Annotated[str, _DATA]
 OptionalData = Annotated[str | None, _DATA]
 MaxLength = Annotated[int, _count("tokens a sequence", "data")]
 BatchSize = Annotated[int, _count("sequences a batch", "data")]
-Seed = Annotated[int, Option("of the order in which data is taken", "data")]
+Seed = Annotated[
+    int, Option("of the order in which data is taken", "data", least=-(2**31), below=2**32)
+]
 
 MaxSequences = Annotated[int, _count("at most so many of the data", "statistics")]
 TokenMask = Annotated[
@@ -90,9 +121,9 @@ OptionalStatistics = Annotated[
 # --- adapter and method -----------------------------------------------------------------------
 
 Rank = Annotated[int, _count("r", "adapter")]
-Alpha = Annotated[float | None, Option("lora_alpha (default: the rank)", "adapter")]
+Alpha = Annotated[float | None, Option("lora_alpha (default: the rank)", "adapter", above=0)]
 RsLora = Annotated[bool, Option("scale by alpha / sqrt(r)", "adapter")]
-Dropout = Annotated[float, Option("lora_dropout", "adapter")]
+Dropout = Annotated[float, Option("lora_dropout", "adapter", least=0, below=1)]
 TargetModules = Annotated[
     str | Sequence[str],
     Option("q_proj,v_proj or a regular expression or all-linear", "adapter", "NAMES"),

@@ -15,7 +15,7 @@ from typing import Any, Literal, NoReturn
 
 from lorainit._version import __version__
 from lorainit.cli.commands import COMMANDS
-from lorainit.cli.options import Option
+from lorainit.cli.options import Option, check_number
 
 _DESCRIPTION = "Start a LoRA adapter where the target data says it should."
 
@@ -109,14 +109,14 @@ def _settings(kind: Any, option: Option, parameter: inspect.Parameter) -> dict[s
     if typing.get_origin(kind) is Literal:
         return found | {"choices": typing.get_args(kind)}
     if option.many is not None:
-        return found | {"type": _several(option.many)}
+        return found | {"type": _several(option)}
     plain = _plain(kind)
     if plain in (int, float):
         found.setdefault("metavar", "N")
     if plain is Mapping:
         return found | {"action": _NameValue}
-    if plain is int and option.least is not None:
-        return found | {"type": _at_least(option.least)}
+    if plain in (int, float):
+        return found | {"type": _number(plain, option)}
     return found | {"type": plain}
 
 
@@ -127,27 +127,36 @@ def _plain(kind: Any) -> Any:
     return typing.get_origin(kind) or kind
 
 
-def _several(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+def _several(option: Option) -> Callable[[str], list[Any]]:
+    kind = option.many
+    assert kind is not None
+
     def values(text: str) -> list[Any]:
+        one = _number(kind, option) if kind in (int, float) else kind
         try:
-            return [kind(part.strip()) for part in text.split(",") if part.strip()]
+            return [one(part.strip()) for part in text.split(",") if part.strip()]
         except ValueError:
             raise argparse.ArgumentTypeError(
-                f"write numbers with commas between them, not {text}"
+                f"write numbers with commas between them, not {text[:60]}"
             ) from None
 
     return values
 
 
-def _at_least(least: int) -> Callable[[str], int]:
-    def whole(text: str) -> int:
-        value = int(text)
-        if value < least:
-            raise argparse.ArgumentTypeError(f"must be at least {least}, got {value}")
+def _number(kind: Callable[[str], float], option: Option) -> Callable[[str], float]:
+    def number(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            what = "whole number" if kind is int else "number"
+            raise argparse.ArgumentTypeError(f"must be a {what}, got {text[:60]!r}") from None
+        try:
+            check_number(option, value)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
         return value
 
-    whole.__name__ = "whole number"
-    return whole
+    return number
 
 
 class _NameValue(argparse.Action):
@@ -206,26 +215,15 @@ def with_file(arguments: Sequence[str]) -> list[str]:
 
 
 def _from_yaml(path: Path, command: str) -> list[str]:
-    import yaml
-
-    try:
-        table = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"--config {path} cannot be read ({getattr(error, 'strerror', error)}). Give a YAML file "
-            "of options."
-        ) from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"'{path}' is no YAML: {error}") from None
-    if not isinstance(table, dict):
-        raise ValueError(f"'{path}' must hold a table of options, such as 'rank: 16'.")
+    table = _table_of(path)
     known = inspect.signature(COMMANDS[command]).parameters
     found: list[str] = []
     for key, value in table.items():
         name = str(key).replace("-", "_")
         if name not in known and name not in SHELL_ONLY:
             raise ValueError(
-                f"'{path}': 'lorainit {command}' has no option '{key}'. It has: {', '.join(known)}."
+                f"'{path}': 'lorainit {command}' has no option '{str(key)[:60]}'. It has: "
+                f"{', '.join(known)}."
             )
         option = "--" + name.replace("_", "-")
         if value is None or value is False:
@@ -234,9 +232,43 @@ def _from_yaml(path: Path, command: str) -> list[str]:
             found.append(option)
         elif isinstance(value, dict):
             for part, setting in value.items():
-                found += [option, f"{part}={setting}"]
+                found += [option, f"{part}={_text(path, key, setting)}"]
         else:
             # A value that begins with a dash would be taken for an option.
-            text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-            found.append(f"{option}={text}")
+            items = value if isinstance(value, list) else [value]
+            found.append(f"{option}={','.join(_text(path, key, item) for item in items)}")
     return found
+
+
+def _table_of(path: Path) -> dict[Any, Any]:
+    """What a YAML file holds."""
+    import yaml
+
+    try:
+        # A byte-order mark is no part of the text.
+        table = yaml.safe_load(path.read_text(encoding="utf-8-sig")) or {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"--config {path} cannot be read ({getattr(error, 'strerror', error)}). Give a YAML file "
+            "of options."
+        ) from None
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        # Its constructors raise what Python raises of dates, numbers and keys that are none.
+        said = " ".join(str(error).split())[:200]
+        raise ValueError(f"'{path}' is no YAML: {said}") from None
+    if not isinstance(table, dict):
+        raise ValueError(f"'{path}' must hold a table of options, such as 'rank: 16'.")
+    return table
+
+
+def _text(path: Path, key: object, value: object) -> str:
+    """One value as the shell would have it."""
+    if isinstance(value, dict | list | set | bytes):
+        raise ValueError(
+            f"'{path}': the value of '{str(key)[:60]}' is nested too deeply. Write one value, or a list of "
+            "values."
+        )
+    try:
+        return str(value)
+    except ValueError:
+        raise ValueError(f"'{path}': the value of '{str(key)[:60]}' is no usable number.") from None

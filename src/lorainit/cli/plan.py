@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from lorainit.adapters.targets import Targets, match_targets
-from lorainit.cli.shared import load_records, load_skeleton, lora_config, size_in_words
+from lorainit.cli.loading import load_skeleton
+from lorainit.cli.shared import load_records, lora_config, size_in_words
 from lorainit.data import Records
 from lorainit.types import GRADIENT_STATISTICS, LayerSpec
 

@@ -9,15 +9,9 @@ from typing import Any
 
 from lorainit.adapters.layers import true_config
 from lorainit.adapters.load import load_adapter
-from lorainit.cli.shared import (
-    check_file,
-    known_methods,
-    load_data,
-    load_model,
-    lora_config,
-    mean_loss,
-    speaking,
-)
+from lorainit.cli.loading import load_model
+from lorainit.cli.outputs import check_file, is_page
+from lorainit.cli.shared import known_methods, load_data, lora_config, mean_loss, speaking
 from lorainit.report import report
 from lorainit.report.curves import Curve, read_curves
 from lorainit.report.predicted_decrease import StartLoss
@@ -31,7 +25,7 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     with speaking(options):
         names = known_methods(options.methods)
         curves = [curve for text in options.curves for curve in _curves(text)]
-        check_file(options.output)
+        check_file(options.output, is_page)
         statistics = Statistics.load(options.statistics)
         model, config, loss = load_model(options), lora_config(options), None
         if options.adapter:

@@ -1,4 +1,4 @@
-"""What several commands do: load a model and its tokenizer, read a method and its settings."""
+"""What several commands do: read data, a configuration, a method and its settings."""
 
 from __future__ import annotations
 
@@ -8,21 +8,18 @@ import contextlib
 import dataclasses
 import logging
 import math
-import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig
-from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 
+from lorainit.cli.loading import load_tokenizer
 from lorainit.data import IGNORED, Records, batches_of, read_records
 from lorainit.data.nested import to_device
-from lorainit.errors import DataError
 from lorainit.methods import METHODS
 from lorainit.types import Method
 
@@ -49,96 +46,6 @@ def speaking(options: argparse.Namespace) -> Iterator[None]:
         logger.setLevel(before)
 
 
-def device_of(options: argparse.Namespace) -> torch.device:
-    """The device asked for, or the best there is."""
-    if options.device != "auto":
-        try:
-            device = torch.device(options.device)
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:
-            first = str(error).splitlines()[0]
-            raise ValueError(
-                f"--device {options.device} cannot be used ({first}). Give cpu, or leave it out."
-            ) from None
-        return device
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
-def load_model(options: argparse.Namespace) -> Any:
-    """The causal language model, on its device, in eval mode."""
-    from transformers import AutoModelForCausalLM
-
-    _check_kind(options.model)
-    device = device_of(options)
-    dtype = "auto" if options.dtype == "auto" else getattr(torch, options.dtype)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)
-    except SafetensorError as error:
-        raise DataError(
-            f"the weights in '{options.model}' cannot be read ({error}). The file is damaged or "
-            "cut off: copy or download the model again."
-        ) from None
-    if getattr(model, "hf_device_map", None) is None and not getattr(model, "is_quantized", False):
-        model = model.to(device)
-    return model.eval()
-
-
-def load_skeleton(options: argparse.Namespace) -> Any:
-    """The same model without its weights: enough to plan with."""
-    from transformers import AutoModelForCausalLM
-
-    config = _check_kind(options.model)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
-
-
-def load_tokenizer(options: argparse.Namespace) -> Any:
-    """The model's tokenizer."""
-    from transformers import AutoTokenizer
-
-    _check_folder(options.model)
-    try:
-        return AutoTokenizer.from_pretrained(options.model)
-    except Exception as error:  # whatever readers of the many kinds of tokenizers raise
-        if not os.path.isdir(options.model):
-            raise
-        first = (str(error).strip() or type(error).__name__).split(". ")[0].splitlines()[0]
-        raise DataError(
-            f"'{options.model}' holds no tokenizer that can be loaded ({first[:120]}). Save the model's "
-            "own into that folder: AutoTokenizer.from_pretrained(NAME).save_pretrained(FOLDER)."
-        ) from None
-
-
-def _check_kind(name: str) -> Any:
-    """The model's configuration; a causal language model's, or an error."""
-    from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    _check_folder(name)
-    config = AutoConfig.from_pretrained(name)
-    known = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    if not known and "AutoModelForCausalLM" not in (getattr(config, "auto_map", None) or {}):
-        raise DataError(
-            f"'{name}' is of type '{config.model_type}', no causal language model, which is what the "
-            "commands load. Start it from Python with lorainit.get_peft_model."
-        )
-    return config
-
-
-def _check_folder(name: str) -> None:
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or os.sep != "/"
-    if os.path.isdir(name):
-        if not os.path.isfile(os.path.join(name, "config.json")):
-            raise DataError(
-                f"'{name}' holds no config.json. Give the folder that the model's save_pretrained "
-                "wrote."
-            )
-    elif looks_local or os.path.exists(name):
-        raise DataError(f"there is no model folder '{name}'. Give one that save_pretrained wrote.")
-
-
 def load_records(options: argparse.Namespace, tokenizer: Any = None) -> Records:
     """The data, in the order that the seed gives."""
     tokenizer = load_tokenizer(options) if tokenizer is None else tokenizer
@@ -154,10 +61,11 @@ def load_data(options: argparse.Namespace) -> DataLoader[Any] | None:
 def lora_config(options: argparse.Namespace) -> LoraConfig:
     """The LoraConfig that the options spell."""
     rank = getattr(options, "rank", 16)
-    alpha = getattr(options, "alpha", None) or rank
+    given = getattr(options, "alpha", None)
+    alpha = rank if given is None else given
     return LoraConfig(
         r=rank,
-        lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,
+        lora_alpha=int(alpha) if math.isfinite(alpha) and float(alpha).is_integer() else alpha,
         use_rslora=getattr(options, "rslora", False),
         lora_dropout=getattr(options, "dropout", 0.0),
         target_modules=modules_of(options.target_modules),
@@ -216,7 +124,8 @@ def _value(text: str) -> object:
         return lowered[text.lower()]
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        # What is no literal, or nested too deeply for the parser, is a text.
         return text
 
 
@@ -245,41 +154,6 @@ def mean_loss(model: Any, batches: Any) -> float:
                 count += labels
     loss = total / count if count else math.nan
     return loss if math.isfinite(loss) else math.inf
-
-
-def check_file(output: str) -> None:
-    """A file that cannot be written is found out before the work, not after."""
-    path = Path(output)
-    if path.is_dir():
-        raise OSError(f"--output {output} cannot be written: it is a folder. Give a file's name.")
-    _check_writable(path.parent, output)
-
-
-def check_folder(output: str) -> None:
-    """The same of an adapter's folder, and that nothing but an adapter would be written over."""
-    path = Path(output)
-    if path.exists() and not path.is_dir():
-        raise OSError(f"--output {output} cannot be written: it is a file. Give a folder.")
-    there = sorted(entry.name for entry in path.iterdir()) if path.exists() else []
-    if there and "adapter_config.json" not in there:
-        more = f" and {len(there) - 3} more" if len(there) > 3 else ""
-        raise OSError(
-            f"--output {output} holds other things than an adapter ({', '.join(there[:3])}{more}). "
-            "Give a new or an empty folder."
-        )
-    _check_writable(path if path.exists() else path.parent, output)
-
-
-def _check_writable(folder: Path, output: str) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".{Path(output).name}.lorainit-probe"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise OSError(
-            f"--output {output} cannot be written ({error.strerror}). Give another place."
-        ) from None
 
 
 def size_in_words(count: float) -> str:

@@ -9,14 +9,14 @@ from typing import Any
 from peft import PeftModel
 
 from lorainit.adapters.origin import origin_of
+from lorainit.adapters.save import save_adapter
+from lorainit.cli.loading import load_model
+from lorainit.cli.outputs import check_folder, check_statistics_file
 from lorainit.cli.plan import plan
 from lorainit.cli.shared import (
-    check_file,
-    check_folder,
     class_of,
     known_methods,
     load_data,
-    load_model,
     lora_config,
     method_of,
     sample_arguments,
@@ -44,7 +44,7 @@ def _collect(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         )
     if options.dry_run:
         return plan(options, needs)
-    check_file(options.output)
+    check_statistics_file(options.output)
     data = load_data(options)
     assert data is not None
     found = collect_statistics(
@@ -70,14 +70,14 @@ def _init(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     calibrated = bool(getattr(method, "calibrated", False))
     if options.dry_run:
         return plan(options, method.needs, steps=getattr(method, "steps", 1), searched=calibrated)
-    check_folder(options.output)
+    check_folder(options.output, options.model)
     if method.needs and not (options.data or options.statistics):
         raise MissingStatisticError(
             f"{options.method} reads {', '.join(sorted(method.needs))}: give --data, or "
             "--statistics from 'lorainit collect'."
         )
     model = start_model(options, method)
-    model.save_pretrained(options.output)
+    save_adapter(model, options.output)
     return _result(options, method, model)
 
 

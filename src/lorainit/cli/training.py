@@ -8,19 +8,15 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from lorainit.adapters.load import load_adapter
+from lorainit.adapters.save import adapter_files
+from lorainit.cli.loading import device_of, load_model, load_tokenizer
+from lorainit.cli.outputs import check_folder
 from lorainit.cli.plan import plan
-from lorainit.cli.shared import (
-    check_folder,
-    device_of,
-    load_model,
-    load_records,
-    load_tokenizer,
-    method_of,
-    speaking,
-)
+from lorainit.cli.shared import load_records, method_of, speaking
 from lorainit.cli.starting import start_model
 from lorainit.data import IGNORED, Example
 from lorainit.errors import MissingExtraError
+from lorainit.report.curves import STATE_FILE
 
 
 def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -39,7 +35,7 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         examples: Dataset[Example] = load_records(options, tokenizer)
         if options.dry_run:
             return _plan(options, len(examples))  # type: ignore[arg-type]
-        check_folder(options.output)
+        check_folder(options.output, options.model)
         rows = _rows(examples)
         if options.adapter:
             model = load_adapter(load_model(options), options.adapter, is_trainable=True)
@@ -74,9 +70,10 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
             trainer.remove_callback(PrinterCallback)
         trainer.train()
-        model.save_pretrained(options.output)
-        # What 'lorainit report --curves' and people look for.
-        trainer.save_state()
+        with adapter_files(options.output) as aside:
+            model.save_pretrained(str(aside))
+            # What 'lorainit report --curves' and people look for.
+            trainer.state.save_to_json(str(aside / STATE_FILE))
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     result = {"output": options.output, "steps": trainer.state.global_step, "losses": losses}
     text = f"{options.output}: {trainer.state.global_step} steps"

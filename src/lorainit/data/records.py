@@ -70,10 +70,26 @@ def _from_hub(name: str) -> list[dict[str, Any]]:
 def _record(line: str, path: Path, number: int) -> dict[str, Any]:
     try:
         record = json.loads(line)
+        # A lone half of a surrogate pair is no character, and no tokenizer takes it.
+        if "\\ud" in line.lower():
+            json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise DataError(
+            f"'{path}', line {number}, holds a lone surrogate, which is no character. Write the text in "
+            "UTF-8."
+        ) from None
+    except RecursionError:
+        raise DataError(
+            f"'{path}', line {number}, is nested too deeply. Write one flat JSON object a line."
+        ) from None
     except json.JSONDecodeError as error:
         where = f"{error.msg.removesuffix(' at')}, column {error.colno}"
         raise DataError(
             f"'{path}', line {number}, is no JSON ({where}). Write one JSON object a line."
+        ) from None
+    except ValueError as error:
+        raise DataError(
+            f"'{path}', line {number}, is no JSON ({str(error)[:80]}). Write one JSON object a line."
         ) from None
     if not isinstance(record, dict):
         raise DataError(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
+
+from lorainit.files.aside import Aside, sweep
 
 
 def write_text(path: Path, text: str) -> None:
@@ -12,10 +13,12 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         OSError: of the disk's own; nothing is left beside the file.
     """
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    sweep(path.parent)
+    aside = Aside(path.parent)
     try:
-        aside.write_text(text, encoding="utf-8")
-        os.replace(aside, path)
+        aside.file.write(text.encode("utf-8", "backslashreplace"))
+        aside.put(path)
     except BaseException:
-        aside.unlink(missing_ok=True)
+        aside.discard()
         raise
+    aside.close()

@@ -14,7 +14,12 @@ import torch
 from torch import Tensor
 
 from lorainit import linalg
-from lorainit.methods._settings import require_choice, require_damping, require_number
+from lorainit.methods._settings import (
+    require_choice,
+    require_damping,
+    require_number,
+    require_types,
+)
 from lorainit.types import DampingMode, Factors, LayerStatistics
 
 
@@ -53,6 +58,7 @@ class CorDA:
     needs: ClassVar[frozenset[str]] = frozenset({"input_second_moment"})
 
     def __post_init__(self) -> None:
+        require_types(self)
         require_choice("mode", self.mode, ("ipm", "kpm"))
         require_damping(self.damping, self.damping_mode)
 

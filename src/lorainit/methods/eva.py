@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lorainit import linalg
-from lorainit.methods._settings import require_number
+from lorainit.methods._settings import require_number, require_types
 from lorainit.types import Factors, LayerStatistics
 
 
@@ -49,6 +49,7 @@ class EVA:
     """A solve in float32 takes so many times the bytes of a stack's statistics and gradient, beside them."""
 
     def __post_init__(self) -> None:
+        require_types(self)
         require_number("rho", self.rho, above=1.0)
 
     @property

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from lorainit import linalg
-from lorainit.methods._settings import require_whole
 from lorainit.methods.filet import fisher_energy
 from lorainit.types import Factors, LayerSpec, LayerStatistics
+from lorainit.types.numbers import require_count
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ class FARSS:
     needs: ClassVar[frozenset[str]] = frozenset({"input_second_moment", "output_second_moment"})
 
     def __post_init__(self) -> None:
-        require_whole("highest_from", self.highest_from, 1)
-        require_whole("early_blocks", self.early_blocks, 0)
+        require_count("highest_from", self.highest_from)
+        require_count("early_blocks", self.early_blocks, least=0)
 
     @classmethod
     def paper(cls) -> FARSS:

@@ -15,8 +15,14 @@ import torch
 from torch import Tensor
 
 from lorainit import linalg
-from lorainit.methods._settings import ROW_NORM, require_choice, require_number, require_whole
+from lorainit.methods._settings import (
+    ROW_NORM,
+    require_choice,
+    require_number,
+    require_types,
+)
 from lorainit.types import Factors, LayerStatistics
+from lorainit.types.numbers import require_count
 
 _RELATIVE_FLOOR = 1e-2
 
@@ -57,11 +63,12 @@ class FILet:
     needs: ClassVar[frozenset[str]] = frozenset({"input_second_moment", "output_second_moment"})
 
     def __post_init__(self) -> None:
+        require_types(self)
         require_choice("candidates", self.candidates, ("gram", "svd"))
         require_choice("select", self.select, ("lowest", "highest"))
         if self.scale_floor is not None:
             require_number("scale_floor", self.scale_floor)
-        require_whole("loss_batch", self.loss_batch, 1)
+        require_count("loss_batch", self.loss_batch)
 
     @classmethod
     def paper(cls) -> FILet:

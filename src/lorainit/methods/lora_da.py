@@ -24,6 +24,7 @@ from lorainit.methods._settings import (
     require_choice,
     require_damping,
     require_number,
+    require_types,
 )
 from lorainit.types import DampingMode, Factors, LayerStatistics
 
@@ -184,6 +185,7 @@ class LoraDA:
     """Where the length is measured, see `Natural`."""
 
     def __post_init__(self) -> None:
+        require_types(self)
         require_number("beta", self.beta)
         require_number("bias_weight", self.bias_weight, inclusive=False)
         require_number("gamma", self.gamma, inclusive=False)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lorainit import linalg
-from lorainit.methods._settings import require_choice, require_number
+from lorainit.methods._settings import require_choice, require_number, require_types
 from lorainit.types import Factors, LayerStatistics
 
 _DIRECTIONS = ("ArB2r", "A2rBr", "ArBr", "random")
@@ -63,6 +63,7 @@ class LoraGA:
     """A solve in float32 takes so many times the bytes of a stack's statistics and gradient, beside them."""
 
     def __post_init__(self) -> None:
+        require_types(self)
         require_choice("direction", self.direction, _DIRECTIONS)
         require_choice("scale", self.scale, _SCALES)
         require_number("gamma", self.gamma, inclusive=False)

@@ -15,7 +15,13 @@ import torch
 from torch import Tensor
 
 from lorainit import linalg
-from lorainit.methods._settings import ROW_NORM, TRUST_REGION, require_choice, require_number
+from lorainit.methods._settings import (
+    ROW_NORM,
+    TRUST_REGION,
+    require_choice,
+    require_number,
+    require_types,
+)
 from lorainit.types import Factors, LayerStatistics
 
 
@@ -58,6 +64,7 @@ class LoraOne:
     """A solve in float32 takes so many times the bytes of a stack's statistics and gradient, beside them."""
 
     def __post_init__(self) -> None:
+        require_types(self)
         require_number("gamma", self.gamma, inclusive=False)
         require_choice("scale", self.scale, ("paper", "calibrated"))
 

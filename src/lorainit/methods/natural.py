@@ -16,9 +16,16 @@ import torch
 from torch import Tensor
 
 from lorainit import linalg
-from lorainit.methods._settings import ROW_NORM, TRUST_REGION, require_damping, require_number
+from lorainit.methods._settings import (
+    ROW_NORM,
+    TRUST_REGION,
+    require_damping,
+    require_number,
+    require_types,
+)
 from lorainit.methods.metric import KroneckerMetric
 from lorainit.types import DampingMode, Factors, LayerStatistics, LowRankStep
+from lorainit.types.numbers import require_count
 
 
 @dataclass(frozen=True)
@@ -89,6 +96,7 @@ class Natural:
     )
 
     def __post_init__(self) -> None:
+        require_types(self)
         require_damping(self.damping, self.damping_mode)
         require_number("activation", self.activation, inclusive=False)
         if self.spare is not None:
@@ -106,8 +114,7 @@ class Natural:
             raise ValueError(
                 "a start of a given length is not measured: leave length at None, or least_gain at 0"
             )
-        if not isinstance(self.steps, int) or self.steps < 1:
-            raise ValueError(f"steps must be a whole number, at least 1, got {self.steps!r}")
+        require_count("steps", self.steps, most=1000)
         if self.steps > 1 and self.length is not None:
             raise ValueError("several steps are measured one by one: leave length at None")
 

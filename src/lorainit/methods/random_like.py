@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from lorainit import linalg
-from lorainit.methods._settings import TRUST_REGION, require_whole
+from lorainit.methods._settings import TRUST_REGION
 from lorainit.methods.natural import Natural
 from lorainit.methods.table import STARTS
 from lorainit.types import Factors, LayerStatistics, Method
+from lorainit.types.numbers import require_count
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Random:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "like", _method(self.like))
-        require_whole("seed", self.seed)
+        require_count("seed", self.seed, least=-(2**53))
 
     @classmethod
     def paper(cls) -> Random:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lorainit import linalg
-from lorainit.methods._settings import require_number
+from lorainit.methods._settings import require_number, require_types
 from lorainit.types import Factors, LayerStatistics
 
 
@@ -31,6 +31,7 @@ class Vanilla:
     reads_weight: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        require_types(self)
         require_number("size", self.size, inclusive=False)
 
     @property

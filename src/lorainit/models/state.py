@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import random
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import ParamSpec, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,26 @@ from lorainit.parallel.sharding import reshard
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+_locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+_locks_lock = threading.Lock()
+
+
+@contextmanager
+def one_at_a_time(model: nn.Module) -> Iterator[None]:
+    """Threads that work on one model take turns: each changes its flags and hooks for a while.
+
+    A PeftModel and its base model are one model.
+    """
+    base = model
+    while isinstance(inner := getattr(base, "base_model", None), nn.Module) and hasattr(
+        base, "peft_config"
+    ):
+        base = getattr(inner, "model", inner)
+    with _locks_lock:
+        lock = _locks.setdefault(base, threading.RLock())
+    with lock:
+        yield
 
 
 @contextmanager
@@ -37,6 +59,26 @@ def unchanged_rng_on_error(device: torch.device) -> Iterator[None]:
     except BaseException:
         restore()
         raise
+
+
+@contextmanager
+def unchanged_generators(data: object) -> Iterator[None]:
+    """Restore the generators that a loader draws its order from: it gives that order again."""
+    found: dict[int, torch.Generator] = {}
+    places = [data]
+    for place in places:
+        generator = getattr(place, "generator", None)
+        if isinstance(generator, torch.Generator):
+            found[id(generator)] = generator
+        if len(places) < 8:
+            parts = (getattr(place, name, None) for name in ("batch_sampler", "sampler"))
+            places += [part for part in parts if part is not None and part is not place]
+    states = [(generator, generator.get_state()) for generator in found.values()]
+    try:
+        yield
+    finally:
+        for generator, state in states:
+            generator.set_state(state)
 
 
 def _random_state(device: torch.device) -> Callable[[], None]:
@@ -99,6 +141,7 @@ def measuring(model: nn.Module) -> Iterator[None]:
         and ("dropout" in key or "drop_prob" in key or "layerdrop" in key)
     ]
     with ExitStack() as stack:
+        stack.callback(_put_back_buffers, _buffers_of(model))
         stack.callback(_put_back, required, modes, rates)
         stack.callback(reshard, model)
         if "torch._dynamo" in sys.modules:
@@ -115,6 +158,43 @@ def measuring(model: nn.Module) -> Iterator[None]:
         for module, key, _ in rates:
             setattr(module, key, 0.0)
         yield
+
+
+_LARGEST_BUFFER = 1 << 20
+"""Numbers; larger buffers hold weights, which no forward pass writes, and are not copied."""
+
+
+def _buffers_of(model: nn.Module) -> list[tuple[nn.Module, str, Tensor | None, Tensor | None]]:
+    """Every buffer, and a copy of the small ones: some layers write theirs in the forward pass."""
+    return [
+        (
+            module,
+            name,
+            buffer,
+            None if buffer is None or _is_large(buffer) else buffer.detach().clone(),
+        )
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+    ]
+
+
+def _is_large(buffer: Tensor) -> bool:
+    return buffer.is_meta or buffer.numel() > _LARGEST_BUFFER
+
+
+def _put_back_buffers(
+    buffers: list[tuple[nn.Module, str, Tensor | None, Tensor | None]],
+) -> None:
+    with torch.no_grad():
+        for module, name, buffer, copy in buffers:
+            if copy is not None and buffer is not None and not _same_bits(buffer, copy):
+                buffer.copy_(copy)
+            module._buffers[name] = buffer
+
+
+def _same_bits(first: Tensor, second: Tensor) -> bool:
+    # Only what was written is written back: NaN counts as changed.
+    return bool(torch.equal(first, second))
 
 
 def _put_back(

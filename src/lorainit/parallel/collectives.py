@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any
 
@@ -117,7 +117,13 @@ def from_rank_zero(value: float) -> float:
     return float(values[0])
 
 
-def raise_everywhere(error: Exception | None) -> None:
+def mark_shared(error: BaseException) -> None:
+    """Note that every process knows of this error: none of them waits for the others."""
+    with suppress(AttributeError, TypeError):
+        error._lorainit_shared = True  # type: ignore[attr-defined]
+
+
+def raise_everywhere(error: BaseException | None) -> None:
     """Raise on every process if there is an error on any.
 
     Raises:
@@ -129,21 +135,25 @@ def raise_everywhere(error: Exception | None) -> None:
         return
     said = gather_objects(None if error is None else f"{type(error).__name__}: {error}")
     if error is not None:
+        mark_shared(error)
         raise error
     failed = [number for number, text in enumerate(said) if text is not None]
     others = f" (so did {len(failed) - 1} more)" if len(failed) > 1 else ""
-    raise ProcessError(
+    stopped = ProcessError(
         f"process {failed[0]} failed{others}, so process {rank} stops too: {said[failed[0]]}"
     )
+    mark_shared(stopped)
+    raise stopped
 
 
 @contextmanager
 def shared_errors() -> Iterator[None]:
     """Run the block on every process; if it fails on any, all raise. No collectives inside."""
-    error: Exception | None = None
+    error: BaseException | None = None
     try:
         yield
-    except Exception as caught:
+    except BaseException as caught:
+        # An interrupt too: the others would wait for ever.
         error = caught
     raise_everywhere(error)
 

@@ -26,6 +26,7 @@ from lorainit.statistics import Statistics
 from lorainit.statistics.collect.unreached import NOT_REACHED
 from lorainit.statistics.settings import OnUnused
 from lorainit.types import LayerStatistics, LimitsRank, Method
+from lorainit.types.numbers import require_number, shown
 
 logger = logging.getLogger("lorainit")
 
@@ -37,6 +38,8 @@ def check_arguments(
     data: object,
     statistics: object,
     adapter_name: str,
+    calibration_share: float,
+    precision: str,
 ) -> None:
     """Raise unless the arguments of `get_peft_model` can be worked with."""
     taken = isinstance(adapter_name, str) and hasattr(nn.ModuleDict(), adapter_name)
@@ -72,6 +75,11 @@ def check_arguments(
             f"{type(method).__name__} needs {', '.join(sorted(method.needs))}: pass data=..., batches of "
             "the target task, or statistics=..., collected before."
         )
+    require_number(
+        "calibration_share", calibration_share, inclusive=False, below=1.0, error=DataError
+    )
+    if precision not in ("fast", "exact"):
+        raise AdapterError(f"precision must be 'fast' or 'exact', got {shown(precision)}")
     if isinstance(data, str | bytes | Mapping):
         raise DataError(
             f"data must be an iterable of batches, not a {type(data).__name__}. Give a DataLoader, or a "

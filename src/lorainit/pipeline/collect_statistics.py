@@ -11,7 +11,9 @@ from torch import nn
 from lorainit.adapters.layers import adapters_disabled, check_not_merged
 from lorainit.adapters.targets import match_targets
 from lorainit.adapters.wrappers import unwrapped
-from lorainit.models.state import outside_autocast
+from lorainit.models.state import one_at_a_time, outside_autocast, unchanged_generators
+from lorainit.parallel.together import agreed, left_together
+from lorainit.pipeline.facts import facts_of
 from lorainit.pipeline.measurements import Measurements
 from lorainit.statistics.settings import (
     CollectOptions,
@@ -54,12 +56,16 @@ def collect_statistics(
     Raises:
         TargetError, DataError, NonFiniteError, MemoryPlanError: see each; the model is as it was.
     """
-    settings = settings_with(settings, options, "collect_statistics")
-    names = checked_needs(needs)
-    model = unwrapped(model)
-    check_not_merged(model)
-    targets = match_targets(model, peft_config)
-    measurements = Measurements(model, targets, names, settings, gather=gather)
-    with adapters_disabled(model), measurements.unchanged_rng():
-        measurements, sample = measurements.with_own_loss(measurements.sample(data))
-        return measurements.statistics(sample)
+    with one_at_a_time(model), left_together():
+        with agreed() as facts:
+            settings = settings_with(settings, options, "collect_statistics")
+            names = checked_needs(needs)
+            model = unwrapped(model)
+            check_not_merged(model)
+            targets = match_targets(model, peft_config)
+            facts |= facts_of(peft_config, settings, targets)
+            facts |= {"function": "collect_statistics", "needs": sorted(names), "gather": gather}
+        measurements = Measurements(model, targets, names, settings, gather=gather)
+        with adapters_disabled(model), measurements.unchanged_rng(), unchanged_generators(data):
+            measurements, sample = measurements.with_own_loss(measurements.sample(data))
+            return measurements.statistics(sample)

@@ -18,17 +18,25 @@ from lorainit.adapters.layers import (
     left_at_default,
 )
 from lorainit.adapters.patterns import with_ranks
+from lorainit.adapters.restore import restored_on_error
 from lorainit.adapters.targets import Targets, match_targets, skipped_experts
 from lorainit.adapters.wrappers import adapter_tensors, unwrapped
 from lorainit.methods.auto import Auto
-from lorainit.models.state import outside_autocast, unchanged_rng_on_error
+from lorainit.models.state import (
+    one_at_a_time,
+    outside_autocast,
+    unchanged_generators,
+    unchanged_rng_on_error,
+)
 from lorainit.parallel import collectives
+from lorainit.parallel.together import agreed, left_together
 from lorainit.pipeline.checks import (
     check_arguments,
     check_statistics,
     configuration,
     with_possible_ranks,
 )
+from lorainit.pipeline.facts import facts_of, facts_of_start
 from lorainit.pipeline.measurements import Measurements
 from lorainit.pipeline.start import Precision, Start, find_start, needs_sample
 from lorainit.pipeline.summary import measured_losses, report_line, summary
@@ -89,16 +97,73 @@ def get_peft_model(
     Raises:
         LorainitError: bad input, found before any long work; the model is as it was.
     """
-    settings = settings_with(settings, options, "get_peft_model")
-    model = unwrapped(model)
-    method = Auto() if method is None else method
-    check_arguments(model, peft_config, method, data, statistics, adapter_name)
-    check_not_merged(model)
-    existing = adapter_name in configurations(model)
-    config = configuration(model, peft_config, adapter_name, existing)
-    targets = match_targets(model, config)
-    small = settings.on_unused
-    targets = with_possible_ranks(model, config, targets, method, cap_rank=cap_rank, on_small=small)
+    with one_at_a_time(model), left_together(), unchanged_generators(data):
+        with agreed() as facts:
+            settings = settings_with(settings, options, "get_peft_model")
+            model = unwrapped(model)
+            method = Auto() if method is None else method
+            check_arguments(
+                model,
+                peft_config,
+                method,
+                data,
+                statistics,
+                adapter_name,
+                calibration_share,
+                precision,
+            )
+            check_not_merged(model)
+            existing = adapter_name in configurations(model)
+            config = configuration(model, peft_config, adapter_name, existing)
+            targets = match_targets(model, config)
+            targets = with_possible_ranks(
+                model, config, targets, method, cap_rank=cap_rank, on_small=settings.on_unused
+            )
+            facts |= facts_of(config, settings, targets)
+            facts |= facts_of_start(
+                method,
+                statistics,
+                data=data is not None,
+                adapter_name=adapter_name,
+                cap_rank=cap_rank,
+                calibration_share=calibration_share,
+                precision=precision,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+            )
+        return _started(
+            model,
+            config,
+            peft_config,
+            method,
+            data,
+            statistics,
+            targets,
+            settings,
+            adapter_name=adapter_name,
+            existing=existing,
+            calibration_share=calibration_share,
+            precision=precision,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+        )
+
+
+def _started(
+    model: nn.Module,
+    config: LoraConfig,
+    asked: LoraConfig | None,
+    method: Method,
+    data: Iterable[Any] | None,
+    statistics: Statistics | None,
+    targets: Targets,
+    settings: CollectSettings,
+    *,
+    adapter_name: str,
+    existing: bool,
+    calibration_share: float,
+    precision: Precision,
+    autocast_adapter_dtype: bool,
+) -> PeftModel:
+    """The work, once every argument is checked; the model is as it was if it fails anywhere."""
     if statistics is not None:
         check_statistics(statistics, targets, method)
     # An adapter that exists is drawn anew, by the method itself.
@@ -129,6 +194,7 @@ def get_peft_model(
     left_out = targets.left_out | start.unused
     with (
         unchanged_rng_on_error(measurements.device),
+        restored_on_error(model, adapter_name),
         installing.undone_on_error(model, adapter_name),
     ):
         if existing:
@@ -146,12 +212,15 @@ def get_peft_model(
             )
         # PEFT's own random start of the layers left at it, too.
         collectives.broadcast(adapter_tensors(wrapped, adapter_name), 0)
-    if start.refusal is not None and not existing:
-        # All layers are PEFT's own.
-        left_out = {}
-    elif not default:
-        left_out |= left_at_default(wrapped, adapter_name, start.factors, left_out)
-    started = {n: ranks for n, ranks in targets.filled_up.items() if n in start.sizes}
-    skipped = skipped_experts(model, peft_config, targets)
-    report_line(summary(method, start, left_out, started, skipped), progress=settings.progress)
+        # Until the last line is out, on every process.
+        with collectives.shared_errors():
+            if start.refusal is not None and not existing:
+                # All layers are PEFT's own.
+                left_out = {}
+            elif not default:
+                left_out |= left_at_default(wrapped, adapter_name, start.factors, left_out)
+            started = {n: ranks for n, ranks in targets.filled_up.items() if n in start.sizes}
+            skipped = skipped_experts(model, asked, targets)
+            line = summary(method, start, left_out, started, skipped)
+            report_line(line, progress=settings.progress)
     return wrapped

@@ -43,20 +43,28 @@ def read_curves(path: str | os.PathLike[str], name: str | None = None) -> list[C
     """
     file = _file_of(Path(path))
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
+    except (ValueError, OSError, RecursionError) as error:
         raise DataError(f"'{file}' cannot be read as JSON ({error}). Give {_WHAT}.") from None
-    if isinstance(content, dict) and isinstance(content.get("log_history"), list):
-        folder = file.parent
-        parent = folder.parent if folder.name.startswith("checkpoint-") else folder
-        curves = of_log(content["log_history"], name or parent.name or "run")
-    elif isinstance(content, dict) and isinstance(content.get("best"), dict):
-        curves = of_comparison(content, name)
-    else:
-        raise DataError(f"'{file}' holds no learning curve. Give {_WHAT}.")
+    try:
+        curves = _curves(content, file, name)
+    except DataError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
+        raise DataError(f"'{file}' holds a learning curve that is damaged. Give {_WHAT}.") from None
     if not curves:
         raise DataError(f"'{file}' holds no losses. Train with a smaller logging_steps.")
     return curves
+
+
+def _curves(content: Any, file: Path, name: str | None) -> list[Curve]:
+    if isinstance(content, dict) and isinstance(content.get("log_history"), list):
+        folder = file.parent
+        parent = folder.parent if folder.name.startswith("checkpoint-") else folder
+        return of_log(content["log_history"], name or parent.name or "run")
+    if isinstance(content, dict) and isinstance(content.get("best"), dict):
+        return of_comparison(content, name)
+    raise DataError(f"'{file}' holds no learning curve. Give {_WHAT}.")
 
 
 _WHAT = f"a Trainer's {STATE_FILE} or folder, or what 'lorainit compare --output' wrote"

@@ -13,6 +13,7 @@ from lorainit.models.introspection import input_device
 from lorainit.statistics.loss.batch_loss import LossFunction
 from lorainit.types import STATISTICS, GradientDtype, LossReduction, TokenMask
 from lorainit.types.byte_size import parse_bytes
+from lorainit.types.numbers import require_count, shown
 
 OnNonfinite = Literal["raise", "skip"]
 OnUnused = Literal["raise", "default"]
@@ -80,8 +81,12 @@ class CollectSettings:
                     f"{getattr(self, name)!r}"
                 )
         parse_bytes(self.max_memory)
-        if self.max_sequences is not None and self.max_sequences < 1:
-            raise ValueError(f"max_sequences must be at least 1 or None, got {self.max_sequences}")
+        if self.max_sequences is not None:
+            require_count("max_sequences, where it is not None,", self.max_sequences)
+        if self.loss_fn is not None and not callable(self.loss_fn):
+            raise ValueError(
+                f"loss_fn must be a function of the model and a batch, got {shown(self.loss_fn)}"
+            )
 
     @property
     def budget(self) -> int | None:

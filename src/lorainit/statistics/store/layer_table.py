@@ -13,6 +13,7 @@ from typing import Any, get_args
 
 from torch import Tensor
 
+from lorainit.statistics.store.possible import check_possible
 from lorainit.types import LayerStatistics, LossReduction
 
 FINGERPRINT = "fingerprint/"
@@ -116,6 +117,7 @@ def _read_layer(
         population=None if population is None else _count(entry, "population"),
     )
     _check_widths(name, layer)
+    check_possible(name, layer)
     return layer
 
 

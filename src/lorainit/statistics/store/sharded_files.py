@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import uuid
+import re
+import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,6 +19,8 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from safetensors import safe_open
 from torch import Tensor
+
+from lorainit.files.aside import Aside, lock, sweep
 
 _DTYPES = {
     torch.float64: "F64",
@@ -28,6 +31,9 @@ _DTYPES = {
 """Their names in a safetensors header."""
 
 INDEX = ".index.json"
+
+_LARGEST_HEADER = 100_000_000
+"""Bytes; what safetensors itself reads."""
 
 
 class Entry(NamedTuple):
@@ -64,36 +70,50 @@ def write(
     Raises:
         OSError: what was there before is still there, and nothing else.
     """
+    mark = header.get("format", "")
     path.parent.mkdir(parents=True, exist_ok=True)
-    before = _files_of(path)
+    check_target(path, mark)
+    sweep(path.parent)
+    _sweep_shards(path, mark)
+    before = _files_of(path, mark)
     parts = _parts(entries, max_bytes)
-    made: list[Path] = []
+    made: list[Aside] = []
     try:
+        for part in parts:
+            made.append(Aside(path.parent))
+            own = header if len(parts) == 1 else {"format": mark}
+            _write_file(made[-1].file, part, tensors, own)
         if len(parts) == 1:
-            aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-            made.append(aside)
-            _write_file(aside, parts[0], tensors, header)
-            os.replace(aside, path)
+            made[0].put(path)
             known = {path}
         else:
-            token = uuid.uuid4().hex[:8]
-            places: dict[str, str] = {}
-            for number, part in enumerate(parts, 1):
-                name = f"{path.stem}-{token}-{number:05d}-of-{len(parts):05d}{path.suffix}"
-                made.append(path.with_name(name))
-                _write_file(made[-1], part, tensors, {"format": header.get("format", "")})
-                places |= {entry.key: name for entry in part}
-            total = sum(entry.nbytes for entry in entries)
-            index = {"metadata": {**header, "total_size": total}, "weight_map": places}
-            aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-            made.append(aside)
-            aside.write_text(json.dumps(index), encoding="utf-8")
-            os.replace(aside, index_of(path))
-            known = {index_of(path), *made[:-1]}
+            known = _put_shards(path, made, parts, header)
     except BaseException:
-        _remove(made)
+        for aside in made:
+            aside.discard()
         raise
     _remove([old for old in before if old not in known])
+    # Locked until the index names them, so that no other save takes them for left over.
+    for aside in made:
+        aside.close()
+
+
+def _put_shards(
+    path: Path, made: list[Aside], parts: Sequence[Sequence[Entry]], header: Mapping[str, str]
+) -> set[Path]:
+    """Give the shards their names, and write the index over the old one, last of all."""
+    token = secrets.token_hex(8)
+    places: dict[str, str] = {}
+    for number, (aside, part) in enumerate(zip(list(made), parts, strict=True), 1):
+        name = f"{path.stem}-{token}-{number:05d}-of-{len(parts):05d}{path.suffix}"
+        aside.put(path.with_name(name))
+        places |= {entry.key: name for entry in part}
+    total = sum(entry.nbytes for part in parts for entry in part)
+    index = {"metadata": {**header, "total_size": total}, "weight_map": places}
+    made.append(Aside(path.parent))
+    made[-1].file.write(json.dumps(index).encode())
+    made[-1].put(index_of(path))
+    return {aside.path for aside in made}
 
 
 def index_of(path: Path) -> Path:
@@ -114,15 +134,18 @@ def _parts(entries: Sequence[Entry], max_bytes: int) -> list[list[Entry]]:
 
 
 def _write_file(
-    path: Path, entries: Sequence[Entry], tensors: Iterator[Tensor], header: Mapping[str, str]
+    file: BinaryIO,
+    entries: Sequence[Entry],
+    tensors: Iterator[Tensor],
+    header: Mapping[str, str],
 ) -> None:
-    with path.open("wb") as file:
-        file.write(_header(entries, header))
-        for entry in entries:
-            tensor = next(tensors)
-            if tuple(tensor.shape) != entry.shape or tensor.dtype != entry.dtype:
-                raise ValueError(f"'{entry.key}' is not the tensor that was announced")
-            _write_tensor(file, tensor)
+    file.write(_header(entries, header))
+    for entry in entries:
+        tensor = next(tensors)
+        if tuple(tensor.shape) != entry.shape or tensor.dtype != entry.dtype:
+            raise ValueError(f"'{entry.key}' is not the tensor that was announced")
+        _write_tensor(file, tensor)
+    file.flush()
 
 
 def _header(entries: Sequence[Entry], header: Mapping[str, str]) -> bytes:
@@ -146,18 +169,85 @@ def _write_tensor(file: BinaryIO, tensor: Tensor) -> None:
     file.write(flat.numpy().data)
 
 
-def _files_of(path: Path) -> list[Path]:
-    """What a save under this name would have left."""
-    found = [path] if path.is_file() else []
-    if index_of(path).is_file():
+def check_target(path: Path, mark: str) -> None:
+    """Refuse to write over what is not of this format: other files keep their place.
+
+    Raises:
+        FileExistsError: a file or an index of that name is somebody else's.
+    """
+    if path.exists() and (not path.is_file() or mark_of(path.resolve()) != mark):
+        raise FileExistsError(
+            f"'{path}' is there and holds something else, which is not written over. Choose another "
+            "name"
+        )
+    index = index_of(path)
+    if index.exists() and _table(index)["metadata"].get("format") != mark:
+        raise FileExistsError(
+            f"'{index}' is there and is the index of other files, which are not written over. Choose "
+            "another name"
+        )
+    longest = f"{path.stem}-{'0' * 16}-00000-of-00000{path.suffix}"
+    if max(len(os.fsencode(longest)), len(os.fsencode(index.name))) > 255:
+        raise OSError(f"the name '{path.name[:40]}...' is too long. Choose a shorter one")
+
+
+def mark_of(path: Path) -> str | None:
+    """The format that the header of a safetensors file names; None of any other file, or of a link."""
+    try:
+        number = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+        with os.fdopen(number, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            text = file.read(size) if size <= _LARGEST_HEADER else b""
+        found = json.loads(text)["__metadata__"]["format"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return found if isinstance(found, str) else None
+
+
+def _table(index: Path) -> dict[str, Any]:
+    """The metadata and the places that an index names; empty ones of what is no index."""
+    try:
+        table = json.loads(index.read_text(encoding="utf-8"))
+        metadata, places = table["metadata"], table["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        metadata = places = None
+    if not isinstance(metadata, dict) or not isinstance(places, dict):
+        return {"metadata": {}, "weight_map": {}}
+    return {"metadata": metadata, "weight_map": places}
+
+
+def _is_shard(path: Path, name: object) -> bool:
+    """Whether this module gives shards of `path` such names."""
+    stem, suffix = re.escape(path.stem), re.escape(path.suffix)
+    pattern = rf"{stem}-[0-9a-f]{{8,16}}-\d{{5}}-of-\d{{5}}{suffix}"
+    return isinstance(name, str) and re.fullmatch(pattern, name) is not None
+
+
+def _files_of(path: Path, mark: str) -> list[Path]:
+    """What a save under this name has left: its own files alone, by their names and their mark."""
+    found = [path] if path.is_file() and mark_of(path.resolve()) == mark else []
+    table = _table(index_of(path))
+    if table["metadata"].get("format") == mark:
         found.append(index_of(path))
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-            index = json.loads(index_of(path).read_text(encoding="utf-8"))
-            for name in set(index["weight_map"].values()):
-                # Only what this module names is its own to remove.
-                if Path(name).name == name and name.startswith(f"{path.stem}-"):
-                    found.append(path.with_name(name))
+        shards = {name for name in table["weight_map"].values() if _is_shard(path, name)}
+        found += [p for name in sorted(shards) if mark_of(p := path.with_name(name)) == mark]
     return found
+
+
+def _sweep_shards(path: Path, mark: str) -> None:
+    """Remove shards of a save that was killed: no index names them, and nobody writes them now."""
+    for name in os.listdir(path.parent):
+        shard = path.with_name(name)
+        if not _is_shard(path, name) or mark_of(shard) != mark:
+            continue
+        with contextlib.suppress(OSError):
+            number = os.open(shard, os.O_RDONLY)
+            try:
+                # Read after the lock: whoever held it may have written the index meanwhile.
+                if lock(number) and name not in _table(index_of(path))["weight_map"].values():
+                    shard.unlink()
+            finally:
+                os.close(number)
 
 
 def _remove(files: Sequence[Path]) -> None:

@@ -26,7 +26,9 @@ from lorainit.statistics.store.sharded_files import Entry, Stored, opened, write
 from lorainit.types import LayerStatistics
 from lorainit.types.byte_size import parse_bytes
 
-_FORMAT = "lorainit-statistics"
+FORMAT = "lorainit-statistics"
+"""In the header of every file: what bears it is this package's own."""
+
 _FORMAT_VERSION = 2
 """Version 1 had no triangles and no shards."""
 
@@ -194,7 +196,7 @@ class Statistics(Mapping[str, LayerStatistics]):
             triangles = {key: width for theirs in every for key, width in theirs.items()}
             layers = table.records
         header = {
-            "format": _FORMAT,
+            "format": FORMAT,
             "version": str(_FORMAT_VERSION),
             "lorainit": __version__,
             "layers": json.dumps(layers),
@@ -259,6 +261,11 @@ class Statistics(Mapping[str, LayerStatistics]):
         except FileNotFoundError as error:
             missing = "" if str(error) == str(path) else f": its part '{error}' is missing"
             raise StatisticsFileError(f"there is no statistics file '{path}'{missing}") from None
+        except OSError as error:
+            raise StatisticsFileError(
+                f"'{path}' cannot be read ({error.strerror or error}). Look at its place and permissions, or "
+                "collect the statistics again."
+            ) from error
         except SafetensorError as error:
             raise StatisticsFileError(
                 f"'{path}' cannot be read as a statistics file ({error}): it is truncated or "
@@ -322,7 +329,7 @@ def _shares(table: Mapping[str, Mapping[str, Any]], file: Stored) -> Shares | No
 
 
 def _check_header(path: Path, header: Mapping[str, str]) -> None:
-    if header.get("format") != _FORMAT:
+    if header.get("format") != FORMAT:
         raise StatisticsFileError(
             f"'{path}' is a safetensors file, but not one of lorainit's statistics. Give the "
             "file that "
