@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ def layer(
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
 ) -> tuple[Tensor, LayerStatistics]:
-    """A weight and all its statistics, from correlated inputs and gradients with counts to divide.
+    """A weight, what quantization took from it, and all its statistics, from correlated inputs and gradients with counts to divide.
 
     Drawn in float64 and rounded last, so that every dtype sees the same numbers.
     """
@@ -62,6 +62,7 @@ def layer(
         population=500.0,
     )
     weight = draw(out, inner) / inner**0.5
+    statistics = replace(statistics, weight_error=0.1 * draw(out, inner) / inner**0.5)
     return weight.to(dtype), statistics.to(dtype=dtype)
 
 

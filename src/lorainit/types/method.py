@@ -49,6 +49,18 @@ class UsesDefaultStart(Method, Protocol):
 
 
 @runtime_checkable
+class ReadsReference(Method, Protocol):
+    """A method that reads what quantization took: ``statistics.weight_error``, ``W - Q``.
+
+    `get_peft_model` sets it from ``reference_weights``.
+    """
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether there is no start without it; if not, it is there where the user gives it."""
+
+
+@runtime_checkable
 class LimitsRank(Method, Protocol):
     """A method that takes more directions of a layer than the adapter's rank."""
 
