@@ -39,9 +39,10 @@ def layer(
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
 ) -> tuple[Tensor, LayerStatistics]:
-    """A weight, what quantization took from it, and all its statistics, from correlated inputs and gradients with counts to divide.
+    """A weight and all its statistics, from correlated inputs and gradients with counts to divide.
 
-    Drawn in float64 and rounded last, so that every dtype sees the same numbers.
+    With what quantization took from the weight. Drawn in float64 and rounded last, so that every dtype
+    sees the same numbers.
     """
     rng = torch.Generator().manual_seed(seed)
 

@@ -360,11 +360,19 @@ CHECKS = [
     Check("olora", "projection on first columns", 1e-10, olora_projects_on_first_columns),
     Check("olora", "orthonormal B, triangular A", 1e-10, olora_is_a_qr),
     *(
-        Check(n, f"least error in its metric, {m}", 1e-8, lambda m=m, y=y, x=x: left_over(m, y, x) - 1)  # type: ignore[misc]
+        Check(
+            n, f"least error in its metric, {m}", 1e-8, lambda m=m, y=y, x=x: left_over(m, y, x) - 1
+        )  # type: ignore[misc]
         for n, m, y, x in QUANTIZED
     ),
     *(
-        Check(n, f"control: {m} in the metric of {other}", 1e-2, lambda m=m, y=y, x=x: left_over(m, y, x) - 1, control=True)  # type: ignore[misc]
+        Check(
+            n,
+            f"control: {m} in the metric of {other}",
+            1e-2,
+            lambda m=m, y=y, x=x: left_over(m, y, x) - 1,
+            control=True,
+        )  # type: ignore[misc]
         for n, m, *_ in QUANTIZED
         for _, other, y, x in QUANTIZED
         if m != other

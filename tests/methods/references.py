@@ -393,7 +393,9 @@ CHECKS = [
     Check("corda", "PEFT's moment is another", 1e-2, corda_pefts_moment_is_another, control=True),
     Check("loftq", "PEFT's factors", 1e-5, loftq_is_pefts),
     Check("loftq", "PEFT's, s divided out", 1e-5, lambda: loftq_of_peft_keeps_the_scaling(True)),
-    Check("loftq", "PEFT's keep s", 0.9, lambda: loftq_of_peft_keeps_the_scaling(False), control=True),
+    Check(
+        "loftq", "PEFT's keep s", 0.9, lambda: loftq_of_peft_keeps_the_scaling(False), control=True
+    ),
     Check("qera", "theorem 1", 1e-9, lambda: qera_formula("exact")),
     Check("qera", "theorem 2", 1e-9, lambda: qera_formula("diagonal")),
     Check("qera", "the paper's split", 1e-9, qera_splits_as_the_paper),

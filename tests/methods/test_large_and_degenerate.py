@@ -190,9 +190,7 @@ def test_layer_without_any_gradient(name: str, dtype: torch.dtype) -> None:
     assert bool(found.B.isfinite().all())
     assert float(found.A.norm()) > 0
     if took:
-        alike = dataclasses.replace(
-            silent, output_second_moment_sum=torch.eye(OUT, dtype=dtype)
-        )
+        alike = dataclasses.replace(silent, output_second_moment_sum=torch.eye(OUT, dtype=dtype))
         assert relative(product(found), product(solve(name, weight, alike))) < 1e-5
     elif not found.anchored:
         assert float(product(found).norm()) < 1e-6

@@ -70,6 +70,8 @@ def _floating(module: nn.Module, name: str) -> Tensor:
             return _from_4bit(weight)
         if isinstance(weight, Tensor) and _is_int8(weight):
             return _from_int8(module, weight)
+        if isinstance(weight, Tensor) and (scales := _scales_of_float8(module, weight)) is not None:
+            return _from_float8(module, weight, scales)
         if isinstance(weight, Tensor) and type(weight).__module__.startswith("torchao"):
             plain: Tensor = weight.dequantize()  # type: ignore[no-untyped-call]
             return plain.detach()
@@ -116,6 +118,28 @@ def _from_int8(module: nn.Module, weight: Any) -> Tensor:
         raise TypeError("its scales are not there")
     found: Tensor = weight.data.float() * (scales.to(weight.device).float().unsqueeze(1) / 127)
     return found
+
+
+def _scales_of_float8(module: nn.Module, weight: Tensor) -> Tensor | None:
+    """What an eight-bit float weight is multiplied by: one number, one a row, or one a block."""
+    if not weight.is_floating_point() or weight.element_size() > 1:
+        return None
+    found = (getattr(module, name, None) for name in ("weight_scale_inv", "weight_scale"))
+    return next((scales for scales in found if isinstance(scales, Tensor)), None)
+
+
+def _from_float8(module: nn.Module, weight: Tensor, scales: Tensor) -> Tensor:
+    """Eight-bit floats of transformers' fine-grained and row-wise forms, in float32."""
+    scales = scales.detach().to(weight.device).float()
+    if scales.numel() > 1:
+        if scales.dim() == 1:
+            scales = scales.unsqueeze(1)
+        block = getattr(module, "block_size", None)
+        for dim, size in enumerate(weight.shape):
+            # The last block may be shorter than the others.
+            length = block[dim] if block is not None else -(-size // scales.shape[dim])
+            scales = scales.repeat_interleave(length, dim).narrow(dim, 0, size)
+    return weight.detach().float() * scales
 
 
 def fingerprints(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:

@@ -37,8 +37,8 @@ METHODS: dict[str, type] = {
     "auto": Auto,
 }
 """Every method by its name on the command line: first those that read nothing, then the weight or what
-quantization took from it, the inputs, the gradient, and last those that read Fisher factors. One contract test runs over this
-table."""
+quantization took from it, the inputs, the gradient, and last those that read Fisher factors. One contract
+test runs over this table."""
 
 __all__ = [
     "EVA",

@@ -23,7 +23,7 @@ from lorainit.errors import (
 )
 from lorainit.parallel import collectives
 from lorainit.statistics import Statistics
-from lorainit.types import LayerStatistics, LimitsRank, Method
+from lorainit.types import LayerStatistics, LimitsRank, Method, ReadsReference
 
 UNUSED = "no sequence reached it"
 """Why a target may keep PEFT's start."""
@@ -38,6 +38,7 @@ def check_arguments(
     data: object,
     statistics: object,
     adapter_name: str,
+    reference_weights: object = None,
 ) -> None:
     """Raise unless the arguments of `get_peft_model` can be worked with."""
     taken = isinstance(adapter_name, str) and hasattr(nn.ModuleDict(), adapter_name)
@@ -68,6 +69,7 @@ def check_arguments(
             f"statistics must be a lorainit.Statistics, not a {type(statistics).__name__}; "
             "Statistics.load(path) reads one from a file."
         )
+    _check_reference(method, reference_weights)
     if method.needs and data is None and statistics is None:
         raise MissingStatisticError(
             f"{type(method).__name__} needs {', '.join(sorted(method.needs))}: pass data=..., batches of "
@@ -77,6 +79,22 @@ def check_arguments(
         raise DataError(
             f"data must be an iterable of batches, not a {type(data).__name__}. Give a DataLoader, or a "
             "list of dictionaries."
+        )
+
+
+def _check_reference(method: Method, reference_weights: object) -> None:
+    """A method that reads full-precision weights gets them, and no other."""
+    name = type(method).__name__
+    if not isinstance(method, ReadsReference):
+        if reference_weights is not None:
+            raise AdapterError(
+                f"{name} reads no reference_weights: leave them out, or take a method for quantized "
+                "bases, such as lorainit.QERA()."
+            )
+    elif method.needs_reference and reference_weights is None:
+        raise MissingStatisticError(
+            f"{name} needs the weights that the base was quantized from: pass reference_weights=..., the "
+            "folder of the full-precision checkpoint, a mapping, a model, or a function of a layer's name."
         )
 
 

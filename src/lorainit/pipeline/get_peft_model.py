@@ -13,7 +13,9 @@ from lorainit.adapters import install as installing
 from lorainit.adapters.create import create_adapter
 from lorainit.adapters.layers import adapters_off, check_not_merged, left_at_default
 from lorainit.adapters.patterns import with_ranks
+from lorainit.adapters.reference import ReferenceWeights
 from lorainit.adapters.targets import Targets, match_targets
+from lorainit.adapters.tensor_sources import TensorSource
 from lorainit.adapters.wrappers import adapter_tensors, unwrapped
 from lorainit.methods.auto import Auto
 from lorainit.models.state import unchanged_rng_on_error
@@ -44,6 +46,7 @@ def get_peft_model(
     method: Method | None = None,
     data: Iterable[Any] | None = None,
     statistics: Statistics | None = None,
+    reference_weights: TensorSource | None = None,
     adapter_name: str = "default",
     cap_rank: bool = False,
     calibration_share: float = 0.2,
@@ -61,6 +64,11 @@ def get_peft_model(
         method: how to find the start, for example ``lorainit.LoraDA()``. Default: ``lorainit.Auto()``.
         data: batches to collect statistics from, see `collect_statistics`.
         statistics: statistics collected before, instead of `data`.
+        reference_weights: the weights that a quantized `model` was made from, for methods that give back
+            what quantization took (`LoftQ`, `QERA`, `KroneckerQER`): a folder with a safetensors
+            checkpoint, in one file or in shards, or one file; a mapping of parameter names to tensors; a
+            model; or a function that gives ``(out, in)`` for a layer's name. They are read layer by
+            layer, compared with the base before any work, and not kept.
         adapter_name: of the adapter to create or start again.
         cap_rank: lower the rank of layers that are too small for it, instead of an error.
         calibration_share: of `data`, held back from the statistics to measure a step's length on,
@@ -81,7 +89,7 @@ def get_peft_model(
     settings = settings_with(settings, options, "get_peft_model")
     model = unwrapped(model)
     method = Auto() if method is None else method
-    check_arguments(model, peft_config, method, data, statistics, adapter_name)
+    check_arguments(model, peft_config, method, data, statistics, adapter_name, reference_weights)
     check_not_merged(model)
     existing = isinstance(model, PeftModel) and adapter_name in model.peft_config
     config = configuration(model, peft_config, adapter_name, existing)
@@ -89,6 +97,10 @@ def get_peft_model(
     targets = with_possible_ranks(model, config, targets, method, cap_rank=cap_rank)
     if statistics is not None:
         check_statistics(statistics, targets, method)
+    reference = None
+    if reference_weights is not None:
+        with collectives.shared_errors():
+            reference = ReferenceWeights.of(reference_weights, targets.layers)
     # An adapter that exists is drawn anew, by the method itself.
     default = isinstance(method, UsesDefaultStart) and method.uses_default_start and not existing
     configured = copy.deepcopy(config)
@@ -100,7 +112,9 @@ def get_peft_model(
     # The layers of an adapter that exists have their ranks already.
     redistribute = None if existing else reallocate
     needs = checked_needs(method.needs) if method.needs else frozenset()
-    measurements = Measurements(model, targets, needs, settings, with_ranks=redistribute)
+    measurements = Measurements(
+        model, targets, needs, settings, reference=reference, with_ranks=redistribute
+    )
     start = Start()
     if not default:
         with adapters_off(model), measurements.unchanged_rng():

@@ -157,6 +157,7 @@ def _pass_by_pass(
             progress=measurements.settings.progress,
             release=True,
             max_memory=budget,
+            reference=measurements.reference,
         )
         factors |= found[0]
         sizes |= found[1]
@@ -181,6 +182,7 @@ def _solved(
         precision=precision,
         progress=measurements.settings.progress,
         max_memory=measurements.settings.budget,
+        reference=measurements.reference,
     )
     return Start(factors, sizes, unused)
 

@@ -123,9 +123,7 @@ class LayerStatistics:
     @property
     def dtype(self) -> torch.dtype:
         """Of the means: float32, or wider where sums are."""
-        held = (
-            tensor.dtype for name in self._HELD if (tensor := getattr(self, name)) is not None
-        )
+        held = (tensor.dtype for name in self._HELD if (tensor := getattr(self, name)) is not None)
         return reduce(torch.promote_types, held, torch.float32)
 
     @property
