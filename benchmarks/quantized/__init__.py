@@ -1,0 +1,1 @@
+"""What starts of quantized bases give back of what quantization took."""
