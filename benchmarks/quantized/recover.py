@@ -60,7 +60,8 @@ def task_batches(tokenizer: Any, rows: int, task: str, size: int) -> list[dict[s
     problems = reasoning_gym.create_dataset(task, size=rows, seed=7)
     found = []
     for first in range(0, rows, size):
-        pairs = [(problems[i]["question"] + "\n", problems[i]["answer"]) for i in range(first, min(first + size, rows))]  # fmt: skip
+        part = [problems[i] for i in range(first, min(first + size, rows))]
+        pairs = [(problem["question"] + "\n", problem["answer"]) for problem in part]
         asked = [tokenizer(q)["input_ids"] for q, _ in pairs]
         answers = [tokenizer(a)["input_ids"] + [tokenizer.eos_token_id] for _, a in pairs]
         width = max(len(q) + len(a) for q, a in zip(asked, answers, strict=True))

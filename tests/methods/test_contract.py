@@ -77,11 +77,14 @@ def test_every_missing_statistic_is_named(name: str) -> None:
 
 
 def reads_reference(name: str) -> bool:
-    return isinstance(METHODS[name](), ReadsReference)
+    method = METHODS[name]()
+    return isinstance(method, ReadsReference) and method.needs_reference
 
 
 def test_methods_of_quantized_bases_say_so() -> None:
     assert {n for n in METHODS if reads_reference(n)} == {"loftq", "qera", "kronecker-qer"}
+    assert isinstance(METHODS["auto"](), ReadsReference)
+    assert not isinstance(METHODS["natural"](), ReadsReference)
 
 
 @pytest.mark.parametrize("name", [n for n in METHODS if reads_reference(n)])

@@ -29,7 +29,7 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 def _describe(name: str, kind: type) -> dict[str, Any]:
     method: Any = kind()
-    if isinstance(method, ReadsReference):
+    if isinstance(method, ReadsReference) and method.needs_reference:
         reads = "the full-precision weight"
     elif method.needs:
         reads = ""

@@ -10,11 +10,10 @@ from lorainit.errors import MissingStatisticError
 from lorainit.types import Factors, LayerStatistics
 
 
-def weight_error(weight: Tensor, statistics: LayerStatistics, method: str) -> Tensor:
+def weight_error(statistics: LayerStatistics, method: str) -> Tensor:
     """``E`` ``(..., out, in)``, checked, in the dtype of factors.
 
     Args:
-        weight: of the same shape; only its dtype is read.
         statistics: with ``weight_error``.
         method: how to name the method in an error.
 
@@ -28,7 +27,7 @@ def weight_error(weight: Tensor, statistics: LayerStatistics, method: str) -> Te
             f"{method} needs the weights that the base was quantized from: pass reference_weights=... to "
             "get_peft_model, or set 'weight_error' of the statistics."
         )
-    error = error.to(linalg.compute_dtype(weight, statistics))
+    error = error.to(linalg.compute_dtype(statistics))
     return linalg.check_finite(error, "what quantization took from the weight")
 
 

@@ -72,7 +72,19 @@ class KroneckerQER:
         """
         linalg.check_rank(rank, *weight.shape[-2:])
         require_number("scaling", scaling, inclusive=False)
-        error = weight_error(weight, statistics, "KroneckerQER")
+        error = weight_error(statistics, "KroneckerQER")
+        return factors_of_terms(
+            *self.term(error, statistics, rank), scaling, balanced=self.balanced
+        )
+
+    def term(self, error: Tensor, statistics: LayerStatistics, rank: int) -> tuple[Tensor, Tensor]:
+        """``s B A`` as ``left right``, ``(..., out, rank)`` and ``(..., rank, in)``, strongest first.
+
+        Args:
+            error: ``(..., out, in)``, ``E``.
+            statistics: with both second moments in full.
+            rank: number of triplets.
+        """
         metric = KroneckerMetric.damped(statistics, self.damping, self.damping_mode)
         # The unit of Y falls out of the product, and would leave float32's range where losses are small.
         unit = metric.y_root.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
@@ -80,6 +92,4 @@ class KroneckerQER:
         x_root = linalg.once(lambda root: root.to(error), metric.x_root)
         u, _, _ = linalg.top_singular(seen_by_outputs @ x_root, rank)
         left = metric.y_triangle.solve_transposed(u.to(metric.y_root)) * unit
-        return factors_of_terms(
-            left.to(error), u.mT @ seen_by_outputs, scaling, balanced=self.balanced
-        )
+        return left.to(error), u.mT @ seen_by_outputs

@@ -59,6 +59,6 @@ class LoftQ:
         """
         linalg.check_rank(rank, *weight.shape[-2:])
         require_number("scaling", scaling, inclusive=False)
-        error = weight_error(weight, statistics, "LoftQ")
+        error = weight_error(statistics, "LoftQ")
         a, b = linalg.split_evenly(*linalg.top_singular(error, rank))
         return Factors(a / scaling**0.5, b / scaling**0.5, anchored=False)

@@ -79,10 +79,22 @@ class QERA:
         """
         linalg.check_rank(rank, *weight.shape[-2:])
         require_number("scaling", scaling, inclusive=False)
-        error = weight_error(weight, statistics, "QERA")
+        error = weight_error(statistics, "QERA")
+        return factors_of_terms(
+            *self.term(error, statistics, rank), scaling, balanced=self.balanced
+        )
+
+    def term(self, error: Tensor, statistics: LayerStatistics, rank: int) -> tuple[Tensor, Tensor]:
+        """``s B A`` as ``left right``, ``(..., out, rank)`` and ``(..., rank, in)``, strongest first.
+
+        Args:
+            error: ``(..., out, in)``, ``E``.
+            statistics: with ``input_second_moment``.
+            rank: number of triplets.
+        """
         seen = self._as_inputs_see(error, statistics.input_second_moment)
         u, _, _ = linalg.top_singular(seen, rank)
-        return factors_of_terms(u, u.mT @ error, scaling, balanced=self.balanced)
+        return u, u.mT @ error
 
     def _as_inputs_see(self, error: Tensor, second: Tensor) -> Tensor:
         """``E X^(1/2)``, up to an orthogonal matrix on its right."""

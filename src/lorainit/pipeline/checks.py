@@ -22,8 +22,9 @@ from lorainit.errors import (
     StatisticsFileError,
 )
 from lorainit.parallel import collectives
+from lorainit.parallel.sharding import is_sharded
 from lorainit.statistics import Statistics
-from lorainit.types import LayerStatistics, LimitsRank, Method, ReadsReference
+from lorainit.types import GivesBack, LayerStatistics, LimitsRank, Method, ReadsReference
 
 UNUSED = "no sequence reached it"
 """Why a target may keep PEFT's start."""
@@ -69,7 +70,7 @@ def check_arguments(
             f"statistics must be a lorainit.Statistics, not a {type(statistics).__name__}; "
             "Statistics.load(path) reads one from a file."
         )
-    _check_reference(method, reference_weights)
+    _check_reference(model, method, reference_weights, has_data=data is not None)
     if method.needs and data is None and statistics is None:
         raise MissingStatisticError(
             f"{type(method).__name__} needs {', '.join(sorted(method.needs))}: pass data=..., batches of "
@@ -82,7 +83,9 @@ def check_arguments(
         )
 
 
-def _check_reference(method: Method, reference_weights: object) -> None:
+def _check_reference(
+    model: nn.Module, method: Method, reference_weights: object, *, has_data: bool
+) -> None:
     """A method that reads full-precision weights gets them, and no other."""
     name = type(method).__name__
     if not isinstance(method, ReadsReference):
@@ -95,6 +98,19 @@ def _check_reference(method: Method, reference_weights: object) -> None:
         raise MissingStatisticError(
             f"{name} needs the weights that the base was quantized from: pass reference_weights=..., the "
             "folder of the full-precision checkpoint, a mapping, a model, or a function of a layer's name."
+        )
+
+    if reference_weights is None or not isinstance(method, GivesBack):
+        return
+    if not has_data or not method.calibrated:
+        raise AdapterError(
+            f"{name} measures how much of what quantization took it gives back: pass data=... beside "
+            "reference_weights and leave its length at None, or take lorainit.QERA()."
+        )
+    if is_sharded(model):
+        raise AdapterError(
+            f"{name} does not read reference_weights of a model whose weights are cut over processes: "
+            "take lorainit.QERA()."
         )
 
 

@@ -4,6 +4,7 @@ from lorainit.types.factors import Factors, LayerSpec
 from lorainit.types.layer_statistics import LayerStatistics
 from lorainit.types.method import (
     EstimatesWorkspace,
+    GivesBack,
     LimitsRank,
     LowRankStep,
     MeasuresLength,
@@ -29,6 +30,7 @@ from lorainit.types.names import (
 
 __all__ = [
     "GRADIENT_STATISTICS",
+    "GivesBack",
     "IGNORED",
     "OF_INPUT",
     "STATISTICS",

@@ -6,6 +6,7 @@ redistributed ranks, a refusal, or PEFT's own start says so by the members of th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Protocol, runtime_checkable
 
@@ -168,6 +169,22 @@ class TakesSteps(MeasuresLength, Protocol):
             scaling: above zero.
             statistics: what the last step was taken from.
             seed: of random rows for unused directions, the same on every device.
+        """
+
+
+@runtime_checkable
+class GivesBack(TakesSteps, ReadsReference, Protocol):
+    """A method whose steps begin where what quantization took is given back, if that is known.
+
+    In which way and how much of it is measured.
+    """
+
+    def compensations(self, statistics: LayerStatistics, rank: int) -> Sequence[LowRankStep]:
+        """What quantization took, cut to the rank, in the ways to be tried; as many for every layer.
+
+        Args:
+            statistics: of one layer or a stack of layers, with ``weight_error``.
+            rank: of each.
         """
 
 
