@@ -1,1 +1,1 @@
-"""bitsandbytes bases: what the package promises of them, checked one by one."""
+"""Quantized bases: promises checked on bitsandbytes, and what starts give back of what quantization took."""

@@ -20,6 +20,7 @@ from lorainit.cli.commands import COMMANDS as COMMANDS_BY_NAME
 from lorainit.cli.parser import SHELL_ONLY, arguments_of, build_parser, with_file
 from lorainit.report import read_curves
 from tests.adapters import tiny
+from tests.life.sft import tokenizer
 
 COMMANDS = ("methods", "collect", "init", "train", "compare", "report", "export")
 
@@ -153,6 +154,26 @@ def test_statistics_serve_other_methods_and_ranks(
         )
         assert run(place, line) == 0
         assert json.loads(capsys.readouterr().out)["rank"] == rank
+
+
+@pytest.mark.parametrize("method", ["loftq", "qera"])
+def test_a_quantized_model_is_brought_nearer_to_its_reference(
+    method: str, place: Path, tmp_path: Path
+) -> None:
+    full = tiny.llama()
+    coarse = tiny.llama()
+    with torch.no_grad():
+        for name, parameter in coarse.named_parameters():
+            if "proj" in name:
+                parameter.copy_((parameter * 50).round() / 50)
+    coarse.save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    options = "--rank 8 --alpha 16 --quiet --output @start --model @model --reference"
+    shared = f"init {options} {place / 'model'} --data {place / 'pairs.jsonl'} --method {method}"
+    assert run(tmp_path, shared) == 0
+    wanted, far = tiny.logits(full), tiny.logits(coarse)
+    started = PeftModel.from_pretrained(coarse, tmp_path / "start")
+    assert (tiny.logits(started) - wanted).norm() < 0.9 * (far - wanted).norm()
 
 
 def test_export_and_anchor(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -300,6 +321,10 @@ def test_train_names_the_extra(
 
 
 WRONG = {
+    "init --model @model --method loftq --output @x": "give --reference",
+    "init --model @model --method loftq --reference @nothing --output @x": "is no folder and no file",
+    "init --model @model --method loftq --reference @model --output @x": "nothing to give back",
+    "init --model @model --method pissa --reference @model --output @x": "reads no reference_weights",
     "init --model @nothing --method pissa --output @x": "no model folder",
     "init --model @model --output @x": "give --data",
     "init --model @model --method nothing --output @x": "there is no method",

@@ -311,6 +311,28 @@ def ranked_and_turned(rank: int, size: int, kind: str) -> list[dict[str, Tensor]
     ]
 
 
+def given_back(rank: int, size: int) -> dict[str, dict[str, Tensor]]:
+    """Starts of a base whose weights were rounded, by methods that read what that took."""
+    found = {}
+    for method in (lorainit.LoftQ(), lorainit.QERA(), lorainit.Auto(least_gain=0.0)):
+        full, base = models.llama(), models.llama()
+        with torch.no_grad():
+            for name, parameter in base.named_parameters():
+                if "proj" in name:
+                    step = parameter.abs().max() / 2
+                    parameter.copy_((parameter / step).round() * step)
+        model = lorainit.get_peft_model(
+            base,
+            config(),
+            method=method,
+            data=part(ROWS, even(size), rank),
+            reference_weights=full,
+            progress=False,
+        )
+        found[type(method).__name__] = adapter(model)
+    return found
+
+
 def train(model: Any, rank: int, size: int) -> list[float]:
     """Twenty steps on all rows; gradients are averaged by the wrapper, or here where there is none."""
     torch.manual_seed(0)

@@ -163,6 +163,18 @@ def test_solve_that_fails_on_one(kind: str, tmp_path: Path) -> None:
     assert all("FactorizationError" in text and "self_attn" in text for text in results)
 
 
+def test_what_quantization_took_is_given_back_alike(tmp_path: Path) -> None:
+    """Two processes, each with its part of the layers: the same factors on both, and those of one alone."""
+    first, second = succeeded(launch(scenarios.given_back, 2, tmp_path))
+    alone = scenarios.given_back(0, 1)
+    for method, factors in first.items():
+        for key, value in factors.items():
+            assert torch.equal(value, second[method][key])
+        # What is held back differs with the number of processes, and with it what Auto measures.
+        if method != "Auto":
+            close(factors, alone[method], 1e-3)
+
+
 def test_different_weights_are_refused(tmp_path: Path) -> None:
     for result in launch(scenarios.different_weights, 2, tmp_path):
         assert isinstance(result, Failed)

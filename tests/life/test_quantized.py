@@ -154,6 +154,5 @@ def test_start_train_save_reload(kind: str, method: str, tmp_path: Path) -> None
 @pytest.mark.parametrize("name", CHECKS)
 def test_bitsandbytes(name: str, bits: int, tmp_path: Path) -> None:
     """On an accelerator where there is one; bitsandbytes runs on a CPU, too."""
-    pytest.importorskip("bitsandbytes")
     passed, figures = CHECKS[name](Bench(tmp_path, bits))
     assert passed, figures

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -41,7 +41,8 @@ def layer(
 ) -> tuple[Tensor, LayerStatistics]:
     """A weight and all its statistics, from correlated inputs and gradients with counts to divide.
 
-    Drawn in float64 and rounded last, so that every dtype sees the same numbers.
+    With what quantization took from the weight. Drawn in float64 and rounded last, so that every dtype
+    sees the same numbers.
     """
     rng = torch.Generator().manual_seed(seed)
 
@@ -62,6 +63,7 @@ def layer(
         population=500.0,
     )
     weight = draw(out, inner) / inner**0.5
+    statistics = replace(statistics, weight_error=0.1 * draw(out, inner) / inner**0.5)
     return weight.to(dtype), statistics.to(dtype=dtype)
 
 

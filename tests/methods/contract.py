@@ -14,7 +14,18 @@ DRAWN = frozenset({"vanilla", "gaussian", "orthogonal", "init-ab", "gora"})
 FULL_RANK = {"lora-ga": OUT // 2}
 """The largest rank of methods that cannot have ``min(out, in)``."""
 
-SCALED_OUT = ("pissa", "milora", "corda", "filet", "natural", "gora", "random")
+SCALED_OUT = (
+    "pissa",
+    "milora",
+    "loftq",
+    "corda",
+    "qera",
+    "filet",
+    "kronecker-qer",
+    "natural",
+    "gora",
+    "random",
+)
 """Methods whose published ``s B A`` does not depend on ``s``."""
 
 
@@ -55,7 +66,7 @@ def stacked(method: str) -> float:
     for index in range(3):
         parts = {
             name: None if (t := getattr(statistics, name)) is None else t[index]
-            for name in statistics.TENSORS
+            for name in (*statistics.TENSORS, "weight_error")
         }
         counts = {name: getattr(statistics, name) for name in statistics.COUNTS}
         alone = type(statistics)(**parts, **counts, population=statistics.population)

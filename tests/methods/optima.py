@@ -9,8 +9,11 @@ from torch import Tensor
 
 from lorainit.methods import (
     EVA,
+    QERA,
     CorDA,
     FILet,
+    KroneckerQER,
+    LoftQ,
     LoraDA,
     LoraGA,
     LoraOne,
@@ -84,6 +87,37 @@ def olora_is_a_qr() -> float:
     a, b, _ = factors(OLoRA())
     eye = torch.eye(RANK, dtype=a.dtype)
     return relative(b.mT @ b, eye) + float(a[:, :RANK].tril(-1).norm())
+
+
+# --- what quantization took -----------------------------------------------------------------
+
+E = STATISTICS.weight_error
+assert E is not None
+SX_ROOT, SY_ROOT = root(damped(SX, 0.01), 0.5), root(damped(SY, 0.01), 0.5)
+DIAGONAL_ROOT = SX.diagonal().sqrt().diag()
+OUT_EYE, IN_EYE = torch.eye(OUT, dtype=E.dtype), torch.eye(IN, dtype=E.dtype)
+QUANTIZED: tuple[tuple[str, object, Tensor, Tensor], ...] = (
+    ("loftq", LoftQ(), OUT_EYE, IN_EYE),
+    ("qera", QERA(), OUT_EYE, SX_ROOT),
+    ("qera", QERA("diagonal"), OUT_EYE, DIAGONAL_ROOT),
+    ("kronecker-qer", KroneckerQER(), SY_ROOT, SX_ROOT),
+)
+"""Methods, with symmetric roots on both sides of the error that each makes least."""
+
+
+def left_over(method: object, left: Tensor, right: Tensor) -> float:
+    """What stays of the quantization error in a metric, over the least that any matrix of the rank leaves."""
+    rest = left @ (E - factors(method)[2]) @ right
+    return float(rest.norm()) / tail(left @ E @ right, RANK)
+
+
+def full_rank_leaves_nothing(method: object) -> float:
+    return relative(product(solve(method, WEIGHT, STATISTICS, OUT)), E)
+
+
+def balanced_terms(method: object) -> float:
+    a, b, _ = factors(method)
+    return relative(a.norm(dim=1), b.norm(dim=0))
 
 
 # --- the inputs -----------------------------------------------------------------------------
@@ -326,6 +360,32 @@ CHECKS = [
     Check("milora", "even split", 1e-10, milora_splits_evenly),
     Check("olora", "projection on first columns", 1e-10, olora_projects_on_first_columns),
     Check("olora", "orthonormal B, triangular A", 1e-10, olora_is_a_qr),
+    *(
+        Check(
+            n, f"least error in its metric, {m}", 1e-8, lambda m=m, y=y, x=x: left_over(m, y, x) - 1
+        )  # type: ignore[misc]
+        for n, m, y, x in QUANTIZED
+    ),
+    *(
+        Check(
+            n,
+            f"control: {m} in the metric of {other}",
+            1e-2,
+            lambda m=m, y=y, x=x: left_over(m, y, x) - 1,
+            control=True,
+        )  # type: ignore[misc]
+        for n, m, *_ in QUANTIZED
+        for _, other, y, x in QUANTIZED
+        if m != other
+    ),
+    *(
+        Check(n, f"full rank leaves nothing, {m}", 1e-8, lambda m=m: full_rank_leaves_nothing(m))  # type: ignore[misc]
+        for n, m, *_ in QUANTIZED
+    ),
+    *(
+        Check(n, f"terms of equal norms, {m}", 1e-10, lambda m=m: balanced_terms(m))  # type: ignore[misc]
+        for n, m, *_ in QUANTIZED
+    ),
     Check("eva", "most variance, centred", 1e-10, lambda: eva_captures_most(True)),
     Check("eva", "most variance, uncentred", 1e-10, lambda: eva_captures_most(False)),
     Check("eva", "explained variance", 1e-10, eva_explains_variance),

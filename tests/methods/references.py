@@ -21,13 +21,16 @@ from peft import EvaConfig, LoraConfig, get_peft_model, initialize_lora_eva_weig
 from peft.tuners.lora import LoraGAConfig
 from peft.tuners.lora.config import CordaConfig
 from peft.utils.incremental_pca import IncrementalPCA
+from peft.utils.loftq_utils import _low_rank_decomposition
 from torch import Tensor, nn
 
 import lorainit
 from lorainit.methods import (
     EVA,
+    QERA,
     CorDA,
     Gaussian,
+    LoftQ,
     LoraGA,
     LoraOne,
     OLoRA,
@@ -329,6 +332,51 @@ def lora_one_formula() -> float:
     )
 
 
+# --- quantized bases ------------------------------------------------------------------------
+
+
+def loftq_is_pefts() -> float:
+    """PEFT's decomposition of the same error, at ``s`` = 1, where it does not matter that PEFT leaves s in."""
+    assert STATISTICS.weight_error is not None
+    found = solve(LoftQ(), WEIGHT, STATISTICS, scaling=1.0)
+    parts = _low_rank_decomposition(STATISTICS.weight_error, reduced_rank=RANK)
+    return relative(product(found, 1.0), parts["L"] @ parts["R"]) + relative(
+        found.A.norm(dim=1), parts["R"].norm(dim=1)
+    )
+
+
+def loftq_of_peft_keeps_the_scaling(divided: bool) -> float:
+    """At another ``s`` PEFT's factors, in a layer that multiplies by it, are ``s`` times too long."""
+    assert STATISTICS.weight_error is not None
+    parts = _low_rank_decomposition(STATISTICS.weight_error, reduced_rank=RANK)
+    theirs = SCALING * parts["L"] @ parts["R"]
+    ours = product(solve(LoftQ(), WEIGHT, STATISTICS))
+    return relative(theirs / SCALING if divided else theirs, ours)
+
+
+def qera_formula(form: str) -> float:
+    """Theorems 1 and 2 as written, on the transposed layer ``y = x W``, with its root and its inverse."""
+    weight, statistics = layer()
+    assert statistics.weight_error is not None
+    moment = damped(statistics.input_second_moment, 0.01)
+    if form == "exact":
+        values, vectors = torch.linalg.eigh(moment)
+        scale = vectors @ torch.diag(values.sqrt()) @ vectors.T
+    else:
+        scale = torch.diag(statistics.input_second_moment.diagonal().sqrt())
+    u, s, vh = torch.linalg.svd(scale @ statistics.weight_error.T, full_matrices=False)
+    a = torch.linalg.inv(scale) @ u[:, :RANK]
+    b = torch.diag(s[:RANK]) @ vh[:RANK]
+    found = solve(QERA(form), weight, statistics)  # type: ignore[arg-type]
+    return relative(product(found), (a @ b).T)
+
+
+def qera_splits_as_the_paper() -> float:
+    """``B`` orthonormal, as ``V`` of the transposed layer."""
+    b = solve(QERA.paper(), *layer()).B
+    return relative(b.mT @ b, torch.eye(RANK, dtype=b.dtype))
+
+
 CHECKS = [
     Check("vanilla", "PEFT's draw", 1e-6, lambda: drawn_as_peft(Vanilla(), True)),
     Check("vanilla", "twice as long", 0.15, vanilla_twice_as_long),
@@ -345,6 +393,14 @@ CHECKS = [
     Check("corda", "paper's formula, kpm", 1e-9, lambda: corda_formula("kpm")),
     Check("corda", "PEFT's factors from its moment", 1e-4, corda_is_pefts_given_its_moment),
     Check("corda", "PEFT's moment is another", 1e-2, corda_pefts_moment_is_another, control=True),
+    Check("loftq", "PEFT's factors", 1e-5, loftq_is_pefts),
+    Check("loftq", "PEFT's, s divided out", 1e-5, lambda: loftq_of_peft_keeps_the_scaling(True)),
+    Check(
+        "loftq", "PEFT's keep s", 0.9, lambda: loftq_of_peft_keeps_the_scaling(False), control=True
+    ),
+    Check("qera", "theorem 1", 1e-9, lambda: qera_formula("exact")),
+    Check("qera", "theorem 2", 1e-9, lambda: qera_formula("diagonal")),
+    Check("qera", "the paper's split", 1e-9, qera_splits_as_the_paper),
     *(
         Check(
             "lora-ga",

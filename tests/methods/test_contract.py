@@ -10,9 +10,9 @@ import torch
 
 from lorainit.errors import MissingStatisticError, NonFiniteError, RankError
 from lorainit.methods import METHODS
-from lorainit.types import STATISTICS, LayerStatistics, Method, settings_of
+from lorainit.types import STATISTICS, LayerStatistics, Method, ReadsReference, settings_of
 from tests.methods.common import IN, OUT, RANK, Check, layer
-from tests.methods.contract import CHECKS, FULL_RANK
+from tests.methods.contract import CHECKS, FULL_RANK, SCALED_OUT
 
 all_methods = pytest.mark.parametrize("name", list(METHODS))
 
@@ -76,6 +76,24 @@ def test_every_missing_statistic_is_named(name: str) -> None:
             method.solve(weight, without, RANK, 1.0)
 
 
+def reads_reference(name: str) -> bool:
+    method = METHODS[name]()
+    return isinstance(method, ReadsReference) and method.needs_reference
+
+
+def test_methods_of_quantized_bases_say_so() -> None:
+    assert {n for n in METHODS if reads_reference(n)} == {"loftq", "qera", "kronecker-qer"}
+    assert isinstance(METHODS["auto"](), ReadsReference)
+    assert not isinstance(METHODS["natural"](), ReadsReference)
+
+
+@pytest.mark.parametrize("name", [n for n in METHODS if reads_reference(n)])
+def test_a_missing_reference_is_named(name: str) -> None:
+    weight, full = layer()
+    with pytest.raises(MissingStatisticError, match="reference_weights"):
+        METHODS[name]().solve(weight, dataclasses.replace(full, weight_error=None), RANK, 1.0)
+
+
 @all_methods
 def test_reads_no_more_than_it_needs(name: str) -> None:
     """With only the needed statistics the result is that with all of them."""
@@ -100,6 +118,7 @@ def test_reads_no_more_than_it_needs(name: str) -> None:
         label_tokens=full.label_tokens,
         positions=full.positions,
         population=full.population,
+        weight_error=full.weight_error if reads_reference(name) else None,
     )
     torch.manual_seed(0)
     wanted = method.solve(weight, full, RANK, 2.0)
@@ -116,6 +135,10 @@ def test_input_that_is_not_finite_is_refused(name: str) -> None:
     if name in ("pissa", "milora", "olora", "loram", "corda", "astra", "filet", "farss"):
         weight = weight.clone()
         weight[1, 2] = float("nan")
+    elif reads_reference(name):
+        error = full.weight_error.clone()  # type: ignore[union-attr]
+        error[1, 2] = float("nan")
+        full = dataclasses.replace(full, weight_error=error)
     elif method.needs:
         bad = "input_second_moment_sum" if name == "eva" else "gradient_sum"
         tensor = getattr(full, bad).clone()
@@ -165,6 +188,9 @@ def test_input_that_is_not_finite_is_refused(name: str) -> None:
         ("random", {"like": {"method": "pissa", "length": 1.0}}),
         ("random", {"like": METHODS["random"]()}),
         ("random", {"seed": 0.5}),
+        ("qera", {"form": "approximate"}),
+        ("qera", {"damping": -1.0}),
+        ("kronecker-qer", {"damping_mode": "none"}),
     ],
 )
 def test_bad_settings_are_refused_at_construction(name: str, settings: dict[str, object]) -> None:
@@ -172,7 +198,7 @@ def test_bad_settings_are_refused_at_construction(name: str, settings: dict[str,
         METHODS[name](**settings)
 
 
-@pytest.mark.parametrize("name", ["pissa", "milora", "corda", "filet", "gora", "natural"])
+@pytest.mark.parametrize("name", [name for name in SCALED_OUT if name != "random"])
 def test_scaling_that_cannot_be_divided_out(name: str) -> None:
     with pytest.raises(ValueError, match="scaling"):
         METHODS[name]().solve(*layer(), RANK, 0.0)

@@ -49,7 +49,9 @@ def test_lora_da_by_iteration_is_the_dense_one(
     assert relative(product(found, 1.0), change.mT @ wanted @ wanted.mT / method.gamma) < tolerance
 
 
-@pytest.mark.parametrize("name", ["pissa", "eva", "lora-one", "natural"])
+@pytest.mark.parametrize(
+    "name", ["pissa", "loftq", "eva", "qera", "lora-one", "kronecker-qer", "natural"]
+)
 def test_other_methods_by_iteration_are_the_dense_ones(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -63,7 +65,9 @@ def test_other_methods_by_iteration_are_the_dense_ones(
     assert relative(product(iterated), product(dense)) < 1e-6
 
 
-@pytest.mark.parametrize("name", ["lora-da", "natural", "lora-ga", "pissa", "corda"])
+@pytest.mark.parametrize(
+    "name", ["lora-da", "natural", "lora-ga", "pissa", "corda", "qera", "kronecker-qer"]
+)
 def test_products_in_halves_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What an accelerator does, on a CPU: the same factors as without, to the fast precision."""
     weight, statistics = layer(out=400, inner=450, dtype=torch.float32)
@@ -172,8 +176,12 @@ def test_few_digits_cost_no_accuracy(method: LoraDA, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("name", list(METHODS))
 def test_layer_without_any_gradient(name: str, dtype: torch.dtype) -> None:
-    """An expert that no token reached backwards: finite factors, no displacement, rows to train."""
+    """An expert that no token reached backwards: finite factors, no displacement, rows to train.
+
+    Methods that give back what quantization took do so as if all outputs counted alike.
+    """
     weight, statistics = layer(dtype=dtype)
+    took = getattr(METHODS[name](), "needs_reference", False)
     silent = dataclasses.replace(
         statistics,
         gradient_sum=torch.zeros_like(statistics.gradient_sum),  # type: ignore[arg-type]
@@ -183,8 +191,11 @@ def test_layer_without_any_gradient(name: str, dtype: torch.dtype) -> None:
     assert bool(found.A.isfinite().all())
     assert bool(found.B.isfinite().all())
     assert float(found.A.norm()) > 0
+    if took:
+        alike = dataclasses.replace(silent, output_second_moment_sum=torch.eye(OUT, dtype=dtype))
+        assert relative(product(found), product(solve(name, weight, alike))) < 1e-5
     # Init[AB] displaces by noise, whatever the data.
-    if not found.anchored and name != "init-ab":
+    elif not found.anchored and name != "init-ab":
         assert float(product(found).norm()) < 1e-6
 
 

@@ -21,15 +21,19 @@ from lorainit.adapters.targets import Target
 from lorainit.calibration import SearchResult, search_length
 from lorainit.calibration.held_out_loss import HeldOutLoss
 from lorainit.calibration.sizes import FIRST_SIZE, length_for, relative_sizes, weight_norms
-from lorainit.calibration.step_stack import Pairs, StepStack
+from lorainit.calibration.step_stack import ErrorOf, Pairs, StepStack
 from lorainit.models.displacement import LowRank
 from lorainit.parallel import collectives
 from lorainit.parallel.exchange import Slot, broadcast_from_owners
 from lorainit.solve.ownership import device_of, layer_owners
 from lorainit.statistics import Statistics
-from lorainit.types import Factors, TakesSteps
+from lorainit.types import Factors, GivesBack, TakesSteps
 
 logger = logging.getLogger("lorainit")
+
+
+_PARTS = (1.0, 0.7, 0.5)
+"""Parts of what quantization took, cut to the rank, that are tried."""
 
 
 @dataclass(eq=False)
@@ -43,6 +47,7 @@ class RepeatedSteps:
         method: its settings.
         targets: by name.
         searches: one a step.
+        compensated: whether they begin where what quantization took is given back.
         directions: how many the newest step used.
     """
 
@@ -50,6 +55,7 @@ class RepeatedSteps:
     targets: Mapping[str, Target]
     searches: list[SearchResult] = field(default_factory=list)
     directions: int | None = None
+    compensated: bool = False
     _at: Pairs = field(default_factory=dict)
     _stacks: list[StepStack] = field(default_factory=list)
     _owners: Mapping[str, int] = field(default_factory=dict)
@@ -60,6 +66,50 @@ class RepeatedSteps:
         """The displacement so far."""
         return {n: LowRank(left.float(), right.float()) for n, (left, right) in self._at.items()}
 
+    def give_back(
+        self, statistics: Statistics, held_out: HeldOutLoss, errors: ErrorOf
+    ) -> SearchResult:
+        """Begin where what quantization took is given back: the way and the part of it of least loss.
+
+        Args:
+            statistics: at the base.
+            held_out: measures them.
+            errors: what quantization took from a layer.
+
+        Returns:
+            The part as its length, and its loss, which may be above the base's; zero if no loss is finite.
+        """
+        method = self.method
+        assert isinstance(method, GivesBack)
+        self._owners = layer_owners(self.targets, statistics)
+        with collectives.shared_errors(), torch.no_grad():
+            stacks = [
+                ways
+                for members in self._groups()
+                for ways in StepStack.all_compensated(method, members, statistics, errors)
+            ]
+        # A process without layers does not know how many ways there are.
+        count = collectives.maximum(max((len(stack) for stack in stacks), default=0))
+        with held_out.measuring() as loss:
+            base = loss({})
+            best, trials = (0.0, math.inf, 0), []
+            for way in range(count):
+                self._stacks = [stack[way] for stack in stacks]
+                for part in _PARTS:
+                    value = loss(self._terms(lambda s, part=part: s.moved(part, s.rank)))  # type: ignore[misc]
+                    trials.append((part, value))
+                    if math.isfinite(value) and value < best[1]:
+                        best = part, value, way
+        length, least, way = best
+        if length > 0:
+            self._stacks = [stack[way] for stack in stacks]
+            self._at = self._pairs(
+                lambda s: s.factors(method, statistics, length, s.rank), torch.float64
+            )
+            self.compensated = True
+        self._stacks = []
+        return SearchResult(length, least, base, tuple(trials))
+
     def take(self, statistics: Statistics, held_out: HeldOutLoss) -> SearchResult:
         """One step from statistics taken at the present displacement; `held_out` measures its length."""
         # Layers that none of this step's sequences reached stay where they are.
@@ -67,12 +117,13 @@ class RepeatedSteps:
         self._reached = {name: t for name, t in self.targets.items() if name in known}
         self._owners = layer_owners(self._reached, statistics)
         self._norms = self._norms or weight_norms(self.targets)
+        limits = {name: self.method.trust_region * norm for name, norm in self._norms.items()}
         with collectives.shared_errors():
             self._stacks = [
                 stack
                 for members in self._groups()
                 for stack in StepStack.all_measured(
-                    self.method, members, statistics, self._at, self._norms
+                    self.method, members, statistics, self._at, limits, self.compensated
                 )
             ]
         with held_out.measuring() as loss:
@@ -99,9 +150,15 @@ class RepeatedSteps:
             for name, target in self.targets.items()
         }
 
-    def stay(self) -> None:
-        """No displacement after all; the directions are kept."""
-        self._at = {n: (torch.zeros_like(left), right) for n, (left, right) in self._at.items()}
+    def place(self) -> Pairs:
+        """Where the model is, to go back to."""
+        return dict(self._at)
+
+    def go_back(self, place: Pairs) -> None:
+        """No step after all; at the base the directions are kept."""
+        self._at = place or {
+            n: (torch.zeros_like(left), right) for n, (left, right) in self._at.items()
+        }
 
     def _groups(self) -> list[list[Target]]:
         """This process's layers, those of one shape, rank and device together."""
@@ -221,6 +278,7 @@ def take_steps(
     collect_at: Callable[[int, Mapping[str, LowRank]], Statistics],
     *,
     first: Statistics | None = None,
+    begun: RepeatedSteps | None = None,
     progress: bool = True,
     on_step: Callable[[int, dict[str, LowRank], SearchResult], None] | None = None,
 ) -> tuple[dict[str, Factors], SearchResult]:
@@ -231,20 +289,22 @@ def take_steps(
         targets: layers by name.
         held_out: the loss on calibration sequences, by number of the step, from one.
         collect_at: statistics from the step's other sequences, at a displacement.
-        first: statistics at the base model, where they are there already.
+        first: statistics where the steps begin, where they are there already.
+        begun: where they begin; None: at the base model.
         progress: show a progress bar.
         on_step: called after each step, with its number, the displacement and the search.
 
     Returns:
-        Factors by layer; and the last search, its first loss that of the base model on the same
-        sequences. If the base's is lower, the factors displace nothing.
+        Factors by layer; and the last search, its first loss that of the model where the steps begin, on
+        the same sequences. If that is lower, the factors are those there.
     """
-    steps = RepeatedSteps(method, targets)
+    steps = RepeatedSteps(method, targets) if begun is None else begun
+    begin, terms = steps.place(), steps.present()
     number = 0
     with _bar(method, progress) as bar:
         for number in range(1, method.steps + 1):
-            at_base = number == 1 and first is not None
-            statistics = first if at_base else collect_at(number, steps.present())
+            at_first = number == 1 and first is not None
+            statistics = first if at_first else collect_at(number, steps.present())
             assert statistics is not None
             result = steps.take(statistics, held_out(number))
             bar.set_postfix(loss=f"{result.loss:.4g}")
@@ -257,9 +317,9 @@ def take_steps(
     found = steps.searches[-1]
     if number > 1:
         with held_out(number).measuring() as loss:
-            base = loss({})
+            base = loss(terms)
         if not found.loss < base:
-            steps.stay()
+            steps.go_back(begin)
             found = replace(found, loss=base, length=0.0)
         found = replace(found, start_loss=base)
     return steps.factors(), found

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -13,10 +14,16 @@ from lorainit.adapters.targets import Target
 from lorainit.linalg.low_rank_sum import LowRankSum
 from lorainit.solve.ownership import after_out_of_memory
 from lorainit.statistics import Statistics
-from lorainit.types import LayerStatistics, TakesSteps
+from lorainit.types import GivesBack, LayerStatistics, TakesSteps
 
 Pairs = dict[str, tuple[Tensor, Tensor]]
 """``left`` ``(out, rank)`` and ``right`` ``(rank, in)`` by layer."""
+
+
+Solved = TypeVar("Solved")
+
+ErrorOf = Callable[[Target], Tensor]
+"""What quantization took from a layer, ``W - Q``, ``(out, in)``, where its weight is."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,12 +35,45 @@ class StepStack:
         step: one ``Delta``, strongest directions first.
         whole: the displacement so far and the step together; None at the base.
         limits: ``(layers,)``, the largest ``|s B A|_F`` of each.
+        of_step: whether limits are of the step alone, since what is there before it is given back to a
+            quantized base, and no way from a model that works.
     """
 
     targets: list[Target]
     step: tuple[Tensor, Tensor]
     whole: LowRankSum | None
     limits: Tensor
+    of_step: bool = False
+
+    @property
+    def rank(self) -> int:
+        """Of the layers' adapters."""
+        return self.targets[0].spec.rank
+
+    @classmethod
+    def compensated(
+        cls,
+        method: GivesBack,
+        targets: list[Target],
+        statistics: Statistics,
+        errors: ErrorOf,
+        device: torch.device,
+    ) -> list[StepStack]:
+        """What quantization took from these layers, a stack for each way to give it back; at the base."""
+        layers = [
+            replace(statistics[t.name].only(method.needs), weight_error=errors(t)).to(device=device)
+            for t in targets
+        ]
+        found = method.compensations(LayerStatistics.stack(layers), targets[0].spec.rank)
+        return [
+            cls(
+                targets,
+                (step.left, step.right),
+                None,
+                step.left.new_full((len(targets),), torch.inf),
+            )
+            for step in found
+        ]
 
     @classmethod
     def measured(
@@ -42,20 +82,21 @@ class StepStack:
         targets: list[Target],
         statistics: Statistics,
         present: Pairs,
-        norms: Mapping[str, float],
+        limits: Mapping[str, float],
+        of_step: bool,
         device: torch.device,
     ) -> StepStack:
         """The step from statistics taken at the present displacement."""
         layers = [statistics[t.name].only(method.needs).to(device=device) for t in targets]
         found = method.step(LayerStatistics.stack(layers), targets[0].spec.rank)
         step = found.left, found.right
-        limits = step[0].new_tensor([method.trust_region * norms[t.name] for t in targets])
+        bounds = step[0].new_tensor([limits[t.name] for t in targets])
         if not present:
-            return cls(targets, step, None, limits)
+            return cls(targets, step, None, bounds)
         left, right = (torch.stack([present[t.name][i] for t in targets]) for i in (0, 1))
         left, right = left.to(step[0]), right.to(step[1])
         both = torch.cat([left, step[0]], dim=-1), torch.cat([right, step[1]], dim=-2)
-        return cls(targets, step, LowRankSum.in_metric(found.metric, *both), limits)
+        return cls(targets, step, LowRankSum.in_metric(found.metric, *both), bounds, of_step)
 
     @classmethod
     def all_measured(
@@ -64,26 +105,26 @@ class StepStack:
         targets: list[Target],
         statistics: Statistics,
         present: Pairs,
-        norms: Mapping[str, float],
-        device: torch.device | None = None,
+        limits: Mapping[str, float],
+        of_step: bool = False,
     ) -> list[StepStack]:
         """The same, of fewer layers at once where memory does not do for all."""
-        if device is None:
-            device = next(targets[0].module.parameters()).device
-            if device.type == "meta":
-                # The weight is offloaded; the statistics are where they were collected.
-                device = statistics[targets[0].name].device or torch.device("cpu")
-        try:
-            return [cls.measured(method, targets, statistics, present, norms, device)]
-        except torch.OutOfMemoryError:
-            # Handled below: until here the traceback holds what was allocated.
-            pass
-        parts, device = after_out_of_memory(targets, device)
-        return [
-            stack
-            for part in parts
-            for stack in cls.all_measured(method, part, statistics, present, norms, device)
-        ]
+
+        def solve(part: list[Target], device: torch.device) -> list[StepStack]:
+            return [cls.measured(method, part, statistics, present, limits, of_step, device)]
+
+        return _in_parts(solve, targets, _solving_device(targets[0], statistics))
+
+    @classmethod
+    def all_compensated(
+        cls, method: GivesBack, targets: list[Target], statistics: Statistics, errors: ErrorOf
+    ) -> list[list[StepStack]]:
+        """`compensated`, of fewer layers at once where memory does not do for all."""
+
+        def solve(part: list[Target], device: torch.device) -> list[list[StepStack]]:
+            return [cls.compensated(method, part, statistics, errors, device)]
+
+        return _in_parts(solve, targets, _solving_device(targets[0], statistics))
 
     def moved(self, length: float, directions: int) -> tuple[Tensor, Tensor]:
         """The displacement after a step of this length along its first directions, cut to rank.
@@ -93,24 +134,61 @@ class StepStack:
         left, right = self.step
         used = torch.arange(left.shape[-1], device=left.device) < directions
         weights = (used * length).to(left)
+        if self.of_step:
+            scale = self._scale(left * weights, right)
+            weights = torch.cat([torch.ones_like(weights), weights]) * torch.ones_like(scale)
+            weights[:, len(used) :] *= scale
+            assert self.whole is not None
+            return self.whole.cut(weights, self.rank)
         if self.whole is None:
             left = left * weights
         else:
             weights = torch.cat([torch.ones_like(weights), weights])
             left, right = self.whole.cut(weights, self.targets[0].spec.rank)
+        return left * self._scale(left, right).unsqueeze(-1), right
+
+    def _scale(self, left: Tensor, right: Tensor) -> Tensor:
+        """``(layers, 1)``: what takes each layer back to the edge of its trust region, at most 1."""
         square = ((left.mT @ left) * (right @ right.mT)).sum((-1, -2)).clamp_min(0)
         tiny = torch.finfo(left.dtype).tiny
-        scale = (self.limits / square.sqrt().clamp_min(tiny)).clamp(max=1.0)
-        return left * scale[:, None, None], right
+        return (self.limits / square.sqrt().clamp_min(tiny)).clamp(max=1.0).unsqueeze(-1)
 
     def factors(
-        self, method: TakesSteps, statistics: Statistics, length: float, directions: int
+        self,
+        method: TakesSteps,
+        statistics: Statistics,
+        length: float,
+        directions: int,
     ) -> tuple[Tensor, Tensor]:
         """The same as ``s B`` and ``A`` of the adapter."""
         pairs = []
-        for target, left, right in zip(self.targets, *self.moved(length, directions), strict=True):
+        moved = self.moved(length, directions)
+        for target, left, right in zip(self.targets, *moved, strict=True):
             scaling = target.spec.scaling
             seed = torch.initial_seed() ^ zlib.crc32(target.name.encode())
             a, b = method.factors(left, right, scaling, statistics[target.name], seed)
             pairs.append((scaling * b, a))
         return torch.stack([b for b, _ in pairs]), torch.stack([a for _, a in pairs])
+
+
+def _solving_device(target: Target, statistics: Statistics) -> torch.device:
+    device = next(target.module.parameters()).device
+    if device.type != "meta":
+        return device
+    # The weight is offloaded; the statistics are where they were collected.
+    return statistics[target.name].device or torch.device("cpu")
+
+
+def _in_parts(
+    solve: Callable[[list[Target], torch.device], list[Solved]],
+    targets: list[Target],
+    device: torch.device,
+) -> list[Solved]:
+    """What `solve` gives for all targets, or for parts of them where memory does not do."""
+    try:
+        return solve(targets, device)
+    except torch.OutOfMemoryError:
+        # Handled below: until here the traceback holds what was allocated.
+        pass
+    parts, device = after_out_of_memory(targets, device)
+    return [one for part in parts for one in _in_parts(solve, part, device)]

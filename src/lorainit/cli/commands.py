@@ -78,6 +78,7 @@ def init(
     output: Annotated[str, Option("of the adapter", "output", "FOLDER")],
     data: o.OptionalData = None,
     statistics: o.OptionalStatistics = None,
+    reference: o.Reference = None,
     method: o.Method = "auto",
     set: o.Settings = None,
     paper: o.Paper = False,
@@ -112,6 +113,11 @@ def init(
 
         lorainit init --model ./model --statistics target.safetensors --data train.jsonl \
             --method natural --output start
+
+    A quantized model, brought nearer to the one that it was made from::
+
+        lorainit init --model ./quantized --reference ./full --data train.jsonl \
+            --method qera --output start
     """
     return _run("starting", "init", locals())
 

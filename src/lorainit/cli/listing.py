@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from typing import Any
 
 import torch
 
 from lorainit.methods import METHODS
-from lorainit.types import LayerStatistics, Method, settings_of
+from lorainit.types import LayerStatistics, Method, ReadsReference, settings_of
 
 
 def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -18,7 +19,7 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     wide = max(map(len, table))
     lines = [f"{'method':<{wide}}  {'outputs at first':<16}  reads"]
     for name, entry in table.items():
-        reads = ", ".join(entry["needs"]) or entry["reads"]
+        reads = ", ".join(filter(None, [*entry["needs"], entry["reads"]]))
         lines.append(f"{name:<{wide}}  {entry['start']:<16}  {reads}")
         settings = ", ".join(f"{k}={v!r}" for k, v in entry["settings"].items())
         if settings:
@@ -28,13 +29,19 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 def _describe(name: str, kind: type) -> dict[str, Any]:
     method: Any = kind()
-    random = name in ("vanilla", "gaussian", "orthogonal", "init-ab")
+    if isinstance(method, ReadsReference) and method.needs_reference:
+        reads = "the full-precision weight"
+    elif method.needs:
+        reads = ""
+    else:
+        random = name in ("vanilla", "gaussian", "orthogonal", "init-ab")
+        reads = "nothing" if random else "the weight"
     settings = settings_of(method)
     del settings["method"]
     return {
         "summary": (kind.__doc__ or "").strip().splitlines()[0],
         "needs": sorted(method.needs),
-        "reads": "nothing" if random else "the weight",
+        "reads": reads,
         "start": start_of(method),
         "settings": settings,
     }
@@ -43,7 +50,7 @@ def _describe(name: str, kind: type) -> dict[str, Any]:
 def start_of(method: Method) -> str:
     """What the model computes at first, seen on a small layer."""
     generator = torch.Generator().manual_seed(0)
-    weight, gradient, x, y = torch.randn(4, 8, 8, generator=generator)
+    weight, gradient, x, y, error = torch.randn(5, 8, 8, generator=generator)
     statistics = LayerStatistics.from_means(
         gradient=gradient,
         input_second_moment=x @ x.mT,
@@ -51,6 +58,7 @@ def start_of(method: Method) -> str:
         output_second_moment=y @ y.mT,
         population=16.0,
     )
+    statistics = dataclasses.replace(statistics, weight_error=error)
     with torch.random.fork_rng(devices=[]):
         pair = method.solve(weight, statistics, 2, 1.0)
     if pair.anchored:

@@ -117,6 +117,15 @@ StatisticsFile = Annotated[
 OptionalStatistics = Annotated[
     str | None, Option("what 'lorainit collect' wrote", "statistics", metavar="FILE")
 ]
+Reference = Annotated[
+    str | None,
+    Option(
+        "full-precision checkpoint that a quantized model was made from, for methods that give back what "
+        "quantization took",
+        "model",
+        "FOLDER",
+    ),
+]
 
 # --- adapter and method -----------------------------------------------------------------------
 

@@ -27,7 +27,7 @@ from lorainit.errors import MissingStatisticError
 from lorainit.pipeline import collect_statistics, get_peft_model
 from lorainit.report.sizes import sizes_of
 from lorainit.statistics import Statistics
-from lorainit.types import settings_of
+from lorainit.types import ReadsReference, settings_of
 
 
 def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -76,6 +76,12 @@ def _init(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
             f"{options.method} reads {', '.join(sorted(method.needs))}: give --data, or "
             "--statistics from 'lorainit collect'."
         )
+    needs_reference = isinstance(method, ReadsReference) and method.needs_reference
+    if needs_reference and not options.reference:
+        raise MissingStatisticError(
+            f"{options.method} needs the weights that the base was quantized from: give --reference, the "
+            "folder of the full-precision checkpoint."
+        )
     model = start_model(options, method)
     save_adapter(model, options.output)
     return _result(options, method, model)
@@ -87,7 +93,8 @@ def start_model(options: argparse.Namespace, method: Any) -> PeftModel:
     statistics = Statistics.load(path) if path else None
     return get_peft_model(
         load_model(options), lora_config(options), method=method, data=load_data(options),
-        statistics=statistics, cap_rank=getattr(options, "cap_rank", False),
+        statistics=statistics, reference_weights=getattr(options, "reference", None),
+        cap_rank=getattr(options, "cap_rank", False),
         **sample_arguments(options),
     )  # fmt: skip
 

@@ -28,6 +28,7 @@ from lorainit.linalg.checks import (
 from lorainit.linalg.damped_factors import (
     add_to_diagonal,
     damped_cholesky,
+    damped_root,
     damping_value,
     solve_triangular,
 )
@@ -68,6 +69,7 @@ __all__ = [
     "check_rank",
     "compute_dtype",
     "damped_cholesky",
+    "damped_root",
     "damping_value",
     "dense_limit",
     "double_precision",

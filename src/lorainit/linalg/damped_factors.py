@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lorainit.errors import FactorizationError
-from lorainit.linalg.batched import double_precision
+from lorainit.linalg.batched import double_precision, once
 from lorainit.linalg.checks import all_finite, check_finite
 from lorainit.linalg.streams import concurrent_streams
 from lorainit.types import DampingMode
@@ -72,6 +72,23 @@ def damped_cholesky(matrix: Tensor, damping: Tensor, what: str) -> Tensor:
         "the collected sums exceeds that damping. Use damping_mode='relative' (the default), "
         "raise damping, or collect statistics from more tokens."
     )
+
+
+def damped_root(second: Tensor, damping: float, mode: DampingMode, what: str) -> Tensor:
+    """Lower Cholesky factor of ``second + lambda I`` in float64, once for what is expanded.
+
+    Args:
+        second: ``(..., n, n)``, a second moment.
+        damping: the setting, see `damping_value`.
+        mode: of it.
+        what: how to name the matrix in an error.
+    """
+
+    def factor(moment: Tensor) -> Tensor:
+        diagonal = double_precision(moment.diagonal(dim1=-2, dim2=-1))
+        return damped_cholesky(moment, damping_value(diagonal, damping, mode), what)
+
+    return once(factor, second)
 
 
 def solve_triangular(triangle: Tensor, right: Tensor, *, upper: bool, left: bool = True) -> Tensor:

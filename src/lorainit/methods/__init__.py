@@ -9,6 +9,8 @@ from lorainit.methods.farss import FARSS
 from lorainit.methods.filet import FILet
 from lorainit.methods.gora import GoRA
 from lorainit.methods.init_ab import InitAB
+from lorainit.methods.kronecker_qer import KroneckerQER
+from lorainit.methods.loftq import LoftQ
 from lorainit.methods.lora_da import LoraDA
 from lorainit.methods.lora_ga import LoraGA
 from lorainit.methods.lora_one import LoraOne
@@ -17,6 +19,7 @@ from lorainit.methods.milora import MiLoRA
 from lorainit.methods.natural import Natural
 from lorainit.methods.olora import OLoRA
 from lorainit.methods.pissa import PiSSA
+from lorainit.methods.qera import QERA
 from lorainit.methods.random_init import Gaussian, Orthogonal
 from lorainit.methods.random_like import Random
 from lorainit.methods.table import STARTS
@@ -30,6 +33,7 @@ __all__ = [
     "FARSS",
     "METHODS",
     "Astra",
+    "QERA",
     "Auto",
     "CGLoRA",
     "CorDA",
@@ -38,6 +42,8 @@ __all__ = [
     "GoRA",
     "InitAB",
     "LoRAM",
+    "KroneckerQER",
+    "LoftQ",
     "LoraDA",
     "LoraGA",
     "LoraOne",

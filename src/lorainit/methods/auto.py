@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
+from lorainit.methods._weight_error import weight_error
+from lorainit.methods.kronecker_qer import KroneckerQER
 from lorainit.methods.natural import Natural
+from lorainit.methods.qera import QERA
+from lorainit.types import LayerStatistics, LowRankStep
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,26 @@ class Auto(Natural):
             below plain LoRA on three of four tasks (docs/natural.md). It was set for one step.
 
     The others are `Natural`'s.
+
+    With ``reference_weights`` of a quantized base, `Natural`'s steps begin where what quantization took is
+    given back, as `KroneckerQER` or as `QERA` does it: which of the two, and what part of it, is measured on
+    the held-back sequences. Statistics are taken again there, and a step's length and directions are
+    measured, the sum of both cut to the rank in the newest metric. Where the step takes less than
+    `least_gain` of the loss that is left, the start is what was given back alone; where the loss is not
+    below the base's, what it is without reference weights.
     """
 
     least_gain: float = 0.25
+
+    needs_reference: ClassVar[bool] = False
+
+    def compensations(self, statistics: LayerStatistics, rank: int) -> list[LowRankStep]:
+        """What quantization took, cut to the rank: in the predictions' metric, and in the outputs'.
+
+        Args:
+            statistics: of one layer or a stack of layers, with both second moments and ``weight_error``.
+            rank: of each.
+        """
+        error = weight_error(statistics, "Auto")
+        ways: tuple[KroneckerQER | QERA, ...] = (KroneckerQER(), QERA())
+        return [LowRankStep(*way.term(error, statistics, rank)) for way in ways]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lorainit import linalg
 from lorainit.linalg.triangular import Triangle
+from lorainit.types import DampingMode, LayerStatistics
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +28,23 @@ class KroneckerMetric:
 
     x_root: Tensor
     y_root: Tensor
+
+    @classmethod
+    def damped(
+        cls, statistics: LayerStatistics, damping: float, mode: DampingMode
+    ) -> KroneckerMetric:
+        """Of both second moments, damped, in float64 where the device has it.
+
+        Args:
+            statistics: of one layer or a stack of layers.
+            damping: of each factor, see `lorainit.linalg.damping_value`.
+            mode: of the damping.
+        """
+        inputs, outputs = statistics.input_second_moment, statistics.output_second_moment
+        return cls(
+            linalg.damped_root(inputs, damping, mode, "the input second moment"),
+            linalg.damped_root(outputs, damping, mode, "the output second moment"),
+        )
 
     @cached_property
     def x_triangle(self) -> Triangle:

@@ -225,10 +225,7 @@ class Natural:
 
     def metric(self, statistics: LayerStatistics) -> KroneckerMetric:
         """Roots of both damped second moments, in float64 where the device has it."""
-        return KroneckerMetric(
-            self._root(statistics.input_second_moment, "the input second moment"),
-            self._root(statistics.output_second_moment, "the output second moment"),
-        )
+        return KroneckerMetric.damped(statistics, self.damping, self.damping_mode)
 
     def rank_values(self, statistics: LayerStatistics, max_rank: int) -> Tensor:
         """What each of a layer's directions is worth: the decrease that the model promises for it."""
@@ -255,16 +252,6 @@ class Natural:
         gradient = linalg.check_finite(statistics.gradient, "the gradient")
         whitened = metric.whiten_gradient(gradient)
         return metric, whitened.to(linalg.compute_dtype(gradient))
-
-    def _root(self, second: Tensor, what: str) -> Tensor:
-        """Lower Cholesky factor of a damped second moment, in float64."""
-
-        def factor(moment: Tensor) -> Tensor:
-            diagonal = linalg.double_precision(moment.diagonal(dim1=-2, dim2=-1))
-            damping = linalg.damping_value(diagonal, self.damping, self.damping_mode)
-            return linalg.damped_cholesky(moment, damping, what)
-
-        return linalg.once(factor, second)
 
 
 def _energy(second_moment: Tensor, columns: Tensor) -> Tensor:

@@ -11,6 +11,8 @@ from lorainit.methods.farss import FARSS
 from lorainit.methods.filet import FILet
 from lorainit.methods.gora import GoRA
 from lorainit.methods.init_ab import InitAB
+from lorainit.methods.kronecker_qer import KroneckerQER
+from lorainit.methods.loftq import LoftQ
 from lorainit.methods.lora_da import LoraDA
 from lorainit.methods.lora_ga import LoraGA
 from lorainit.methods.lora_one import LoraOne
@@ -19,6 +21,7 @@ from lorainit.methods.milora import MiLoRA
 from lorainit.methods.natural import Natural
 from lorainit.methods.olora import OLoRA
 from lorainit.methods.pissa import PiSSA
+from lorainit.methods.qera import QERA
 from lorainit.methods.random_init import Gaussian, Orthogonal
 from lorainit.methods.vanilla import Vanilla
 
@@ -31,15 +34,18 @@ STARTS: dict[str, type] = {
     "milora": MiLoRA,
     "olora": OLoRA,
     "loram": LoRAM,
+    "loftq": LoftQ,
     "eva": EVA,
     "corda": CorDA,
     "astra": Astra,
+    "qera": QERA,
     "lora-ga": LoraGA,
     "lora-one": LoraOne,
     "gora": GoRA,
     "filet": FILet,
     "farss": FARSS,
     "cg-lora": CGLoRA,
+    "kronecker-qer": KroneckerQER,
     "lora-da": LoraDA,
     "natural": Natural,
     "auto": Auto,

@@ -22,10 +22,11 @@ from lorainit.errors import (
     StatisticsFileError,
 )
 from lorainit.parallel import collectives
+from lorainit.parallel.sharding import is_sharded
 from lorainit.statistics import Statistics
 from lorainit.statistics.collect.unreached import NOT_REACHED
 from lorainit.statistics.settings import OnUnused
-from lorainit.types import LayerStatistics, LimitsRank, Method
+from lorainit.types import GivesBack, LayerStatistics, LimitsRank, Method, ReadsReference
 from lorainit.types.numbers import require_number, shown
 
 logger = logging.getLogger("lorainit")
@@ -40,6 +41,7 @@ def check_arguments(
     adapter_name: str,
     calibration_share: float,
     precision: str,
+    reference_weights: object = None,
 ) -> None:
     """Raise unless the arguments of `get_peft_model` can be worked with."""
     taken = isinstance(adapter_name, str) and hasattr(nn.ModuleDict(), adapter_name)
@@ -70,6 +72,7 @@ def check_arguments(
             f"statistics must be a lorainit.Statistics, not a {type(statistics).__name__}; "
             "Statistics.load(path) reads one from a file."
         )
+    _check_reference(model, method, reference_weights, has_data=data is not None)
     if method.needs and data is None and statistics is None:
         raise MissingStatisticError(
             f"{type(method).__name__} needs {', '.join(sorted(method.needs))}: pass data=..., batches of "
@@ -84,6 +87,37 @@ def check_arguments(
         raise DataError(
             f"data must be an iterable of batches, not a {type(data).__name__}. Give a DataLoader, or a "
             "list of dictionaries."
+        )
+
+
+def _check_reference(
+    model: nn.Module, method: Method, reference_weights: object, *, has_data: bool
+) -> None:
+    """A method that reads full-precision weights gets them, and no other."""
+    name = type(method).__name__
+    if not isinstance(method, ReadsReference):
+        if reference_weights is not None:
+            raise AdapterError(
+                f"{name} reads no reference_weights: leave them out, or take a method for quantized "
+                "bases, such as lorainit.QERA()."
+            )
+    elif method.needs_reference and reference_weights is None:
+        raise MissingStatisticError(
+            f"{name} needs the weights that the base was quantized from: pass reference_weights=..., the "
+            "folder of the full-precision checkpoint, a mapping, a model, or a function of a layer's name."
+        )
+
+    if reference_weights is None or not isinstance(method, GivesBack):
+        return
+    if not has_data or not method.calibrated:
+        raise AdapterError(
+            f"{name} measures how much of what quantization took it gives back: pass data=... beside "
+            "reference_weights and leave its length at None, or take lorainit.QERA()."
+        )
+    if is_sharded(model):
+        raise AdapterError(
+            f"{name} does not read reference_weights of a model whose weights are cut over processes: "
+            "take lorainit.QERA()."
         )
 
 

@@ -18,8 +18,10 @@ from lorainit.adapters.layers import (
     left_at_default,
 )
 from lorainit.adapters.patterns import with_ranks
+from lorainit.adapters.reference import ReferenceWeights
 from lorainit.adapters.restore import restored_on_error
 from lorainit.adapters.targets import Targets, match_targets, skipped_experts
+from lorainit.adapters.tensor_sources import TensorSource
 from lorainit.adapters.wrappers import adapter_tensors, unwrapped
 from lorainit.methods.auto import Auto
 from lorainit.models.state import (
@@ -58,6 +60,7 @@ def get_peft_model(
     method: Method | None = None,
     data: Iterable[Any] | None = None,
     statistics: Statistics | None = None,
+    reference_weights: TensorSource | None = None,
     adapter_name: str = "default",
     cap_rank: bool = False,
     calibration_share: float = 0.2,
@@ -77,6 +80,11 @@ def get_peft_model(
         method: how to find the start, for example ``lorainit.LoraDA()``. Default: ``lorainit.Auto()``.
         data: batches to collect statistics from, see `collect_statistics`.
         statistics: statistics collected before, instead of `data`.
+        reference_weights: the weights that a quantized `model` was made from, for methods that give back
+            what quantization took (`LoftQ`, `QERA`, `KroneckerQER`): a folder with a safetensors
+            checkpoint, in one file or in shards, or one file; a mapping of parameter names to tensors; a
+            model; or a function that gives ``(out, in)`` for a layer's name. They are read layer by
+            layer, compared with the base before any work, and not kept.
         adapter_name: of the adapter to create or start again.
         cap_rank: lower the adapter's rank at layers that are too small for it; they keep it otherwise,
             filled up as PEFT would, see ``on_unused`` in `CollectSettings`.
@@ -111,6 +119,7 @@ def get_peft_model(
                 adapter_name,
                 calibration_share,
                 precision,
+                reference_weights,
             )
             check_not_merged(model)
             existing = adapter_name in configurations(model)
@@ -124,6 +133,7 @@ def get_peft_model(
                 method,
                 statistics,
                 data=data is not None,
+                reference_weights=reference_weights is not None,
                 adapter_name=adapter_name,
                 cap_rank=cap_rank,
                 calibration_share=calibration_share,
@@ -139,6 +149,7 @@ def get_peft_model(
             statistics,
             targets,
             settings,
+            reference_weights,
             adapter_name=adapter_name,
             existing=existing,
             calibration_share=calibration_share,
@@ -156,6 +167,7 @@ def _started(
     statistics: Statistics | None,
     targets: Targets,
     settings: CollectSettings,
+    reference_weights: TensorSource | None,
     *,
     adapter_name: str,
     existing: bool,
@@ -166,6 +178,10 @@ def _started(
     """The work, once every argument is checked; the model is as it was if it fails anywhere."""
     if statistics is not None:
         check_statistics(statistics, targets, method)
+    reference = None
+    if reference_weights is not None:
+        with collectives.shared_errors():
+            reference = ReferenceWeights.of(reference_weights, targets.layers)
     # An adapter that exists is drawn anew, by the method itself.
     default = isinstance(method, UsesDefaultStart) and method.uses_default_start and not existing
     configured = copy.deepcopy(config)
@@ -178,7 +194,9 @@ def _started(
     # The layers of an adapter that exists have their ranks already.
     redistribute = None if existing else reallocate
     needs = checked_needs(method.needs) if method.needs else frozenset()
-    measurements = Measurements(model, targets, needs, settings, with_ranks=redistribute)
+    measurements = Measurements(
+        model, targets, needs, settings, reference=reference, with_ranks=redistribute
+    )
     start = Start()
     if not default:
         with adapters_disabled(model), measurements.unchanged_rng():

@@ -10,6 +10,7 @@ from functools import cached_property, partial
 import torch
 from torch import nn
 
+from lorainit.adapters.reference import ReferenceWeights
 from lorainit.adapters.targets import Target, Targets
 from lorainit.adapters.weights import fingerprints
 from lorainit.calibration.held_out_loss import HeldOutLoss
@@ -48,6 +49,7 @@ class Measurements:
         needs: names of the statistics; empty where nothing is collected.
         settings: how they are collected.
         gather: give all layers' statistics to every process.
+        reference: the weights that a quantized base was made from; None where no method reads them.
         with_ranks: the targets with other ranks, written into the configuration; None where ranks stay.
     """
 
@@ -56,6 +58,7 @@ class Measurements:
     needs: frozenset[str]
     settings: CollectSettings
     gather: bool = False
+    reference: ReferenceWeights | None = None
     with_ranks: Callable[[Mapping[str, int]], Targets] | None = None
 
     @cached_property

@@ -10,6 +10,7 @@ from typing import Literal
 from lorainit.adapters.targets import Target
 from lorainit.adapters.weights import read_weight
 from lorainit.calibration.along_factors import calibrate_factors, scale_factors
+from lorainit.calibration.compensated_steps import compensated_steps
 from lorainit.calibration.line_search import SearchResult
 from lorainit.calibration.repeated_steps import take_steps
 from lorainit.calibration.sizes import (
@@ -31,6 +32,7 @@ from lorainit.statistics.store.statistics import Statistics
 from lorainit.types import (
     ChangesStart,
     Factors,
+    GivesBack,
     MeasuresLength,
     Method,
     RefusesStart,
@@ -115,7 +117,8 @@ def _measured(
 ) -> Start:
     """A start whose length is found on sequences that its statistics do not hold."""
     steps = method.steps if isinstance(method, TakesSteps) else 1
-    apart = statistics is None or steps > 1
+    reference = measurements.reference if isinstance(method, GivesBack) else None
+    apart = statistics is None or steps > 1 or reference is not None
 
     def parts(step: int) -> tuple[Sample, Sample]:
         """Sequences of a step's statistics, and those that it is measured on: others every time."""
@@ -128,6 +131,19 @@ def _measured(
     measurements = measurements.reallocated(method, statistics)
     unused = {} if statistics is None else unused_targets(statistics, measurements.targets)
     served = measurements.served(unused)
+    if isinstance(method, GivesBack) and reference is not None:
+        assert statistics is not None
+        found = compensated_steps(
+            method,
+            served,
+            lambda step: measurements.held_out_loss(parts(step)[1]),
+            lambda step, at: measurements.statistics(parts(step)[0], at),
+            lambda target: reference.error(target, read_weight(target.module, target.name)),
+            statistics,
+            progress=measurements.settings.progress,
+        )
+        if found is not None:
+            return Start(found.factors, _sizes(found.factors, served), unused, found.search)
     if isinstance(method, TakesSteps):
         factors, search = take_steps(
             method,
@@ -169,6 +185,7 @@ def _pass_by_pass(
             progress=measurements.settings.progress,
             release=True,
             max_memory=budget,
+            reference=measurements.reference,
         )
         factors |= found[0]
         sizes |= found[1]
@@ -192,6 +209,7 @@ def _solved(
         precision=precision,
         progress=measurements.settings.progress,
         max_memory=measurements.settings.budget,
+        reference=measurements.reference,
     )
     return Start(factors, sizes, unused)
 

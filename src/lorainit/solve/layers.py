@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import groupby
 from typing import Literal
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from lorainit.adapters.reference import ReferenceWeights
 from lorainit.adapters.targets import Target
 from lorainit.adapters.weights import part_of_gather, read_weight
 from lorainit.errors import AdapterError, LorainitError, NonFiniteError
@@ -42,13 +44,15 @@ def solve_layers(
     progress: bool = True,
     release: bool = False,
     max_memory: int | None = None,
+    reference: ReferenceWeights | None = None,
 ) -> tuple[dict[str, Factors], dict[str, float]]:
     """Factors of every target, and ``|s B A| / |W|`` of each.
 
     Layers of one shape, rank and scaling are solved together. Many processes divide the work: each
     solves its part (the layers whose statistics it holds, where they are shared out), and gives it to
     the others. With `release` the statistics of solved layers are forgotten; `max_memory` is what
-    everything on a device may take, in bytes.
+    everything on a device may take, in bytes. From `reference` the method gets what quantization took of
+    each layer.
     """
     rank, size = collectives.world()
     owners = layer_owners(targets, statistics)
@@ -64,7 +68,11 @@ def solve_layers(
     )
     with bar, torch.no_grad():
         exact = precision == "exact"
-        for chunks in rounds(targets, owners, size, statistics, method, max_memory, exact=exact):
+        matrices = 1 if reference is None else 2
+        cut = rounds(
+            targets, owners, size, statistics, method, max_memory, exact=exact, matrices=matrices
+        )
+        for chunks in cut:
             try:
                 weights = _weights(chunks, rank, method)
                 if chunks[rank] and failure is None:
@@ -73,6 +81,11 @@ def solve_layers(
                         LayerStatistics() if statistics is None else statistics[t.name]
                         for t in chunk
                     ]
+                    if reference is not None:
+                        layers = [
+                            replace(layer, weight_error=reference.error(target, weight))
+                            for target, weight, layer in zip(chunk, weights, layers, strict=True)
+                        ]
                     if method.needs & {"gradient", "output_second_moment"}:
                         silent += _without_gradient(chunk, layers)
                     pairs = _solve_parts(chunk, weights, layers, method, precision)

@@ -39,13 +39,17 @@ def rounds(
     max_memory: int | None = None,
     *,
     exact: bool = False,
+    matrices: int = 1,
 ) -> Iterator[list[list[Target]]]:
-    """Rounds of one chunk for each process, so that all solve at once between two gathers."""
+    """Rounds of one chunk for each process, so that all solve at once between two gathers.
+
+    A layer counts with so many `matrices` of its weight's shape in float32 beside its statistics.
+    """
     budget = stack_bytes(targets, method, max_memory, exact=exact)
     mine: list[dict[str, Target]] = [{} for _ in range(size)]
     for name, target in targets.items():
         mine[owners[name]][name] = target
-    chunks = [stacks_of(members, budget, method.needs, statistics) for members in mine]
+    chunks = [stacks_of(members, budget, method.needs, statistics, matrices) for members in mine]
     yield from (list(turn) for turn in zip_longest(*chunks, fillvalue=[]))
 
 
@@ -54,10 +58,12 @@ def stacks_of(
     budget: int,
     needs: frozenset[str],
     statistics: Statistics | None = None,
+    matrices: int = 1,
 ) -> Iterator[list[Target]]:
     """Targets of one shape, rank, scaling and device, as many as `budget` bytes allow.
 
-    A layer counts with the statistics that its method needs, and with its weight in float32.
+    A layer counts with the statistics that its method needs, and with `matrices` of its weight's shape in
+    float32.
 
     Where `statistics` say so, those that share an input stand together, apart from those that do not
     or with more or fewer others.
@@ -73,7 +79,7 @@ def stacks_of(
     for (rows, columns, *_), sources in groups.items():
         sizes = statistic_bytes((rows, columns), needs - {"gradient"})
         once = sum(size for name, size in sizes.items() if name in OF_INPUT)
-        each = 4 * rows * columns + sum(sizes.values()) - once
+        each = 4 * matrices * rows * columns + sum(sizes.values()) - once
         by_number: dict[int, list[Target]] = {}
         for members in sources.values():
             together = statistics is not None and len(members) * each + once <= budget

@@ -5,6 +5,7 @@ from lorainit.types.layer_statistics import LayerStatistics
 from lorainit.types.method import (
     ChangesStart,
     EstimatesWorkspace,
+    GivesBack,
     LimitsRank,
     LowRankStep,
     MeasuresLength,
@@ -12,6 +13,7 @@ from lorainit.types.method import (
     Metric,
     RanksDirections,
     RanksLayers,
+    ReadsReference,
     ReadsWeight,
     RefusesStart,
     TakesSteps,
@@ -31,6 +33,7 @@ from lorainit.types.names import (
 
 __all__ = [
     "GRADIENT_STATISTICS",
+    "GivesBack",
     "IGNORED",
     "OF_INPUT",
     "STATISTICS",
@@ -50,6 +53,7 @@ __all__ = [
     "RanksDirections",
     "RanksLayers",
     "ReadsWeight",
+    "ReadsReference",
     "RefusesStart",
     "TakesSteps",
     "TokenMask",

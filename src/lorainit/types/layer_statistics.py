@@ -38,6 +38,9 @@ class LayerStatistics:
             gradient is a mean over sequences; ``"token"``: ``l_i`` is a sum over its label tokens and
             the gradient is divided by all label tokens.
         population: number of samples that will be fine-tuned on (LoRA-DA's ``N``), where known.
+        weight_error: ``(..., out, in)``, the full-precision weight less the base's, ``E = W - Q``, for
+            methods that read it (`ReadsReference`). It is no sum: it is set where a layer is solved, and
+            never collected or saved.
 
     All tensors of one object share device and floating dtype, but for a gradient that was added up in
     bfloat16; means are float32 at least. Counts are numbers, or ``(...)`` tensors in a stack.
@@ -53,6 +56,7 @@ class LayerStatistics:
     positions: float | Tensor = 0.0
     loss_reduction: LossReduction = "sequence"
     population: float | Tensor | None = None
+    weight_error: Tensor | None = None
 
     TENSORS: ClassVar[tuple[str, ...]] = (
         "gradient_sum",
@@ -63,6 +67,7 @@ class LayerStatistics:
     )
     OF_INPUT: ClassVar[tuple[str, ...]] = ("input_second_moment_sum", "input_sum")
     COUNTS: ClassVar[tuple[str, ...]] = ("sequences", "label_tokens", "positions")
+    _HELD: ClassVar[tuple[str, ...]] = (*TENSORS, "weight_error")
 
     @property
     def gradient(self) -> Tensor:
@@ -118,15 +123,13 @@ class LayerStatistics:
     @property
     def dtype(self) -> torch.dtype:
         """Of the means: float32, or wider where sums are."""
-        held = (
-            tensor.dtype for name in self.TENSORS if (tensor := getattr(self, name)) is not None
-        )
+        held = (tensor.dtype for name in self._HELD if (tensor := getattr(self, name)) is not None)
         return reduce(torch.promote_types, held, torch.float32)
 
     @property
     def device(self) -> torch.device | None:
         """Where its tensors lie; None without any."""
-        held = (t.device for name in self.TENSORS if (t := getattr(self, name)) is not None)
+        held = (t.device for name in self._HELD if (t := getattr(self, name)) is not None)
         return next(held, None)
 
     def to(
@@ -135,7 +138,7 @@ class LayerStatistics:
         """The same statistics on another device or in another floating dtype."""
         moved = {
             name: tensor.to(device=device, dtype=dtype)
-            for name in self.TENSORS
+            for name in self._HELD
             if (tensor := getattr(self, name)) is not None
         }
         return replace(self, **moved)
@@ -173,7 +176,7 @@ class LayerStatistics:
         """
         first = layers[0]
         values: dict[str, Tensor | None] = {}
-        for name in cls.TENSORS:
+        for name in cls._HELD:
             once = sharing > 1 and name in cls.OF_INPUT
             tensors = [getattr(layer, name) for layer in layers[:: sharing if once else 1]]
             stacked = None

@@ -7,7 +7,7 @@ for it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Protocol, runtime_checkable
 
@@ -57,6 +57,18 @@ class ReadsWeight(Method, Protocol):
     @property
     def reads_weight(self) -> bool:
         """Whether `solve` reads more of the weight than its shape, dtype and device."""
+
+
+@runtime_checkable
+class ReadsReference(Method, Protocol):
+    """A method that reads what quantization took: ``statistics.weight_error``, ``W - Q``.
+
+    `get_peft_model` sets it from ``reference_weights``.
+    """
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether there is no start without it; if not, it is there where the user gives it."""
 
 
 @runtime_checkable
@@ -196,6 +208,22 @@ class TakesSteps(MeasuresLength, Protocol):
             scaling: above zero.
             statistics: what the last step was taken from.
             seed: of random rows for unused directions, the same on every device.
+        """
+
+
+@runtime_checkable
+class GivesBack(TakesSteps, ReadsReference, Protocol):
+    """A method whose steps begin where what quantization took is given back, if that is known.
+
+    In which way and how much of it is measured.
+    """
+
+    def compensations(self, statistics: LayerStatistics, rank: int) -> Sequence[LowRankStep]:
+        """What quantization took, cut to the rank, in the ways to be tried; as many for every layer.
+
+        Args:
+            statistics: of one layer or a stack of layers, with ``weight_error``.
+            rank: of each.
         """
 
 
