@@ -39,13 +39,17 @@ class Aside:
         while True:
             self.path = folder / _fresh_name()
             number = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _NOFOLLOW, 0o666)
-            self.file: BinaryIO = os.fdopen(number, "wb")
             try:
+                self.file: BinaryIO = os.fdopen(number, "wb")
                 # Between the two somebody may have taken it for left over.
                 if lock(number) is not False and self.path.exists():
                     return
             except BaseException:
-                self.discard()
+                with contextlib.suppress(OSError):
+                    self.path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    # The file object closes its own; a number twice closed may be another's.
+                    self.file.close() if hasattr(self, "file") else os.close(number)
                 raise
             self.file.close()
 
