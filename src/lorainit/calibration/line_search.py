@@ -18,9 +18,6 @@ LossAt = Callable[[float], float]
 
 _GROWTH = 4.0
 
-_ROUNDING = 1e-6
-"""Relative differences between losses that are one."""
-
 
 @dataclass(frozen=True)
 class SearchResult:
@@ -53,8 +50,8 @@ class SearchResult:
     @property
     def unmoved(self) -> bool:
         """Whether the loss is the same at every length: it compares with a reference that moves along."""
-        near = _ROUNDING * abs(self.start_loss)
-        return bool(self.trials) and all(abs(x - self.start_loss) <= near for _, x in self.trials)
+        # To the bit: what is flat and not constant moves by its rounding at least.
+        return bool(self.trials) and all(loss == self.start_loss for _, loss in self.trials)
 
 
 def search_length(

@@ -93,7 +93,8 @@ class Measurements:
         if settings.loss_fn is not None or not self.needs & GRADIENT_STATISTICS:
             return self, sample
         labels = settings.token_mask == "labels"
-        if not needs_own_loss(self.model, sample.batches, router_losses_alone=labels):
+        modules = self.subject.modules.values()
+        if not needs_own_loss(self.model, modules, sample.batches, router_losses_alone=labels):
             return self, sample
         settings = replace(settings, loss_fn=OwnLoss(settings.loss_reduction))
         return replace(self, settings=settings), sample.with_batches(one_by_one(sample.batches))

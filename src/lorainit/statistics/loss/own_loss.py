@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from lorainit.data.batch import Batch
 from lorainit.data.even_rounds import even_rounds
 from lorainit.errors import DataError
 from lorainit.linalg.dtypes import HALF
+from lorainit.models.experts import routed
 from lorainit.models.introspection import accepts, innermost_model, input_device
 from lorainit.models.state import measuring, unchanged_rng
 from lorainit.parallel import collectives
@@ -125,7 +126,11 @@ def label_count(batch: Mapping[str, Any]) -> int | None:
 
 
 def needs_own_loss(
-    model: nn.Module, batches: Sequence[Batch], *, router_losses_alone: bool = False
+    model: nn.Module,
+    modules: Iterable[nn.Module],
+    batches: Sequence[Batch],
+    *,
+    router_losses_alone: bool = False,
 ) -> bool:
     """Whether the model's own loss of a sequence is not the default one; the same on every process.
 
@@ -135,6 +140,7 @@ def needs_own_loss(
 
     Args:
         model: with its adapters switched off.
+        modules: its target layers; experts among them run as they do when they are measured.
         batches: this process's.
         router_losses_alone: raise where the difference is not that of router losses.
 
@@ -148,7 +154,7 @@ def needs_own_loss(
         alone = _shortest(model, batches, most=1 if sharded else _TRIES)
     rows = even_rounds(alone, sharded=sharded)
     different: list[str] = []
-    with collectives.shared_errors(), measuring(model), torch.no_grad():
+    with collectives.shared_errors(), measuring(model), routed(modules), torch.no_grad():
         for row in rows:
             found = _difference(model, row.to(device).content, device)
             if found and row.counts:

@@ -198,8 +198,13 @@ def steps_of(base: nn.Module, lengths: Tensor) -> Tensor | None:
     """How many steps a speech model makes of inputs so long, by the helper that some part of it has."""
     for part in base.modules():
         helper = getattr(part, "_get_feat_extract_output_lengths", None)
-        if callable(helper):
+        if not callable(helper):
+            continue
+        try:
             return _last(helper(lengths))
+        except (TypeError, ValueError):
+            # Some count one length at a time.
+            return torch.tensor([int(helper(n)) for n in lengths.tolist()], device=lengths.device)
     return None
 
 
