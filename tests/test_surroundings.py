@@ -48,7 +48,9 @@ def test_autocast_around_a_start(method: Any) -> None:
     assert_same(found, expected)
 
 
-@pytest.mark.parametrize("needs", [{"input_second_moment", "input_mean"}, {"gradient"}], ids=str)
+@pytest.mark.parametrize(
+    "needs", [{"input_second_moment", "input_mean"}, {"gradient"}], ids=["inputs", "gradient"]
+)
 def test_autocast_of_the_models_own(needs: set[str]) -> None:
     """A model whose forward is under autocast, as a trainer leaves it: sums are float32 all the same."""
     model = models.llama()
