@@ -26,8 +26,15 @@ def tensors(change: Callable[[dict[str, Tensor]], None]) -> Callable[[Path], Non
         table = load_file(folder / WEIGHTS)
         change(table)
         save_file(table, folder / WEIGHTS)
+        # Which names the weights that it belongs to, and would be the first to differ.
+        (folder / SIDE).unlink()
 
     return damage
+
+
+def other_weights(folder: Path) -> None:
+    table = load_file(folder / WEIGHTS)
+    save_file({name: tensor + 1 for name, tensor in table.items()}, folder / WEIGHTS)
 
 
 def table(file: str, **changes: Any) -> Callable[[Path], None]:
@@ -87,6 +94,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "tensor renamed": (tensors(lambda t: t.update(x=t.pop(first(t)))), "tensors are missing"),
     "not finite": (tensors(poison), "are not finite"),
     "other shape": (tensors(lambda t: t.update({first(t): torch.ones(3, 5)})), "does not fit"),
+    "other weights": (other_weights, "was written with other weights"),
     "side file of texts": (table(SIDE, anchored="false"), "is damaged"),
     "side file too deep": (text(SIDE, "[" * 100000), "is damaged"),
 }

@@ -64,8 +64,8 @@ def load_adapter(
                 f"the model has an adapter '{adapter_name}' already. Give another adapter_name, or "
                 "call delete_adapter first."
             )
-        origin = read_origin(path, config) if anchored is None else Origin(anchored)
         keys = readable_weights(path)
+        origin = read_origin(path, config) if anchored is None else Origin(anchored)
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         with (
             one_at_a_time(model),

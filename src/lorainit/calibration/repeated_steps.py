@@ -81,6 +81,7 @@ class RepeatedSteps:
         """
         method = self.method
         assert isinstance(method, GivesBack)
+        self._reached = dict(self.targets)
         self._owners = layer_owners(self.targets, statistics)
         with collectives.shared_errors(), torch.no_grad():
             stacks = [

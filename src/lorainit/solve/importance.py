@@ -36,7 +36,7 @@ def ranks_by_importance(
                     continue
                 weight = read_weight(target.module, name)
                 layer = statistics[name].only(method.needs).to(device=weight.device)
-                found[name] = method.importance(weight, layer).double().cpu().reshape(1)
+                found[name] = method.importance(weight, layer).cpu().double().reshape(1)
             except Exception as error:
                 # The others go on gathering, and this process with them.
                 failure = failure or error

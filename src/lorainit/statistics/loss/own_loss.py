@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -210,28 +211,32 @@ def _difference(model: nn.Module, content: Mapping[str, Any], device: torch.devi
                 has_label(model, content)
                 result = batch_loss(model, content, "token")
         except torch.OutOfMemoryError:
-            raise
+            # The pass says what there was no memory for.
+            return ""
         except _REFUSALS as error:
             refusal = error
         own = _tried(model, content, device)
     if refusal is not None:
-        if own is None:
+        if isinstance(refusal, DataError) and own is None:
             raise refusal
+        if own is None:
+            # Hooks of the user's own may need a gradient: the pass will tell.
+            return ""
         return f"{type(refusal).__name__} against {own:.6g} on one sequence"
     if own is None:
         return ""
     if _adds_router_losses(model):
         return "it adds its routers' loss"
-    default = result.per_sequence.sum().double() / result.label_tokens.clamp_min(1)
     tolerance = _TOLERANCE_IN_HALF if own.dtype in HALF else _TOLERANCE
-    own = own.to(default)
-    if not (own.isfinite() and default.isfinite()):
+    default = float(result.per_sequence.sum()) / max(int(result.label_tokens), 1)
+    value = float(own)
+    if not (math.isfinite(value) and math.isfinite(default)):
         return None
-    if abs(own - default) > tolerance * max(abs(own), abs(default)):
-        return f"{float(default):.6g} against {float(own):.6g} on one sequence"
+    if abs(value - default) > tolerance * max(abs(value), abs(default)):
+        return f"{default:.6g} against {value:.6g} on one sequence"
     # Of a model that has learned nothing all losses are alike, whatever goes in.
     if len(logits) == 2 and logits[0].shape == logits[1].shape:
-        first, second = (some.double() for some in logits)
+        first, second = (some.float() for some in logits)
         if (first - second).norm() > max(tolerance, _TOLERANCE_IN_HALF) * second.norm():
             return "it makes other inputs of its labels"
     return ""
@@ -259,8 +264,6 @@ def _tried(model: nn.Module, content: Mapping[str, Any], device: torch.device) -
     try:
         with unchanged_rng(device):
             return own_loss(model, content)
-    except torch.OutOfMemoryError:
-        raise
     except _REFUSALS as error:
         logger.debug("the model's own loss could not be taken: %s", error)
         return None
