@@ -90,12 +90,12 @@ def test_runs_alone_and_in_a_stack_agree(folder, tmp_path):
 
 
 def test_failures_stand_apart_and_time_ends_cleanly(folder, tmp_path):
-    too_much = Experiment("tiny", "vanilla", 1e-3, **(SMALL | {"rank": 40}))
+    too_little = Experiment("tiny", "loram", 1e-3, **(SMALL | {"rank": 1}))
     fine = Experiment("tiny", "vanilla", 1e-3, precision="fp32", **SMALL)
-    assert bench(folder, tmp_path).run([too_much, fine], set()) == 1
+    assert bench(folder, tmp_path).run([too_little, fine], set()) == 1
     assert set(read_records([tmp_path])) == {fine.id}
     (failure,) = read_records([tmp_path], "failures").values()
-    assert failure["id"] == too_much.id
+    assert failure["id"] == too_little.id
     assert "RankError" in failure["error"]
     assert 'File "src/lorainit/' in failure["traceback"]
     assert str(REPOSITORY) not in failure["traceback"]
