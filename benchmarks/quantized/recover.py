@@ -4,8 +4,9 @@
 
 SmolLM2-135M, whose own weights are dequantized 4-bit ones (affine, groups of 32), quantized again on another
 grid. Statistics are taken of the quantized model on some rows; on other rows are measured the divergence
-``KL(full || quantized)`` a position and the loss, beside the full-precision model's. One JSON line a start, kept
-in ``results/recovery.jsonl`` by ``--output``, and a table at the end. Text: Python's own manual (``pydoc_data``), or a task of reasoning-gym.
+``KL(full || quantized)`` a position and the loss, beside the full-precision model's. One JSON line a start,
+kept in ``results/recovery.jsonl`` by ``--output``, and a table at the end. Text: Python's own manual
+(``pydoc_data``), or a task of reasoning-gym.
 """
 
 from __future__ import annotations
