@@ -23,6 +23,29 @@ _locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 _locks_lock = threading.Lock()
 
 
+_eager_lock = threading.Lock()
+_eager_entered: list[ExitStack] = []
+_eager_depth = [0]
+
+
+@contextmanager
+def _eager() -> Iterator[None]:
+    """Compiled models run eagerly; the stance is one for all threads, so the last to leave restores it."""
+    with _eager_lock:
+        if _eager_depth[0] == 0:
+            entered = ExitStack()
+            entered.enter_context(torch.compiler.set_stance("force_eager"))
+            _eager_entered.append(entered)
+        _eager_depth[0] += 1
+    try:
+        yield
+    finally:
+        with _eager_lock:
+            _eager_depth[0] -= 1
+            if _eager_depth[0] == 0:
+                _eager_entered.pop().close()
+
+
 @contextmanager
 def one_at_a_time(model: nn.Module) -> Iterator[None]:
     """Threads that work on one model take turns: each changes its flags and hooks for a while.
@@ -146,7 +169,7 @@ def measuring(model: nn.Module) -> Iterator[None]:
         stack.callback(reshard, model)
         if "torch._dynamo" in sys.modules:
             # Nothing can be compiled where it was not loaded.
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(_eager())
         if checkpointed:
             _inputs_require_grad(model, stack)
         for parameter, _ in required:
