@@ -11,6 +11,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 import lorainit
+from lorainit.models import state
 from tests.statistics import models
 from tests.statistics.models import all_linear, batches, sequences
 
@@ -101,3 +102,28 @@ def test_a_compiled_model(method: Any, kind: str) -> None:
     assert runs == 0
     model(x=data[0]["x"])
     assert runs > 0
+
+
+def test_the_compilers_stance_survives_starts_that_overlap() -> None:
+    """One begins while another works and ends after it, as in two threads."""
+
+    def compiled_runs(enter: Any) -> int:
+        torch._dynamo.reset()
+        torch.compiler.set_stance("default")
+        runs = 0
+
+        def backend(graph: Any, inputs: Any) -> Any:
+            nonlocal runs
+            runs += 1
+            return graph.forward
+
+        first, second = enter(), enter()
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        second.__exit__(None, None, None)
+        torch.compile(lambda x: x + 1, backend=backend)(torch.ones(2))
+        torch.compiler.set_stance("default")
+        return runs
+
+    assert compiled_runs(state._eager) > 0
