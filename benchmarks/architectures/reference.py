@@ -51,8 +51,7 @@ def reference(model: nn.Module, rows: Sequence[Row], names: Iterable[str]) -> Re
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Tensor) -> None:
             given = args[0] if args else next(iter(kwargs.values()))
             inputs[name] = inputs.get(name, 0) + _second_moment(given)
-            own = given[:, : length[0]] if given.dim() == 3 and length[0] else given
-            unpadded[name] = unpadded.get(name, 0) + _second_moment(own)
+            unpadded[name] = unpadded.get(name, 0) + _second_moment(_first(given, length[0]))
             if output.requires_grad:
                 output.register_hook(add)
 
@@ -101,6 +100,13 @@ def logits_of(model: nn.Module, row: Row) -> Tensor:
             return found.clone()
     tensors = [value for value in output.values() if isinstance(value, Tensor) and value.dim() > 1]
     return tensors[0].clone()
+
+
+def _first(x: Tensor, length: int) -> Tensor:
+    """The first positions of ``(1, positions, in)`` or ``(positions, 1, in)``; all where there is no length."""
+    if x.dim() != 3 or not length:
+        return x
+    return x[:length] if x.shape[1] == 1 else x[:, :length]
 
 
 def _second_moment(x: Tensor) -> Tensor:
