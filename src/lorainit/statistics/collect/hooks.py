@@ -21,7 +21,8 @@ from lorainit.errors import DataError
 from lorainit.linalg import all_finite
 from lorainit.models.experts import ExpertLayer, routed
 from lorainit.statistics.collect.accumulators import InputSums, LayerSums
-from lorainit.statistics.positions.model_calls import InputPositions, ModelCalls
+from lorainit.statistics.positions.calls import InputPositions
+from lorainit.statistics.positions.model_calls import ModelCalls
 from lorainit.types import GRADIENT_STATISTICS, GradientDtype
 
 
