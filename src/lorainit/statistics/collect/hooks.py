@@ -22,6 +22,7 @@ from lorainit.linalg import all_finite
 from lorainit.models.convolution import Convolution
 from lorainit.models.experts import ExpertLayer, routed
 from lorainit.models.forms import Form, form_of
+from lorainit.models.hooks import add_hook
 from lorainit.statistics.collect.accumulators import InputSums, LayerSums
 from lorainit.statistics.positions.after_convolution import after_convolution
 from lorainit.statistics.positions.model_calls import InputPositions, ModelCalls
@@ -282,5 +283,5 @@ def hooks_on(state: HookState, modules: Mapping[str, nn.Module]) -> Iterator[Non
         stack.enter_context(routed(modules.values()))
         stack.enter_context(state.calls.hooked())
         for name, module in modules.items():
-            stack.callback(module.register_forward_hook(make_hook(name), with_kwargs=True).remove)
+            add_hook(stack, module.register_forward_hook, make_hook(name), with_kwargs=True)
         yield
