@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorainit.models.experts import routed
+from lorainit.models.hooks import add_hook
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +57,5 @@ def displaced(modules: Mapping[str, nn.Module], terms: Mapping[str, LowRank]) ->
     with ExitStack() as stack:
         stack.enter_context(routed(modules.values()))
         for name, module in modules.items():
-            handle = module.register_forward_hook(make_hook(name), with_kwargs=True)
-            stack.callback(handle.remove)
+            add_hook(stack, module.register_forward_hook, make_hook(name), with_kwargs=True)
         yield

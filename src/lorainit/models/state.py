@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from lorainit.models.hooks import add_hook
 from lorainit.parallel.sharding import reshard
 
 P = ParamSpec("P")
@@ -256,4 +257,4 @@ def _inputs_require_grad(model: nn.Module, stack: ExitStack) -> None:
         if isinstance(embedding, nn.Module):
             embeddings[id(embedding)] = embedding
     for embedding in embeddings.values():
-        stack.callback(embedding.register_forward_hook(hook).remove)
+        add_hook(stack, embedding.register_forward_hook, hook)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lorainit.errors import DataError
 from lorainit.linalg import all_finite
 from lorainit.models.experts import ExpertLayer, routed
+from lorainit.models.hooks import add_hook
 from lorainit.statistics.collect.accumulators import InputSums, LayerSums
 from lorainit.statistics.positions.model_calls import InputPositions, ModelCalls
 from lorainit.statistics.positions.noted import NotedPositions
@@ -268,5 +269,5 @@ def hooks_on(state: HookState, modules: Mapping[str, nn.Module]) -> Iterator[Non
         stack.enter_context(routed(modules.values()))
         stack.enter_context(state.calls.hooked())
         for name, module in modules.items():
-            stack.callback(module.register_forward_hook(make_hook(name), with_kwargs=True).remove)
+            add_hook(stack, module.register_forward_hook, make_hook(name), with_kwargs=True)
         yield
