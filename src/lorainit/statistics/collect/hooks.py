@@ -26,6 +26,7 @@ from lorainit.models.hooks import add_hook
 from lorainit.statistics.collect.accumulators import InputSums, LayerSums
 from lorainit.statistics.positions.after_convolution import after_convolution
 from lorainit.statistics.positions.model_calls import InputPositions, ModelCalls
+from lorainit.statistics.positions.noted import NotedPositions
 from lorainit.types import GRADIENT_STATISTICS, GradientDtype
 
 
@@ -58,11 +59,13 @@ class HookState:
         gradient_dtype: what gradients are added up in.
         ran: names of the layers that were called, with a gradient or without.
         ran_in_batch: whether any was in the batch under way.
+        deferred: the block under way runs again later: which positions its layers read is noted, no more.
+        notes: these positions by layer, in the order of the calls.
     """
 
     needs: frozenset[str]
     layers: dict[str, LayerSums]
-    calls: ModelCalls
+    calls: ModelCalls | NotedPositions
     share_inputs: bool = True
     counts: bool = True
     _reads: list[_InputTensor] = field(default_factory=list)
@@ -71,6 +74,8 @@ class HookState:
     gradient_dtype: GradientDtype = "float32"
     ran: set[str] = field(default_factory=set)
     ran_in_batch: bool = False
+    deferred: bool = False
+    notes: dict[str, list[InputPositions]] = field(default_factory=dict)
 
     @property
     def backward(self) -> bool:
@@ -81,6 +86,11 @@ class HookState:
     def keeps_input(self) -> bool:
         """Whether the backward needs the layer's input."""
         return bool(self.needs & {"gradient", "input_second_moment", "input_mean"})
+
+    @property
+    def arrived_at(self) -> frozenset[str]:
+        """Names of the layers whose inputs were looked at, counted or not."""
+        return frozenset(self._met)
 
     def begin_batch(
         self, batch: Mapping[str, Any], moved: Mapping[str, Any], *, counted: bool = True
@@ -95,6 +105,12 @@ class HookState:
         self.calls.begin_batch(batch, moved)
         self.counts = counted
         self.ran_in_batch = False
+        self.notes = {}
+        self._reads.clear()
+
+    def run_again(self, notes: Mapping[str, list[InputPositions]]) -> None:
+        """Layers of another batch run again, at the positions that were noted of them."""
+        self.calls = NotedPositions(notes)
         self._reads.clear()
 
     def arrived(
@@ -259,6 +275,9 @@ def hooks_on(state: HookState, modules: Mapping[str, nn.Module]) -> Iterator[Non
                 )
             state.ran.add(name)
             state.ran_in_batch = True
+            if state.deferred:
+                state.notes.setdefault(name, []).append(state.calls.of_input(name, x))
+                return None
             rows = module.rows if isinstance(module, ExpertLayer) else None
             form = form_of(module)
             if not state.backward:
