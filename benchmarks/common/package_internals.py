@@ -8,9 +8,12 @@ from __future__ import annotations
 import importlib
 
 from lorainit.adapters import install as install_module
+from lorainit.calibration.repeated_steps import RepeatedSteps
+from lorainit.calibration.step_stack import StepStack
 from lorainit.linalg.triangular import lower_inverse
 from lorainit.pipeline import measurements, start
 from lorainit.statistics import collection
+from lorainit.statistics.blocks.block_pass import BlockPass
 from lorainit.statistics.collect import accumulators, finalize, reduction
 
 # Its name is also that of a function of the package.
@@ -20,8 +23,13 @@ PARTS_OF_A_START = (
     ("plan", measurements, "plan_collection"),
     ("plan", collection, "plan_collection"),
     ("pass", collection, "run_batches"),
+    ("pass", BlockPass, "forward"),
+    ("pass", BlockPass, "collect"),
     ("finish", collection, "finish"),
     ("solve", start, "solve_layers"),
+    ("step", StepStack, "all_measured"),
+    ("step", StepStack, "forgetting"),
+    ("search", RepeatedSteps, "_search"),
     ("install", install_module, "install"),
 )
 """For `Clock.watching`: what `get_peft_model` does from batches to an installed adapter."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import os
 import time
@@ -25,6 +26,7 @@ from lorainit.linalg.block_triangle import mirror, panels
 from lorainit.parallel import collectives, exchange
 from lorainit.parallel.sharding import is_sharded
 from lorainit.types import STATISTICS
+from tests.pipeline import classifiers
 from tests.statistics import models
 from tests.statistics.models import Batch, batches, sequences
 
@@ -570,6 +572,9 @@ def _disagree(case: str, rank: int, size: int) -> tuple[float, str]:
     }
     if case == "data":
         arguments["method"] = lorainit.PiSSA()
+    if case == "statistics":
+        arguments |= {"method": lorainit.LoraOne(), "data": None}
+        arguments["statistics"] = _collected(model, peft_config, 2.0 if odd else 1.0)
     if odd:
         arguments |= own.get(case, {})
     if case == "interrupt in solve":
@@ -590,6 +595,21 @@ def _disagree(case: str, rank: int, size: int) -> tuple[float, str]:
     finally:
         patch.undo()
     return time.monotonic() - begin, ""
+
+
+def _collected(model: nn.Module, peft_config: LoraConfig, scale: float) -> lorainit.Statistics:
+    """By this process alone; the counts are the same for every scale, the sums are not."""
+    with collectives.single_process():
+        found = lorainit.collect_statistics(
+            model, peft_config, data=batches(ROWS, 2), needs={"gradient"}, progress=False
+        )
+    scaled = {
+        name: dataclasses.replace(layer, gradient_sum=layer.gradient_sum * scale)
+        for name, layer in found.items()
+    }
+    result = lorainit.Statistics(scaled)
+    result.fingerprints = found.fingerprints
+    return result
 
 
 def _interrupted() -> Iterator[Batch]:
@@ -614,3 +634,20 @@ class _Interrupted(lorainit.PiSSA):
 
 # The same name everywhere: what fails must not be found out before.
 _Interrupted.__name__ = _Calm.__name__
+
+
+def fitted_heads(rank: int, size: int, counts: Sequence[int]) -> tuple[dict[str, Tensor], Any]:
+    """A new head is fitted on all processes' sequences, whoever has how many of them."""
+    rows = classifiers.labelled("classes", 60, 1)
+    first = sum(counts[:rank])
+    torch.manual_seed(100)
+    model = lorainit.get_peft_model(
+        classifiers.classifier(),
+        classifiers.config(),
+        method=lorainit.LoraOne(),
+        data=rows[first : first + counts[rank]],
+        progress=False,
+    )
+    heads = model.peft_config["default"].origin.heads
+    trained = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    return trained, heads

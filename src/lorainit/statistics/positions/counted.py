@@ -33,13 +33,15 @@ class CountedPositions:
         indices: flat indices that count, or None where all do.
         lengths: positions that count in each row, ``(rows,)``, where these are the row's first.
         shorter: the model's account of how many steps it makes of so many.
+        fewer: the same of fewer steps that were made of these, by their number.
     """
 
     shape: tuple[int, int]
     indices: Tensor | None
     lengths: Tensor | None = None
     shorter: Lengths | None = None
-    _others: dict[object, CountedPositions | None] = field(default_factory=dict, repr=False)
+    fewer: dict[int, CountedPositions | None] = field(default_factory=dict, repr=False)
+    _spreads: dict[torch.Size, CountedPositions] = field(default_factory=dict, repr=False)
 
     def matches(self, leading: torch.Size) -> bool:
         """Whether an input with these leading dimensions lies like this mask."""
@@ -65,15 +67,17 @@ class CountedPositions:
             and leading[0] == rows
             and (leading[1] == length) != (leading[2] == length)
         ):
-            if leading not in self._others:
-                self._others[leading] = self._spread(leading)
-            return self._others[leading]
-        if self.shorter is None or self.lengths is None or leading.numel() % rows:
+            if leading not in self._spreads:
+                self._spreads[leading] = self._spread(leading)
+            return self._spreads[leading]
+        if leading.numel() % rows:
             return None
         steps = leading.numel() // rows
-        if steps not in self._others:
-            self._others[steps] = self._of_steps(steps)
-        fewer = self._others[steps]
+        if steps not in self.fewer:
+            if self.shorter is None or self.lengths is None:
+                return None
+            self.fewer[steps] = self._of_steps(steps)
+        fewer = self.fewer[steps]
         return fewer if fewer is not None and fewer.matches(leading) else None
 
     def indices_for(
