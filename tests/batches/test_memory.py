@@ -1,4 +1,4 @@
-"""Starts under a memory limit that takes several passes: from batches of several as from single examples."""
+"""Starts under a memory limit that one pass does not fit: from batches of several as from single examples."""
 
 from __future__ import annotations
 
@@ -63,13 +63,14 @@ def least(data: list[Any], **settings: Any) -> float:
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_start_under_a_memory_limit(name: str, caplog: pytest.LogCaptureFixture) -> None:
     layout = LAYOUTS[name]
-    expected = started(llama, layout.single(), **layout.settings)
+    with caplog.at_level(logging.INFO, logger="lorainit"):
+        expected = started(llama, layout.single(), **layout.settings)
+    assert "passes" not in caplog.text
+    assert "block by block" not in caplog.text
     tight = int(1.1 * least(layout.several(), **layout.settings) * 2**30)
     with caplog.at_level(logging.INFO, logger="lorainit"):
         found = started(llama, layout.several(), max_memory=tight, **layout.settings)
-    passes = re.findall(r"(\d+) passes", caplog.text)
-    assert passes
-    assert int(passes[0]) > 1
+    assert "passes" in caplog.text or "block by block" in caplog.text
     assert start_difference(found, expected) < 1e-5
     # The negative control: one example fewer is another start.
     fewer = started(llama, layout.single()[1:], **layout.settings)
