@@ -46,12 +46,15 @@ def run_entry(family: str, name: str) -> dict[str, Any]:
     record: dict[str, Any] = {"family": family, "name": name}
     said = _Lines()
     logger = logging.getLogger("lorainit")
+    propagates, logger.propagate = logger.propagate, False
     logger.addHandler(said)
-    logger.propagate = False
     try:
         _stages(record, said)
-    except BaseException as error:
+    except Exception as error:
         record["harness"] = _described(error)
+    finally:
+        logger.removeHandler(said)
+        logger.propagate = propagates
     return record | {"outcome": outcome(record)}
 
 
