@@ -57,6 +57,7 @@ def figures(**changes: Any) -> dict[str, Any]:
         (figures(truth=OFF), WRONG),
         (figures(truth={"gradient": ["layer", float("nan")]}), WRONG),
         (figures(truth=OFF, chance=True), OWN),
+        (figures(truth=OFF, chance=False, frozen=True), OWN),
         (figures(batching=OFF, padding=1e-7), WRONG),
         (figures(batching=OFF, padding=0.1), STARTS),
         (figures(batching={"positions": ["layer", "9 for 8"]}, padding=0.1), WRONG),
