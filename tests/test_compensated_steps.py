@@ -12,7 +12,6 @@ from torch import Tensor, nn
 import lorainit
 from lorainit.adapters.origin import origin_of
 from lorainit.adapters.targets import match_targets
-from lorainit.calibration.paired import Gain
 from lorainit.data.sampling import draw_sample
 from lorainit.errors import AdapterError
 from lorainit.pipeline.measurements import Measurements
@@ -148,7 +147,6 @@ def test_another_task_gets_its_step_from_statistics_where_it_begins(
         return collect(self, sample, where, planned)
 
     monkeypatch.setattr(Measurements, "statistics", watched)
-    monkeypatch.setattr(Gain, "clear", True)
     method = lorainit.Auto(least_gain=0.01)
     data = batches(3, above=45)
     found = start(quantized(fitted), method, data=data, reference_weights=fitted)

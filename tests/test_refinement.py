@@ -13,7 +13,6 @@ import lorainit
 from lorainit.adapters.targets import match_targets
 from lorainit.calibration import SearchResult
 from lorainit.calibration.held_out_loss import HeldOutLoss
-from lorainit.calibration.paired import Gain
 from lorainit.calibration.repeated_steps import RepeatedSteps
 from lorainit.calibration.take_steps import take_steps
 from lorainit.data.sampling import Sample
@@ -26,7 +25,7 @@ from lorainit.types import LayerStatistics
 from tests.adapters.tiny import VOCABULARY, config, llama
 from tests.measuring import collected, held_out
 
-ROWS = 96
+ROWS = 24
 
 
 def sequences(rows: int = ROWS, seed: int = 3) -> list[dict[str, Tensor]]:
@@ -209,9 +208,7 @@ def test_every_step_is_measured_on_other_sequences(monkeypatch: pytest.MonkeyPat
     held: list[set[int]] = []
     fitted: list[set[int]] = []
     measure, collect = Measurements.held_out_loss, Measurements.statistics
-    # The gain of so few is not clear.
-    monkeypatch.setattr(Gain, "clear", True)
-    data = sequences(24)
+    data = sequences()
     for i, batch in enumerate(data):
         batch["input_ids"][:, 0] = 6 * i + torch.arange(6) + 1  # told apart by their first token
 
@@ -238,7 +235,7 @@ def test_every_step_is_measured_on_other_sequences(monkeypatch: pytest.MonkeyPat
     assert steps == 3
     for fit, back in zip(fitted, held, strict=False):
         assert fit.isdisjoint(back)
-        assert fit | back == set(range(24))
+        assert fit | back == set(range(ROWS))
     assert len(set.union(*held[:steps])) == sum(map(len, held[:steps]))
 
 
@@ -343,11 +340,9 @@ def test_rows_of_a_start_answer_the_data_alike() -> None:
     assert max(norms) > 1.5 * min(norms)
 
 
-def test_spare_rows_are_random(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_spare_rows_are_random() -> None:
     """Rows without a column are a default LoRA's, longer; the others are those of the gradient."""
-    # Few sequences use few directions, and their gain is not clear.
-    monkeypatch.setattr(Gain, "clear", True)
-    data = sequences(24)
+    data = sequences()
     drawn = []
     for seed in (0, 1):
         torch.manual_seed(seed)

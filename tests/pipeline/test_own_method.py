@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 import lorainit
-from lorainit.calibration.paired import Gain
 from lorainit.methods import METHODS
 from lorainit.types import (
     Factors,
@@ -98,7 +97,6 @@ def test_it_is_asked_for_all_that_it_offers(monkeypatch: pytest.MonkeyPatch) -> 
         return take(self, statistics, rank)
 
     monkeypatch.setattr(SteepestDescent, "step", spy)
-    monkeypatch.setattr(Gain, "clear", True)
     SteepestDescent.seen.clear()
     model = started(SteepestDescent())
     one = started(SteepestDescent(steps=1))
@@ -113,11 +111,7 @@ def test_it_is_asked_for_all_that_it_offers(monkeypatch: pytest.MonkeyPatch) -> 
     assert all(0 < gain < 1 for _, gain in SteepestDescent.seen)
 
 
-def test_a_refused_start_is_plain_lora(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Of so few sequences no gain is clear, which would be a reason of its own.
-    monkeypatch.setattr(Gain, "clear", True)
+def test_a_refused_start_is_plain_lora(caplog: pytest.LogCaptureFixture) -> None:
     torch.manual_seed(3)
     plain = started(lorainit.Vanilla())
     torch.manual_seed(3)
