@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any, Unpack
 
 from peft import LoraConfig, PeftModel
@@ -11,18 +12,21 @@ from torch import nn
 
 from lorainit.adapters import install as installing
 from lorainit.adapters.create import create_adapter
+from lorainit.adapters.factors_of import factors_of
 from lorainit.adapters.layers import (
     adapters_disabled,
     check_not_merged,
     configurations,
     left_at_default,
 )
+from lorainit.adapters.origin import remember_measured
 from lorainit.adapters.patterns import with_ranks
 from lorainit.adapters.reference import ReferenceWeights
 from lorainit.adapters.restore import restored_on_error
 from lorainit.adapters.targets import Targets, match_targets, skipped_experts
 from lorainit.adapters.tensor_sources import TensorSource
 from lorainit.adapters.wrappers import adapter_tensors, unwrapped
+from lorainit.calibration.learning_rate import LearningRate
 from lorainit.methods.auto import Auto
 from lorainit.models.state import (
     one_at_a_time,
@@ -40,6 +44,7 @@ from lorainit.pipeline.checks import (
 )
 from lorainit.pipeline.facts import facts_of, facts_of_start
 from lorainit.pipeline.measurements import Measurements
+from lorainit.pipeline.rate import RATE_NEEDS, rate_if_any
 from lorainit.pipeline.start import Precision, Start, find_start, needs_sample
 from lorainit.pipeline.summary import measured_losses, report_line, summary
 from lorainit.statistics.settings import (
@@ -66,6 +71,7 @@ def get_peft_model(
     calibration_share: float = 0.2,
     precision: Precision = "fast",
     autocast_adapter_dtype: bool = True,
+    suggest_rate: bool = False,
     settings: CollectSettings | None = None,
     **options: Unpack[CollectOptions],
 ) -> PeftModel:
@@ -93,6 +99,8 @@ def get_peft_model(
         precision: ``"fast"``: solve in float32 (float64 where that fails), to residuals of a thousandth or
             less; ``"exact"``: in float64, to 1e-10.
         autocast_adapter_dtype: as in PEFT: adapters of half-precision models are kept in float32.
+        suggest_rate: measure a learning rate for the adapter on 64 sequences of `data`, as
+            `suggest_learning_rate` does; the log says it, and the adapter's side file keeps it.
         settings: how statistics are collected, see `CollectSettings`.
         **options: its fields, as keywords: ``token_mask``, ``loss_reduction``, ``max_sequences``,
             ``loss_fn``, ``on_nonfinite``, ``on_unused``, ``max_memory``, ``gradient_dtype``, ``progress``.
@@ -120,6 +128,7 @@ def get_peft_model(
                 calibration_share,
                 precision,
                 reference_weights,
+                suggest_rate=suggest_rate,
             )
             check_not_merged(model)
             existing = adapter_name in configurations(model)
@@ -139,6 +148,7 @@ def get_peft_model(
                 calibration_share=calibration_share,
                 precision=precision,
                 autocast_adapter_dtype=autocast_adapter_dtype,
+                suggest_rate=suggest_rate,
             )
         return _started(
             model,
@@ -155,6 +165,7 @@ def get_peft_model(
             calibration_share=calibration_share,
             precision=precision,
             autocast_adapter_dtype=autocast_adapter_dtype,
+            suggest_rate=suggest_rate,
         )
 
 
@@ -174,6 +185,7 @@ def _started(
     calibration_share: float,
     precision: Precision,
     autocast_adapter_dtype: bool,
+    suggest_rate: bool,
 ) -> PeftModel:
     """The work, once every argument is checked; the model is as it was if it fails anywhere."""
     if statistics is not None:
@@ -197,14 +209,23 @@ def _started(
     measurements = Measurements(
         model, targets, needs, settings, reference=reference, with_ranks=redistribute
     )
-    start = Start()
-    if not default:
-        with adapters_disabled(model), measurements.unchanged_rng():
-            sample = None
-            if needs_sample(method, statistics, has_data=data is not None):
-                measurements, sample = measurements.with_own_loss(measurements.sample(data))
+    start, sample = Start(), None
+    reads = not default and needs_sample(method, statistics, has_data=data is not None)
+    with adapters_disabled(model), measurements.unchanged_rng():
+        if reads or suggest_rate:
+            drawing = (
+                replace(measurements, needs=needs | RATE_NEEDS) if suggest_rate else measurements
+            )
+            drawn, sample = drawing.with_own_loss(drawing.sample(data))
+            measurements = replace(drawn, needs=needs)
+        if not default:
             start = find_start(
-                method, measurements, sample, statistics, precision, calibration_share
+                method,
+                measurements,
+                sample if reads else None,
+                statistics,
+                precision,
+                calibration_share,
             )
     if start.refusal is not None:
         # Ranks were perhaps redistributed for the start that is not taken.
@@ -230,6 +251,12 @@ def _started(
             )
         # PEFT's own random start of the layers left at it, too.
         collectives.broadcast(adapter_tensors(wrapped, adapter_name), 0)
+        rate = None
+        if suggest_rate and sample is not None:
+            with adapters_disabled(wrapped), measurements.unchanged_rng():
+                rate = rate_if_any(measurements, sample, factors_of(wrapped, adapter_name))
+            if isinstance(rate, LearningRate):
+                remember_measured(wrapped, adapter_name, rate.measured())
         # Until the last line is out, on every process.
         with collectives.shared_errors():
             if start.refusal is not None and not existing:
@@ -239,6 +266,6 @@ def _started(
                 left_out |= left_at_default(wrapped, adapter_name, start.factors, left_out)
             started = {n: ranks for n, ranks in targets.filled_up.items() if n in start.sizes}
             skipped = skipped_experts(model, asked, targets)
-            line = summary(method, start, left_out, started, skipped)
+            line = summary(method, start, left_out, started, skipped, rate)
             report_line(line, progress=settings.progress)
     return wrapped

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from tqdm.auto import tqdm
 
+from lorainit.calibration.learning_rate import LearningRate
 from lorainit.pipeline.start import Start
 from lorainit.types import Method
 
@@ -49,6 +50,7 @@ def summary(
     left_out: Mapping[str, str],
     filled_up: Mapping[str, str] | None = None,
     skipped: Sequence[str] = (),
+    rate: LearningRate | str | None = None,
 ) -> str:
     """One line: how large the start is, and what was left out and why.
 
@@ -58,6 +60,7 @@ def summary(
         left_out: layers at PEFT's start, with the reason.
         filled_up: layers smaller than the rank, with both ranks.
         skipped: parameters of experts that the configuration does not target.
+        rate: what is suggested, or why nothing is.
     """
     line, sizes = f"{type(method).__name__}: ", start.sizes
     if start.refusal is not None:
@@ -72,6 +75,10 @@ def summary(
         line += "PEFT's own start"
     if start.search is not None and start.refusal is None:
         line += f", calibration loss {start.search.start_loss:.4g} to {start.search.loss:.4g}"
+    if isinstance(rate, LearningRate):
+        line += f". Suggested: {rate}"
+    elif rate is not None:
+        line += f". {rate.rstrip('.')}"
     if left_out:
         line += f". Left at PEFT's start: {_shown(left_out)}"
     if filled_up:
