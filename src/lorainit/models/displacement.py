@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorainit.models.experts import routed
+from lorainit.models.forms import form_of
 from lorainit.models.hooks import add_hook
 
 
@@ -50,6 +51,9 @@ def displaced(modules: Mapping[str, nn.Module], terms: Mapping[str, LowRank]) ->
             x = args[0] if args else kwargs.get("input", kwargs.get("x"))
             assert isinstance(x, Tensor)
             right, left = term.right.to(x), term.left.to(x)
+            form = form_of(module)
+            if form is not None:
+                return output + form.low_rank(x, left, right)
             return output + F.linear(F.linear(x, right), left)
 
         return hook

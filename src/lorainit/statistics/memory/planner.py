@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lorainit.data.batch import Batch
 from lorainit.data.even_rounds import even_rounds
+from lorainit.models.convolution import convolution_shape
 from lorainit.models.introspection import model_dtype
 from lorainit.models.state import measuring
 from lorainit.parallel import collectives
@@ -223,6 +224,8 @@ def _batch_sizes(batches: Sequence[Batch], position: float) -> list[BatchSize]:
 
 def _shape(module: nn.Module) -> tuple[int, int] | None:
     """``(out, in)`` as the layer says it, whatever its weight is stored as."""
+    if (shape := convolution_shape(module)) is not None:
+        return shape
     for names in (("out_features", "in_features"), ("nf", "nx")):
         out, inner = (getattr(module, name, None) for name in names)
         if isinstance(out, int) and isinstance(inner, int):
