@@ -210,9 +210,7 @@ def test_with_the_start(tmp_path: Any, caplog: pytest.LogCaptureFixture) -> None
 
 def test_plain_lora_draws_the_same_numbers_with_it() -> None:
     with_rate, plain = started(lorainit.Vanilla(), suggest_rate=True), started(lorainit.Vanilla())
-    assert all(
-        torch.equal(v, plain.state_dict()[k]) for k, v in with_rate.state_dict().items()
-    )
+    assert all(torch.equal(v, plain.state_dict()[k]) for k, v in with_rate.state_dict().items())
 
 
 def test_what_cannot_be_done_is_said_first() -> None:
