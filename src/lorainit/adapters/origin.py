@@ -41,12 +41,16 @@ class Origin:
             back, and the ``length``; where plain LoRA was taken in place of the start that was measured,
             that one's loss as ``refused_loss``. Where a learning rate was suggested: ``learning_rate``,
             its range ``learning_rate_low`` and ``learning_rate_high``, and ``one_step_rate``.
+        heads: where heads beside the adapter were fitted first: their names under ``fitted`` (none where
+            they were left as they are), ``loss_before`` and ``loss_after`` on the sequences held back, the
+            ``standard_error`` of the difference, the number of these ``sequences``, and the ``weight_decay``.
     """
 
     anchored: bool
     settings: Mapping[str, Any] = field(default_factory=dict)
     version: str = __version__
     measured: Mapping[str, float] = field(default_factory=dict)
+    heads: Mapping[str, Any] = field(default_factory=dict)
 
 
 class StartedLoraConfig(LoraConfig):  # type: ignore[misc]
@@ -125,6 +129,7 @@ def read_origin(folder: Path, config: LoraConfig) -> Origin | None:
             content["settings"],
             str(content["version"]),
             dict(content.get("measured", {})),
+            dict(content.get("heads", {})),
         )
         digest = content.get("weights_sha256")
     except (ValueError, KeyError, TypeError, RecursionError) as error:

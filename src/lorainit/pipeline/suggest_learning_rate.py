@@ -8,6 +8,7 @@ from typing import Any, Unpack
 from torch import nn
 
 from lorainit.adapters.factors_of import factors_of
+from lorainit.adapters.heads import heads_of
 from lorainit.adapters.layers import adapters_disabled, check_not_merged, true_config
 from lorainit.adapters.targets import match_targets
 from lorainit.adapters.wrappers import unwrapped
@@ -16,6 +17,7 @@ from lorainit.models.state import one_at_a_time, outside_autocast, unchanged_gen
 from lorainit.parallel.together import agreed, left_together
 from lorainit.pipeline.checks import check_adapter_exists
 from lorainit.pipeline.facts import facts_of
+from lorainit.pipeline.heads import StartedHeads
 from lorainit.pipeline.measurements import Measurements
 from lorainit.pipeline.rate import RATE_NEEDS, SEQUENCES, measured_rate
 from lorainit.statistics.settings import CollectOptions, CollectSettings, settings_with
@@ -34,6 +36,7 @@ def suggest_learning_rate(
 
     Half of the sequences give the gradient at the base model; on the others the loss is measured after one
     step of its signs at several rates, by at most fifteen forward passes. The model is as it was afterwards.
+    A head that the adapter has a copy of is used as it is there.
 
     Args:
         model: a PeftModel, or a model whose adapter is its own.
@@ -64,6 +67,8 @@ def suggest_learning_rate(
             facts |= facts_of(config, settings, targets)
             facts |= {"function": "suggest_learning_rate", "adapter_name": adapter_name}
         measurements = Measurements(model, targets, RATE_NEEDS, settings)
-        with adapters_disabled(model), measurements.unchanged_rng():
+        heads = heads_of(model, config, adapter_name, targets.layers, existing=True)
+        in_use = StartedHeads(heads).in_use()
+        with adapters_disabled(model), in_use, measurements.unchanged_rng():
             measurements, sample = measurements.with_own_loss(measurements.sample(data))
             return measured_rate(measurements, sample, factors_of(model, adapter_name))
