@@ -24,6 +24,8 @@ PAGES = [
 RECORDS = {
     "methods_report/results/methods_report.json": "methods_report/__main__.py",
     "quality/results/records/*.jsonl": "quality/records.py",
+    "quality/results/one_step/*.jsonl": "quality/one_step.py",
+    "quality/results/suggested-rates.md": "quality/suggested.py",
     "quality/results/failures.jsonl": "quality/merge.py",
     "quality/results/tables.md": "quality/analyze.py",
     "quality/results/budgets-*.png": "quality/analyze.py",

@@ -41,7 +41,7 @@ def measured_rate(
     layers = measurements.targets.layers
     steps: dict[str, SignStep] = {}
     with torch.no_grad():
-        for part in replace(measurements, needs=RATE_NEEDS, gather=True).passes(given):
+        for part in replace(measurements, needs=RATE_NEEDS, gather=True).planned(given).parts():
             for name in part.names:
                 if name in factors:
                     scaling = layers[name].spec.scaling
