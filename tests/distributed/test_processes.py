@@ -68,13 +68,20 @@ def test_statistics(size: int, kind: str, alone: Any, tmp_path: Path) -> None:
                 assert all(torch.equal(value, theirs[name][key]) for key, value in layer.items())
 
 
+def test_statistics_block_by_block(alone: Any, tmp_path: Path) -> None:
+    """Each process runs its own batches through a block before the sums of the block are added."""
+    results = succeeded(launch(scenarios.statistics_by_blocks, 2, tmp_path, scenarios.SPLITS[2][0]))
+    for found in results:
+        for name, layer in alone[0].items():
+            close(found[name], layer, 1e-5)
+
+
 @pytest.mark.parametrize(
     ("size", "kind"), table([*KINDS, "fsdp_after", "fsdp_adapter"], QUICK_STARTS)
 )
 def test_starts_and_curves(size: int, kind: str, alone: Any, tmp_path: Path) -> None:
-    # One of each kind of method where it takes longest; the table's slow part has all.
-    quick = (kind, size) == ("fsdp_adapter", 2)
-    names = ["lora_da", "filet", "natural"] if quick else NAMES
+    # Every method without a wrapper and on three processes; else one of each kind of method.
+    names = NAMES if kind == "plain" or size == 3 else ["lora_da", "filet", "natural"]
     results = succeeded(launch(scenarios.starts, size, tmp_path, kind, names))
     for name in names:
         start, curve = results[0][name]

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from tqdm.auto import tqdm
 
 from lorainit.data.batch import Batch
+from lorainit.models.resident import resident
 from lorainit.parallel import collectives
 from lorainit.statistics.blocks.calls import (
     BlockCall,
@@ -40,7 +41,8 @@ from lorainit.statistics.collect.passes import (
 from lorainit.statistics.loss.batch_loss import batch_loss, run_forward
 from lorainit.statistics.loss.nonfinite import without_bad
 from lorainit.statistics.loss.vocabulary import tokens_named
-from lorainit.statistics.positions.model_calls import InputPositions, ModelCalls
+from lorainit.statistics.positions.calls import InputPositions
+from lorainit.statistics.positions.model_calls import ModelCalls
 from lorainit.statistics.positions.noted import NotedPositions
 from lorainit.statistics.settings import Subject
 
@@ -221,7 +223,7 @@ class BlockPass:
             self.counted,
             gradient_dtype=self._state.gradient_dtype,
         )
-        with hooks_on(state, modules), explained(state) as under_way:
+        with resident(block), hooks_on(state, modules), explained(state) as under_way:
             for part, (calls, notes) in zip(self.parts, self._batches, strict=True):
                 if place in calls:
                     under_way[:] = [part]
