@@ -13,6 +13,7 @@ from torch import Tensor
 from lorainit.adapters.targets import Target
 from lorainit.linalg.low_rank_sum import LowRankSum
 from lorainit.solve.ownership import after_out_of_memory
+from lorainit.solve.words import of_words, widened, words_of
 from lorainit.statistics import Statistics
 from lorainit.types import GivesBack, LayerStatistics, TakesSteps
 
@@ -37,6 +38,7 @@ class StepStack:
         limits: ``(layers,)``, the largest ``|s B A|_F`` of each.
         of_step: whether limits are of the step alone, since what is there before it is given back to a
             quantized base, and no way from a model that works.
+        words: of an embedding, those that `step` and `whole` are of; None: all inputs.
     """
 
     targets: list[Target]
@@ -44,6 +46,7 @@ class StepStack:
     whole: LowRankSum | None
     limits: Tensor
     of_step: bool = False
+    words: Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -88,15 +91,22 @@ class StepStack:
     ) -> StepStack:
         """The step from statistics taken at the present displacement."""
         layers = [statistics[t.name].only(method.needs).to(device=device) for t in targets]
+        # An embedding stands alone.
+        first = targets[0]
+        there = present[first.name][1] if present else None
+        words = words_of(first, layers[0], first.spec.rank, there)
+        layers = [of_words(layer, words) for layer in layers]
         found = method.step(LayerStatistics.stack(layers), targets[0].spec.rank)
         step = found.left, found.right
         bounds = step[0].new_tensor([limits[t.name] for t in targets])
         if not present:
-            return cls(targets, step, None, bounds)
+            return cls(targets, step, None, bounds, words=words)
         left, right = (torch.stack([present[t.name][i] for t in targets]) for i in (0, 1))
         left, right = left.to(step[0]), right.to(step[1])
+        if words is not None:
+            right = right.index_select(-1, words.to(right.device))
         both = torch.cat([left, step[0]], dim=-1), torch.cat([right, step[1]], dim=-2)
-        return cls(targets, step, LowRankSum.in_metric(found.metric, *both), bounds, of_step)
+        return cls(targets, step, LowRankSum.in_metric(found.metric, *both), bounds, of_step, words)
 
     @classmethod
     def all_measured(
@@ -131,6 +141,11 @@ class StepStack:
 
         A layer that would move out of its trust region is scaled back to its edge.
         """
+        left, right = self._moved(length, directions)
+        return left, widened(right, self.words, self.targets[0].spec.in_features)
+
+    def _moved(self, length: float, directions: int) -> tuple[Tensor, Tensor]:
+        """The same of the words that are known, where these are an embedding's."""
         left, right = self.step
         used = torch.arange(left.shape[-1], device=left.device) < directions
         weights = (used * length).to(left)
@@ -162,12 +177,13 @@ class StepStack:
     ) -> tuple[Tensor, Tensor]:
         """The same as ``s B`` and ``A`` of the adapter."""
         pairs = []
-        moved = self.moved(length, directions)
+        moved = self._moved(length, directions)
         for target, left, right in zip(self.targets, *moved, strict=True):
             scaling = target.spec.scaling
             seed = torch.initial_seed() ^ zlib.crc32(target.name.encode())
-            a, b = method.factors(left, right, scaling, statistics[target.name], seed)
-            pairs.append((scaling * b, a))
+            layer = of_words(statistics[target.name], self.words)
+            a, b = method.factors(left, right, scaling, layer, seed)
+            pairs.append((scaling * b, widened(a, self.words, target.spec.in_features)))
         return torch.stack([b for b, _ in pairs]), torch.stack([a for _, a in pairs])
 
 

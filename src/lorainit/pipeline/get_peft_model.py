@@ -206,6 +206,7 @@ def _started(
             start = find_start(
                 method, measurements, sample, statistics, precision, calibration_share
             )
+    start = start.without_anchored_words(targets.layers)
     if start.refusal is not None:
         # Ranks were perhaps redistributed for the start that is not taken.
         config = configured
