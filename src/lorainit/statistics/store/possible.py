@@ -34,7 +34,7 @@ def check_possible(name: str, layer: LayerStatistics) -> None:
         if bool((layer.input_counts < 0).any()):
             raise ValueError(f"layer '{name}': a negative count of words is impossible")
         if float(layer.input_counts.double().sum()) > float(layer.positions) * (1 + _ROUNDING):
-            raise ValueError(f"layer '{name}': more words than positions are impossible")
+            raise ValueError(f"layer '{name}': a count of more words than positions is impossible")
     diagonal = layer.output_second_moment_diagonal_sum
     if diagonal is not None and bool((diagonal < 0).any()):
         raise ValueError(f"layer '{name}': a negative sum of squares is impossible")
