@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -15,7 +15,13 @@ from lorainit.linalg.low_rank_sum import LowRankSum
 from lorainit.solve.ownership import after_out_of_memory
 from lorainit.solve.words import of_words, widened, words_of
 from lorainit.statistics import Statistics
-from lorainit.types import GivesBack, LayerStatistics, TakesSteps
+from lorainit.types import (
+    ForgetsStatistics,
+    GivesBack,
+    LayerStatistics,
+    RowEnergies,
+    TakesSteps,
+)
 
 Pairs = dict[str, tuple[Tensor, Tensor]]
 """``left`` ``(out, rank)`` and ``right`` ``(rank, in)`` by layer."""
@@ -38,6 +44,7 @@ class StepStack:
         limits: ``(layers,)``, the largest ``|s B A|_F`` of each.
         of_step: whether limits are of the step alone, since what is there before it is given back to a
             quantized base, and no way from a model that works.
+        energies: of each layer, by the number of directions that a step may use; None: its statistics are kept.
         words: of an embedding, those that `step` and `whole` are of; None: all inputs.
     """
 
@@ -46,6 +53,7 @@ class StepStack:
     whole: LowRankSum | None
     limits: Tensor
     of_step: bool = False
+    energies: Mapping[int, Sequence[RowEnergies]] | None = None
     words: Tensor | None = None
 
     @property
@@ -106,7 +114,9 @@ class StepStack:
         if words is not None:
             right = right.index_select(-1, words.to(right.device))
         both = torch.cat([left, step[0]], dim=-1), torch.cat([right, step[1]], dim=-2)
-        return cls(targets, step, LowRankSum.in_metric(found.metric, *both), bounds, of_step, words)
+        return cls(
+            targets, step, LowRankSum.in_metric(found.metric, *both), bounds, of_step, words=words
+        )
 
     @classmethod
     def all_measured(
@@ -135,6 +145,28 @@ class StepStack:
             return [cls.compensated(method, part, statistics, errors, device)]
 
         return _in_parts(solve, targets, _solving_device(targets[0], statistics))
+
+    def forgetting(
+        self, method: ForgetsStatistics, statistics: Statistics, counts: Sequence[int]
+    ) -> StepStack:
+        """The same, from here on without statistics; at the base.
+
+        Args:
+            method: its settings.
+            statistics: that the step was taken from.
+            counts: numbers of directions that may be used.
+        """
+        assert self.whole is None
+        left, right = self.step
+        found: dict[int, list[RowEnergies]] = {count: [] for count in counts}
+        for i, target in enumerate(self.targets):
+            # One layer at a time, of those that wait on the host.
+            layer = statistics[target.name].only(method.needs).to(device=left.device)
+            layer = of_words(layer, self.words)
+            for count in counts:
+                used = left[i] * (torch.arange(left.shape[-1], device=left.device) < count)
+                found[count].append(method.row_energies(used, right[i], layer))
+        return replace(self, energies=found)
 
     def moved(self, length: float, directions: int) -> tuple[Tensor, Tensor]:
         """The displacement after a step of this length along its first directions, cut to rank.
@@ -168,21 +200,37 @@ class StepStack:
         tiny = torch.finfo(left.dtype).tiny
         return (self.limits / square.sqrt().clamp_min(tiny)).clamp(max=1.0).unsqueeze(-1)
 
+    def _stretches(self, length: float, directions: int) -> list[float]:
+        """How many times as long each layer's displacement is as its step at length one."""
+        if self.energies is None:
+            return []
+        left, right = self.step
+        used = (torch.arange(left.shape[-1], device=left.device) < directions).to(left)
+        found: list[float] = (length * self._scale(left * (used * length), right)[:, 0]).tolist()
+        return found
+
     def factors(
         self,
         method: TakesSteps,
-        statistics: Statistics,
+        statistics: Statistics | None,
         length: float,
         directions: int,
     ) -> tuple[Tensor, Tensor]:
-        """The same as ``s B`` and ``A`` of the adapter."""
+        """The same as ``s B`` and ``A`` of the adapter; without statistics where they were forgotten."""
         pairs = []
         moved = self._moved(length, directions)
-        for target, left, right in zip(self.targets, *moved, strict=True):
+        stretches = self._stretches(length, directions)
+        for i, (target, left, right) in enumerate(zip(self.targets, *moved, strict=True)):
             scaling = target.spec.scaling
             seed = torch.initial_seed() ^ zlib.crc32(target.name.encode())
-            layer = of_words(statistics[target.name], self.words)
-            a, b = method.factors(left, right, scaling, layer, seed)
+            if self.energies is not None:
+                assert isinstance(method, ForgetsStatistics)
+                energies = self.energies[directions][i]
+                a, b = method.factors_from(left, right, scaling, energies, stretches[i], seed)
+            else:
+                assert statistics is not None
+                layer = of_words(statistics[target.name], self.words)
+                a, b = method.factors(left, right, scaling, layer, seed)
             pairs.append((scaling * b, widened(a, self.words, target.spec.in_features)))
         return torch.stack([b for b, _ in pairs]), torch.stack([a for _, a in pairs])
 
