@@ -26,6 +26,7 @@ from lorainit.linalg.block_triangle import mirror, panels
 from lorainit.parallel import collectives, exchange
 from lorainit.parallel.sharding import is_sharded
 from lorainit.types import STATISTICS
+from tests.pipeline import classifiers
 from tests.statistics import models
 from tests.statistics.models import Batch, batches, sequences
 
@@ -633,3 +634,20 @@ class _Interrupted(lorainit.PiSSA):
 
 # The same name everywhere: what fails must not be found out before.
 _Interrupted.__name__ = _Calm.__name__
+
+
+def fitted_heads(rank: int, size: int, counts: Sequence[int]) -> tuple[dict[str, Tensor], Any]:
+    """A new head is fitted on all processes' sequences, whoever has how many of them."""
+    rows = classifiers.labelled("classes", 60, 1)
+    first = sum(counts[:rank])
+    torch.manual_seed(100)
+    model = lorainit.get_peft_model(
+        classifiers.classifier(),
+        classifiers.config(),
+        method=lorainit.LoraOne(),
+        data=rows[first : first + counts[rank]],
+        progress=False,
+    )
+    heads = model.peft_config["default"].origin.heads
+    trained = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    return trained, heads
