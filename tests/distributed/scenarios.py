@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import logging
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,7 @@ from lorainit.errors import LorainitError
 from lorainit.linalg.block_triangle import mirror, panels
 from lorainit.parallel import collectives, exchange
 from lorainit.parallel.sharding import is_sharded
+from lorainit.statistics.memory.peak import held_bytes
 from lorainit.types import STATISTICS
 from tests.pipeline import classifiers
 from tests.statistics import models
@@ -135,6 +137,28 @@ def statistics_of_splits(rank: int, size: int, kind: str) -> list[dict[str, Any]
     )
     found.append({n: {"mean": layer.input_second_moment} for n, layer in inputs.items()})
     return found
+
+
+def statistics_by_blocks(rank: int, size: int, split: list[int]) -> dict[str, dict[str, Tensor]]:
+    """Within a budget that one pass block by block fits, and one whole pass does not."""
+    said: list[str] = []
+    handler = logging.Handler(logging.INFO)
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("lorainit")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    model = models.llama()
+    budget = held_bytes(model, torch.device("cpu")) + 60_000
+    found = lorainit.collect_statistics(
+        model,
+        config(),
+        data=part(RAGGED, split, rank),
+        needs=STATISTICS,
+        max_memory=budget,
+        progress=False,
+    )
+    assert any("block by block, 2 blocks" in line for line in said), said
+    return plain(found)
 
 
 TRAVELLERS: dict[str, tuple[tuple[int, ...], torch.dtype, bool]] = {

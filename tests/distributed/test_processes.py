@@ -68,6 +68,14 @@ def test_statistics(size: int, kind: str, alone: Any, tmp_path: Path) -> None:
                 assert all(torch.equal(value, theirs[name][key]) for key, value in layer.items())
 
 
+def test_statistics_block_by_block(alone: Any, tmp_path: Path) -> None:
+    """Each process runs its own batches through a block before the sums of the block are added."""
+    results = succeeded(launch(scenarios.statistics_by_blocks, 2, tmp_path, scenarios.SPLITS[2][0]))
+    for found in results:
+        for name, layer in alone[0].items():
+            close(found[name], layer, 1e-5)
+
+
 @pytest.mark.parametrize(
     ("size", "kind"), table([*KINDS, "fsdp_after", "fsdp_adapter"], QUICK_STARTS)
 )
