@@ -30,7 +30,6 @@ from lorainit.types import DampingMode, Factors, LayerStatistics
 
 _Operator = Callable[[Tensor], Tensor]
 
-
 EACH = 1e-3
 """In float32 an eigenvector has converged when its residual is below this times its own eigenvalue
 (docs/performance.md)."""
@@ -285,9 +284,8 @@ class LoraDA:
             return whole / unit[..., None, None]
 
         exactly = _Products(inverse, h.matmul, h.mT.matmul, ratio[..., None, None])
-        rough = coarse = None
-        if isinstance(triangle, Triangle) and not exact:
-            rough, coarse = _with_fewer_digits(triangle, unit, h, ratio)
+        fewer = isinstance(triangle, Triangle) and not exact and (triangle, unit, h, ratio)
+        rough, coarse = _with_fewer_digits(*fewer) if fewer else (None, None)
         # Few inputs come near the damping: the variance term is far smaller than it allows, and the
         # longer the spectrum is thought to be, the higher is the polynomial.
         like, quickest = h.mT[..., :1], coarse or rough

@@ -20,8 +20,8 @@ from lorainit.linalg import double_precision
 from lorainit.parallel import collectives
 from lorainit.parallel.exchange import Slot, broadcast_from_owners
 from lorainit.solve.ownership import after_out_of_memory, device_of, layer_owners
-from lorainit.solve.stacks import input_key, rounds, stack_bytes, stacks_of
-from lorainit.solve.words import all_words, narrowed, of_words, words_of
+from lorainit.solve.stacks import input_key, rounds
+from lorainit.solve.words import all_words, narrowed
 from lorainit.statistics import Statistics
 from lorainit.types import (
     OF_INPUT,
@@ -30,7 +30,6 @@ from lorainit.types import (
     LayerStatistics,
     LimitsRank,
     Method,
-    RanksDirections,
     ReadsWeight,
 )
 
@@ -125,40 +124,6 @@ def solve_layers(
         if size > 1:
             solved, sizes = _exchanged(targets, owners, solved, sizes)
     return {name: solved[name] for name in targets}, {name: sizes[name] for name in targets}
-
-
-def value_directions(
-    targets: Mapping[str, Target],
-    statistics: Statistics,
-    method: RanksDirections,
-    limits: Mapping[str, int],
-    max_memory: int | None = None,
-) -> dict[str, Tensor]:
-    """What each layer's leading directions are worth, ``(limit,)`` by name, the same everywhere."""
-    rank, _ = collectives.world()
-    owners = layer_owners(targets, statistics)
-    found: dict[str, Tensor] = {}
-    by_limit: dict[int, dict[str, Target]] = {}
-    for name, target in targets.items():
-        if owners[name] == rank:
-            by_limit.setdefault(limits[name], {})[name] = target
-    budget = stack_bytes(targets, method, max_memory)
-    with torch.no_grad(), collectives.shared_errors():
-        for limit, members in by_limit.items():
-            for chunk in stacks_of(members, budget, method.needs):
-                layers = [
-                    _for_solving(
-                        of_words(held, words_of(t, held, limit)), method.needs, device_of(t), None
-                    )
-                    for t in chunk
-                    for held in (statistics[t.name],)
-                ]
-                values = method.rank_values(LayerStatistics.stack(layers), limit)
-                # In one dtype, so that all know what is coming.
-                found |= {t.name: values[i].cpu().double() for i, t in enumerate(chunk)}
-    slots = [Slot(n, owners[n], (limits[n],), torch.float64) for n in targets]
-    broadcast_from_owners(found, slots, torch.device("cpu"))
-    return {name: found[name] for name in targets}
 
 
 def _ranks_used(method: Method) -> int:
