@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,3 +52,22 @@ def started(rank: int, size: int) -> tuple[dict[str, Any], dict[str, torch.Tenso
     )
     factors = {n: p.detach() for n, p in model.named_parameters() if "lora_" in n}
     return {"sums": sums, "counts": counts}, factors
+
+
+def tensor_parallel(rank: int, size: int, folder: str) -> str:
+    """What is said of a model that transformers itself has split over the processes."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
+    import transformers as hf
+
+    model = hf.AutoModelForCausalLM.from_pretrained(Path(folder), tp_plan="auto")
+    assert any(hasattr(p, "device_mesh") for p in model.parameters())
+    try:
+        lorainit.get_peft_model(
+            model,
+            LoraConfig(r=2, target_modules=["q_proj"]),
+            method=lorainit.PiSSA(),
+            progress=False,
+        )
+    except lorainit.errors.AdapterError as error:
+        return str(error)
+    return "served"

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
+import lorainit
+from lorainit.adapters.wrappers import unwrapped
+from tests.adapters import tiny
 from tests.distributed import layer_scenarios
 from tests.distributed.launch import launch, succeeded
 
@@ -28,3 +32,27 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
             # Signs are fixed; vectors agree as far as sums do.
             torch.testing.assert_close(mine[name], value, rtol=1e-3, atol=1e-5)
     assert any(not torch.allclose(other[n], v, rtol=1e-2, atol=1e-4) for n, v in factors.items())
+
+
+@pytest.mark.slow
+def test_tensor_parallelism_is_refused_before_any_work(tmp_path: Path) -> None:
+    """Of a model that transformers' own ``tp_plan`` has split over two processes."""
+    tiny.llama().save_pretrained(tmp_path / "model")
+    said = succeeded(
+        launch(layer_scenarios.tensor_parallel, 2, tmp_path / "run", str(tmp_path / "model"))
+    )
+    assert all("split by tensor parallelism" in text for text in said)
+    assert all("Load it without tp_plan" in text for text in said)
+
+
+def test_one_split_weight_is_enough() -> None:
+    """Plans need not begin with the first weight; before DTensors a plan left its mark on the module."""
+    model = tiny.llama()
+    assert unwrapped(model) is model
+    model.lm_head._hf_tp_plan = "colwise"
+    with pytest.raises(lorainit.errors.AdapterError, match="split by tensor parallelism"):
+        unwrapped(model)
+    del model.lm_head._hf_tp_plan
+    model.lm_head.weight.device_mesh = "a mesh"
+    with pytest.raises(lorainit.errors.AdapterError, match="split by tensor parallelism"):
+        unwrapped(model)
