@@ -20,7 +20,7 @@ DRAWING = ROOT / "docs" / "images" / "rooms.svg"
 
 ROWS: tuple[tuple[str, ...], ...] = (
     ("cli",),
-    ("report",),
+    ("report", "trainers"),
     ("pipeline",),
     ("calibration",),
     ("solve",),
@@ -36,6 +36,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
 WORDS = {
     "cli": "the commands",
     "report": "a page about statistics and starts",
+    "trainers": "start_trainer, on a trainer's own batches",
     "pipeline": "get_peft_model, collect_statistics",
     "calibration": "lengths and steps, measured",
     "solve": "many layers at once, ranks",

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lorainit.methods import __all__ as _methods
     from lorainit.pipeline import collect_statistics, get_peft_model
     from lorainit.statistics import CollectSettings, Statistics
+    from lorainit.trainers import start_trainer
     from lorainit.types import Factors, LayerStatistics
 
     __all__ = [
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
         "load_adapter",
         "save_adapter",
         "serving_objections",
+        "start_trainer",
     ]
     __all__ += _methods  # type: ignore[has-type]
 
@@ -49,6 +51,7 @@ _HOMES = {
     "load_adapter": "adapters.load",
     "save_adapter": "adapters.save",
     "serving_objections": "adapters.serving",
+    "start_trainer": "trainers",
 }
 _MODULES = ("adapters", "calibration", "data", "errors", "linalg", "methods", "report", "types")
 

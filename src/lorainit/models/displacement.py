@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorainit.models.experts import routed
+from lorainit.models.reference_forward import in_reference_forward
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,8 +36,8 @@ def displaced(modules: Mapping[str, nn.Module], terms: Mapping[str, LowRank]) ->
     """Layers compute ``W x + left (right x)`` inside the context.
 
     `terms` is looked up at every call, so whoever holds it may change the displacement meanwhile;
-    layers without a term compute what they always do. Hooks that are registered inside the context
-    see the displaced output.
+    layers without a term compute what they always do, and so do all in a `reference_forward`. Hooks that
+    are registered inside the context see the displaced output.
     """
 
     def make_hook(name: str) -> Any:
@@ -44,7 +45,7 @@ def displaced(modules: Mapping[str, nn.Module], terms: Mapping[str, LowRank]) ->
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
         ) -> Tensor | None:
             term = terms.get(name)
-            if term is None:
+            if term is None or in_reference_forward():
                 return None
             x = args[0] if args else kwargs.get("input", kwargs.get("x"))
             assert isinstance(x, Tensor)

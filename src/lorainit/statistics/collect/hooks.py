@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lorainit.errors import DataError
 from lorainit.linalg import all_finite
 from lorainit.models.experts import ExpertLayer, routed
+from lorainit.models.reference_forward import in_reference_forward
 from lorainit.statistics.collect.accumulators import InputSums, LayerSums
 from lorainit.statistics.positions.model_calls import InputPositions, ModelCalls
 from lorainit.types import GRADIENT_STATISTICS, GradientDtype
@@ -218,6 +219,8 @@ def hooks_on(state: HookState, modules: Mapping[str, nn.Module]) -> Iterator[Non
         def hook(
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
         ) -> Any:
+            if in_reference_forward():
+                return None
             x = args[0] if args else kwargs.get("input", kwargs.get("x"))
             if not isinstance(x, Tensor) or not isinstance(output, Tensor):
                 raise DataError(
