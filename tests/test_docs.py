@@ -24,7 +24,7 @@ from lorainit import errors
 from lorainit.cli.parser import build_parser
 from tests.adapters import tiny
 from tests.life.mixtures import mixtral
-from tests.life.sft import texts, tokenizer
+from tests.life.words import texts, tokenizer
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(p for p in [ROOT / "README.md", *ROOT.glob("docs/**/*.md")] if p.is_file())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import inspect
+import resource
 import signal
 import time
 from collections import defaultdict
@@ -54,7 +56,7 @@ class Clock:
 
     @contextmanager
     def watching(self, *places: tuple[str, Any, str]) -> Iterator[dict[str, list[Any]]]:
-        """Stretches of functions and static methods that others call: name, where, attribute.
+        """Stretches of functions and methods that others call: name, where, attribute.
 
         Gives what they returned.
         """
@@ -73,7 +75,8 @@ class Clock:
         with contextlib.ExitStack() as stack:
             for name, where, attribute in places:
                 work = watched(name, getattr(where, attribute))
-                kept = staticmethod(work) if isinstance(where, type) else work
+                static = isinstance(inspect.getattr_static(where, attribute), staticmethod)
+                kept = staticmethod(work) if static else work
                 stack.enter_context(mock.patch.object(where, attribute, kept))
             yield results
 
@@ -90,6 +93,11 @@ def peak_gib(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     return torch.cuda.max_memory_allocated(device) / 2**30
+
+
+def host_peak_gib() -> float:
+    """Largest resident memory of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def reset_peak(device: torch.device) -> None:

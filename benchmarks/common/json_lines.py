@@ -12,11 +12,15 @@ SHOWN = 2000
 
 def say(record: dict[str, Any], out: Path | None) -> None:
     """Print a record, and add it to a file if there is one."""
-    line = json.dumps(record)
-    print(line[:SHOWN], flush=True)
+    print(json.dumps(record)[:SHOWN], flush=True)
     if out is not None:
-        with out.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        add(record, out)
+
+
+def add(record: dict[str, Any], out: Path) -> None:
+    """Add a record to a file."""
+    with out.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
 
 
 def read(path: Path) -> list[dict[str, Any]]:

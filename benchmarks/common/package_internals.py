@@ -11,6 +11,7 @@ from lorainit.adapters import install as install_module
 from lorainit.linalg.triangular import lower_inverse
 from lorainit.pipeline import measurements, start
 from lorainit.statistics import collection
+from lorainit.statistics.blocks.block_pass import BlockPass
 from lorainit.statistics.collect import accumulators, finalize, reduction
 
 # Its name is also that of a function of the package.
@@ -20,6 +21,8 @@ PARTS_OF_A_START = (
     ("plan", measurements, "plan_collection"),
     ("plan", collection, "plan_collection"),
     ("pass", collection, "run_batches"),
+    ("pass", BlockPass, "forward"),
+    ("pass", BlockPass, "collect"),
     ("finish", collection, "finish"),
     ("solve", start, "solve_layers"),
     ("install", install_module, "install"),

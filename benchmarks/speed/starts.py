@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 import lorainit
-from benchmarks.common.clock import Clock, cleared, peak_gib, reset_peak
+from benchmarks.common.clock import Clock, cleared, host_peak_gib, peak_gib, reset_peak
 from benchmarks.common.decoder import Case, batches_of, config, floor
 from benchmarks.common.package_internals import PARTS_OF_A_START
 from lorainit.methods import EVA, CorDA, FILet, LoraDA, LoraGA, Natural
@@ -91,9 +91,10 @@ def run_start(case: Case, model: nn.Module, clock: Clock) -> dict[str, Any]:
         )
     known = {
         "statistics_gib": sum(parts["finish"]) / 2**30,
-        "passes": len(parts["pass"]),
+        "passes": 1 if "block by block," in said[0] else len(parts["pass"]),
         "plan": said[0],
         "peak_gib": peak_gib(clock.device),
+        "host_gib": host_peak_gib(),
     }
     wrapped.unload()
     return known

@@ -16,7 +16,7 @@ from torch import Tensor
 import lorainit
 from lorainit.errors import LorainitError
 from tests.adapters import tiny
-from tests.faults.operations import differences, state_of
+from tests.faults.states import differences, state_of
 
 WEIGHTS, CONFIG, SIDE = "adapter_model.safetensors", "adapter_config.json", "lorainit.json"
 

@@ -14,7 +14,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.func import functional_call, grad
 
-from lorainit.adapters.anchor import AnchoredA, AnchoredB, AnchoredFactor, give_anchor
+from lorainit.adapters.anchor import AnchoredFactor
+from lorainit.adapters.anchored_kinds import AnchoredA, AnchoredB, give_anchor
 from tests.adapters.tiny import METHODS, batch, config, llama, logits, start, train
 
 RANK, IN, OUT = 3, 7, 5
@@ -27,7 +28,12 @@ def factor(kind: type[AnchoredFactor], experts: int = 1) -> AnchoredFactor:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         new.weight.copy_(torch.randn(shape, generator=generator))
-    give_anchor(new, kind, torch.randn(shape, generator=generator), experts=experts)
+    give_anchor(
+        new,
+        "A" if kind is AnchoredA else "B",
+        torch.randn(shape, generator=generator),
+        experts=experts,
+    )
     assert isinstance(new, AnchoredFactor)
     return new
 

@@ -13,7 +13,7 @@ from lorainit.data import load_batches
 from lorainit.errors import DataError
 from tests.batches.same import collected, difference, start_difference, started
 from tests.batches.test_packed import Row, examples, packed
-from tests.life.sft import tokenizer
+from tests.life.words import tokenizer
 from tests.statistics.models import llama
 
 

@@ -20,7 +20,7 @@ from lorainit.cli.commands import COMMANDS as COMMANDS_BY_NAME
 from lorainit.cli.parser import SHELL_ONLY, arguments_of, build_parser, with_file
 from lorainit.report import read_curves
 from tests.adapters import tiny
-from tests.life.sft import tokenizer
+from tests.life.words import tokenizer
 
 COMMANDS = ("methods", "collect", "init", "train", "compare", "report", "export")
 

@@ -8,7 +8,7 @@ import pytest
 
 from lorainit.data import collate, encode, load_batches, read_records
 from lorainit.errors import DataError, MissingExtraError
-from tests.life.sft import TEMPLATE, tokenizer
+from tests.life.words import TEMPLATE, tokenizer
 
 CHAT = [
     {"role": "user", "content": "w1 w2"},

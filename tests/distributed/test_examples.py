@@ -15,7 +15,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.life.sft import tokenizer
+from tests.life.words import tokenizer
 from tests.statistics import models
 
 ROOT = Path(__file__).parents[2]

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import lorainit
+from lorainit.cli.loading import load_model, load_tokenizer
 from lorainit.cli.parser import with_file
 from lorainit.data import read_records
 from lorainit.errors import LorainitError
 from lorainit.report import read_curves
 from tests.adapters import tiny
+from tests.cli.place import make_place
+from tests.faults.file_operations import writing
+from tests.faults.states import content_of, differences, state_of
 
-Reader = Callable[[Path], object]
+KNOWN = (LorainitError, ValueError, OSError, ImportError, MemoryError)
+"""What a command turns into one line."""
 
 ODD: list[Any] = [
     None, True, -1, 0, 10**400, 1e308, "", "\ud800", "x" * 300, [], {}, [[]], {"a": {"b": []}}, "nan",
@@ -25,29 +32,30 @@ ODD: list[Any] = [
 """Values that belong nowhere."""
 
 
-def subjects(
-    folder: Path,
-) -> dict[str, tuple[Path, list[str], Reader, tuple[type[Exception], ...]]]:
-    """By name: a folder, its files to mutate, their reader, and what it may raise."""
-    found: dict[str, tuple[Path, list[str], Reader, tuple[type[Exception], ...]]] = {}
-    model = lorainit.get_peft_model(
+@dataclass(frozen=True)
+class Subject:
+    """Files that somebody may have damaged.
+
+    Attributes:
+        folder: of the whole files.
+        names: those to mutate.
+        read: what is done with a folder of them.
+        allowed: what it may raise.
+    """
+
+    folder: Path
+    names: list[str]
+    read: Callable[[Path], object]
+    allowed: tuple[type[Exception], ...] = (LorainitError,)
+
+
+def subjects(folder: Path) -> dict[str, Subject]:
+    """By name; the whole files are made in `folder`."""
+    started = lorainit.get_peft_model(
         tiny.llama(), tiny.config(), method=lorainit.PiSSA(), progress=False
     )
-    lorainit.save_adapter(model, folder / "adapter")
-
-    def load(place: Path) -> None:
-        """The folder is read and checked; PEFT's part costs a model each time."""
-        from lorainit.adapters.folder_checks import one_error, readable_config, readable_weights
-        from lorainit.adapters.origin import read_origin
-
-        with one_error(place):
-            config = readable_config(place)
-            readable_weights(place)
-            read_origin(place, config)
-
-    names = ["adapter_config.json", "adapter_model.safetensors", "lorainit.json"]
-    found["adapter"] = (folder / "adapter", names, load, (LorainitError,))
-    statistics = lorainit.collect_statistics(
+    lorainit.save_adapter(started, folder / "adapter")
+    collected = lorainit.collect_statistics(
         tiny.llama(),
         tiny.config(),
         data=[tiny.batch()],
@@ -55,12 +63,9 @@ def subjects(
         progress=False,
     )
     (folder / "statistics").mkdir()
-    statistics.save(folder / "statistics" / "s.safetensors", max_shard_size="8KB")
+    collected.save(folder / "statistics" / "s.safetensors", max_shard_size="8KB")
     shards = sorted(p.name for p in (folder / "statistics").iterdir())
-    found["statistics"] = (
-        folder / "statistics", shards[:3] + ["s.safetensors.index.json"],
-        lambda place: lorainit.Statistics.load(place / "s.safetensors"), (LorainitError,),
-    )  # fmt: skip
+    shutil.copytree(make_place(folder) / "model", folder / "base")
     texts = folder / "texts"
     texts.mkdir()
     (texts / "d.jsonl").write_text(
@@ -71,15 +76,51 @@ def subjects(
     )
     log = [{"step": 1, "loss": 2.0}, {"step": 2, "eval_loss": 1.0}]
     (texts / "trainer_state.json").write_text(json.dumps({"log_history": log}))
-    usual = (LorainitError, ValueError)
-    found["records"] = (texts, ["d.jsonl"], lambda p: read_records(p / "d.jsonl"), (LorainitError,))
-    found["options"] = (
-        texts, ["c.yaml"], lambda p: with_file(["init", "--config", str(p / "c.yaml")]), usual
-    )  # fmt: skip
-    found["curves"] = (
-        texts, ["trainer_state.json"], lambda p: read_curves(p / "trainer_state.json"), (LorainitError,)
-    )  # fmt: skip
-    return found
+    base = tiny.llama()
+
+    def load(place: Path) -> None:
+        before = state_of(base)
+        try:
+            loaded = lorainit.load_adapter(base, place)
+        except Exception:
+            changed = differences(before, state_of(base))
+            assert not changed, changed[:3]
+            raise
+        loaded.unload()
+        for parameter in base.parameters():
+            parameter.requires_grad_(True)
+        vars(base).pop("_hf_peft_config_loaded", None)
+        vars(base).pop("peft_config", None)
+
+    def load_base(place: Path) -> None:
+        options = argparse.Namespace(
+            model=str(place), device="cpu", dtype="auto", trust_remote_code=False
+        )
+        load_tokenizer(options)
+        load_model(options)
+
+    adapter = ["adapter_config.json", "adapter_model.safetensors", "lorainit.json"]
+    return {
+        "adapter": Subject(folder / "adapter", adapter, load),
+        "statistics": Subject(
+            folder / "statistics",
+            [*shards[:3], "s.safetensors.index.json"],
+            lambda place: lorainit.Statistics.load(place / "s.safetensors"),
+        ),
+        "records": Subject(texts, ["d.jsonl"], lambda p: read_records(p / "d.jsonl")),
+        "options": Subject(
+            texts, ["c.yaml"], lambda p: with_file(["init", "--config", str(p / "c.yaml")]), KNOWN
+        ),
+        "curves": Subject(
+            texts, ["trainer_state.json"], lambda p: read_curves(p / "trainer_state.json")
+        ),
+        "base model": Subject(
+            folder / "base",
+            ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"],
+            load_base,
+            KNOWN,
+        ),
+    }
 
 
 def mutate(content: bytes, draw: random.Random) -> bytes:
@@ -127,33 +168,42 @@ def _in_json(content: bytes, draw: random.Random) -> bytes | None:
     return text.encode()
 
 
-def fuzz(
-    name: str,
-    subject: tuple[Path, list[str], Reader, tuple[type[Exception], ...]],
-    count: int,
-    seed: int,
-) -> tuple[int, list[str]]:
+@dataclass
+class Mutated:
+    """What came of reading a mutated file: refused, and what should not have been."""
+
+    refused: bool = False
+    broken: list[str] = field(default_factory=list)
+
+
+def mutated(name: str, subject: Subject, number: int, seed: int) -> Mutated:
+    """Mutate one of the subject's files and read it; the same for the same number and seed."""
+    draw = random.Random(f"{seed} {name} {number}")
+    place = subject.folder.with_name(subject.folder.name + "-mutated")
+    shutil.rmtree(place, ignore_errors=True)
+    shutil.copytree(subject.folder, place)
+    file = place / draw.choice(subject.names)
+    file.write_bytes(mutate(file.read_bytes(), draw))
+    found = Mutated()
+    before = content_of(place)
+    written: list[str] = []
+    try:
+        with writing(written):
+            subject.read(place)
+    except subject.allowed as error:
+        found.refused = True
+        if len(str(error)) > 2000:
+            found.broken.append(f"a message of {len(str(error))} characters")
+    except Exception as error:
+        found.broken.append(f"{file.name}: {type(error).__name__}: {str(error)[:200]}")
+    if content_of(place) != before:
+        found.broken.append("files were changed")
+    found.broken += [f"written: {path}" for path in written]
+    return found
+
+
+def fuzz(name: str, subject: Subject, count: int, seed: int) -> tuple[int, list[str]]:
     """Mutations that were refused, and what came of the others that should not have."""
-    source, names, read, allowed = subject
-    draw = random.Random(seed)
-    refused, broken = 0, []
-    place = source.with_name(source.name + "-mutated")
-    for number in range(count):
-        shutil.rmtree(place, ignore_errors=True)
-        shutil.copytree(source, place)
-        file = place / draw.choice(names)
-        file.write_bytes(mutate(file.read_bytes(), draw))
-        before = sorted(p.name for p in place.iterdir())
-        try:
-            read(place)
-        except allowed as error:
-            refused += 1
-            if len(str(error)) > 2000:
-                broken.append(f"{name} {number}: a message of {len(str(error))} characters")
-        except Exception as error:
-            broken.append(
-                f"{name} {number}, {file.name}: {type(error).__name__}: {str(error)[:200]}"
-            )
-        if sorted(p.name for p in place.iterdir()) != before:
-            broken.append(f"{name} {number}: files were written")
-    return refused, broken
+    every = [mutated(name, subject, number, seed) for number in range(count)]
+    broken = [f"{name} {i}: {what}" for i, found in enumerate(every) for what in found.broken]
+    return sum(found.refused for found in every), broken

@@ -1,23 +1,20 @@
-"""What is disturbed at every call site, and what must hold afterwards."""
+"""What is disturbed at every call site."""
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 
 import lorainit
-from lorainit.files.aside import is_aside
+from lorainit.cli.main import INTERRUPTED, main
 from tests.adapters import tiny
-from tests.faults.call_sites import Injected, InjectedInterrupt, calls, raising
-
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+from tests.cli.place import make_place
+from tests.life import mixtures
 
 
 @dataclass(frozen=True)
@@ -56,6 +53,22 @@ def operations(folder: Path) -> dict[str, Operation]:
     )
     statistics.save(folder / "s.safetensors")
     lorainit.save_adapter(anchored, folder / "adapter")
+    mixture = mixtures.mixtral()
+    experts = LoraConfig(
+        r=2,
+        target_modules=["q_proj"],
+        target_parameters=["experts.down_proj", "experts.gate_up_proj"],
+    )
+    read = make_place(folder)
+
+    def command(line: str, place: Path) -> None:
+        """A command; Ctrl-C, which it turns into an exit code, is one again."""
+        code = main(
+            [*line.split(), "--model", str(read / "model"), "--output", str(place), "--quiet"]
+        )
+        if code == INTERRUPTED:
+            raise KeyboardInterrupt
+        assert code == 0, f"exit code {code}"
 
     def get(model: Any, **settings: Any) -> None:
         settings = {"method": lorainit.LoraDA(), "data": data()} | settings
@@ -85,12 +98,25 @@ def operations(folder: Path) -> dict[str, Operation]:
                 model, tiny.config(), data=data(), needs=needs, progress=False
             ),
         ),
+        "collect_statistics, experts": Operation(
+            mixture,
+            lambda model, _: lorainit.collect_statistics(
+                model, experts, data=data(), needs=needs, progress=False
+            ),
+        ),
         "get_peft_model, new": Operation(base, lambda model, _: get(model), unload),
         "get_peft_model, second": Operation(
             second, lambda model, _: get(model, adapter_name="other"), delete
         ),
         "get_peft_model, restarted": Operation(
             again, lambda model, _: get(model, config=None, method=lorainit.EVA(rho=1))
+        ),
+        "get_peft_model, measured": Operation(
+            tiny.llama(),
+            lambda model, _: get(
+                model, method=lorainit.Natural(), config=tiny.config(r=2, target_modules=["q_proj"])
+            ),
+            unload,
         ),
         "load_adapter": Operation(
             tiny.llama(),
@@ -107,118 +133,16 @@ def operations(folder: Path) -> dict[str, Operation]:
         "export": Operation(
             anchored, lambda model, place: lorainit.export(model, place / "a", rank=2)
         ),
+        "init": Operation(
+            None,
+            lambda _, place: command(
+                f"init --method lora-one --data {read / 'pairs.jsonl'} --rank 4", place / "i"
+            ),
+        ),
+        "collect": Operation(
+            None,
+            lambda _, place: command(
+                f"collect --method eva --data {read / 'pairs.jsonl'}", place / "c.safetensors"
+            ),
+        ),
     }
-
-
-def state_of(model: Any) -> dict[str, Any]:
-    """Everything of a model that a failure must leave alone."""
-    found: dict[str, Any] = {"rng": torch.get_rng_state(), "python": random.getstate()}
-    if not isinstance(model, nn.Module):
-        return found
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        found["tensor " + name] = (tensor.detach().clone(), tensor.requires_grad)
-        found["gradient " + name] = tensor.grad is None
-    for name, module in model.named_modules():
-        found["module " + name] = (type(module).__name__, module.training)
-        for hooks in HOOKS:
-            table = getattr(module, hooks, None)
-            found[f"{hooks} {name}"] = len(table) if table else 0
-        for key in ("r", "lora_alpha", "scaling"):
-            if isinstance(getattr(module, key, None), dict):
-                found[f"{key} {name}"] = dict(getattr(module, key))
-    if isinstance(model, PeftModel):
-        found["configs"] = {n: (c.r, c.lora_alpha) for n, c in model.peft_config.items()}
-        found["active"] = list(model.active_adapters)
-    return found
-
-
-def differences(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
-    """Names of what is not the same to the bit."""
-    return [k for k in {**first, **second} if not _same(first.get(k), second.get(k))]
-
-
-def _same(first: Any, second: Any) -> bool:
-    if isinstance(first, Tensor) and isinstance(second, Tensor):
-        return first.shape == second.shape and torch.equal(first, second)
-    if isinstance(first, tuple) and isinstance(second, tuple) and len(first) == len(second):
-        return all(_same(a, b) for a, b in zip(first, second, strict=True))
-    return bool(first == second)
-
-
-@dataclass
-class Tally:
-    """What was injected, and what did not hold."""
-
-    injected: int = 0
-    passed_over: int = 0
-    sites: int = 0
-    broken: list[str] = field(default_factory=list)
-
-
-def disturb(
-    name: str, operation: Operation, place: Path, *, most: int | None, seed: int = 0
-) -> Tally:
-    """Raise at call sites of one operation: first, last and a random call of each; check what is left.
-
-    Args:
-        name: of the operation.
-        operation: what is done.
-        place: an empty folder for its files.
-        most: sites to take, drawn at random; None: all.
-        seed: of the draw.
-    """
-    tally = Tally()
-    draw = random.Random(seed)
-
-    def work() -> None:
-        operation.work(operation.model, place)
-
-    kept = state_of(operation.model)
-    counted = calls(work)
-    _settle(operation, kept)
-    sites = sorted(counted)
-    tally.sites = len(sites)
-    if most is not None and len(sites) > most:
-        sites = sorted(draw.sample(sites, most))
-    files = {p.name for p in place.iterdir()}
-    for site in sites:
-        for number in sorted({1, counted[site], draw.randint(1, counted[site])}):
-            error = Injected if draw.random() < 0.7 else InjectedInterrupt
-            before = state_of(operation.model)
-            caught = raising(work, site, number, error)
-            where = f"{name}: {site[0]}:{site[1]}, call {number} of {counted[site]}"
-            if caught is None:
-                # Caught where that is promised (an optional part), or not reached again.
-                tally.passed_over += 1
-                _settle(operation, before)
-                continue
-            tally.injected += 1
-            broken = differences(before, state_of(operation.model))
-            broken += _left_behind(place, files, caught)
-            if broken:
-                tally.broken.append(f"{where} ({type(caught).__name__}): {broken[:3]}")
-                _settle(operation, before)
-    return tally
-
-
-def _left_behind(place: Path, files: set[str], caught: BaseException) -> list[str]:
-    there = {p.name for p in place.iterdir()}
-    found = [n for n in there - files if not is_aside(n)]
-    if isinstance(caught, Injected):
-        found += [n for p in place.rglob("*") if is_aside(n := p.name)]
-    return found
-
-
-def _settle(operation: Operation, state: dict[str, Any]) -> None:
-    """Bring the model back after a success, or after what was found broken."""
-    operation.undo(operation.model)
-    model = operation.model
-    if isinstance(model, nn.Module):
-        with torch.no_grad():
-            for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-                kept = state.get("tensor " + name)
-                if kept is not None and kept[0].shape == tensor.shape:
-                    tensor.copy_(kept[0])
-                    tensor.requires_grad_(kept[1])
-    torch.set_rng_state(state["rng"])
-    random.setstate(state["python"])

@@ -2,38 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Any
+import json
 
 import pytest
 
-from tests.faults.mutations import fuzz, subjects
+from tests.faults.mutations import Subject, fuzz, subjects
 
-NAMES = ("adapter", "statistics", "records", "options", "curves")
+NAMES = ("adapter", "statistics", "records", "options", "curves", "base model")
 
 
 @pytest.fixture(scope="module")
-def every(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def every(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Subject]:
     found = subjects(tmp_path_factory.mktemp("made"))
     assert set(found) == set(NAMES)
     return found
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_mutated_files(name: str, every: dict[str, Any]) -> None:
+def test_mutated_files(name: str, every: dict[str, Subject]) -> None:
     refused, broken = fuzz(name, every[name], 60, seed=1)
     assert not broken, "\n".join(broken)
     assert refused > 10
 
 
-def test_a_foreign_error_is_seen(every: dict[str, Any]) -> None:
+def test_a_foreign_error_is_seen(every: dict[str, Subject]) -> None:
     """The negative control: a reader that checks nothing."""
-    import json
-
-    folder, names, _, allowed = every["adapter"]
-    careless = (
-        folder,
-        names[:1],
-        lambda p: json.loads((p / names[0]).read_text())["r"] + 1,
-        allowed,
-    )
+    whole = every["adapter"]
+    name = whole.names[0]
+    careless = Subject(whole.folder, [name], lambda p: json.loads((p / name).read_text())["r"] + 1)
     assert fuzz("careless", careless, 30, seed=1)[1]

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lorainit
-from lorainit.adapters.anchor import AnchoredA, AnchoredB, give_anchor
+from lorainit.adapters.anchored_kinds import give_anchor
 from tests.adapters.tiny import METHODS, batch, config, llama, logits, start, train
 from tests.life.fake_mps import OnMps, moved, mps
 from tests.untouched import untouched
@@ -77,8 +77,8 @@ def test_collecting_installing_and_training_need_no_float64(method: Any) -> None
 def test_the_anchored_pair_compiles_whole() -> None:
     torch._dynamo.reset()
     pair = nn.Sequential(nn.Linear(8, 3, bias=False), nn.Linear(3, 5, bias=False))
-    give_anchor(pair[0], AnchoredA, torch.randn(3, 8))
-    give_anchor(pair[1], AnchoredB, torch.randn(5, 3))
+    give_anchor(pair[0], "A", torch.randn(3, 8))
+    give_anchor(pair[1], "B", torch.randn(5, 3))
     compiled = torch.compile(pair, fullgraph=True, backend="aot_eager")
     x = torch.randn(2, 8)
     torch.testing.assert_close(compiled(x), pair(x))

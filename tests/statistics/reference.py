@@ -6,6 +6,7 @@ the weight and to every layer's output; sums over positions are loops over boole
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -172,7 +173,8 @@ def _add(
     for loss in losses:
         (slope,) = torch.autograd.grad(loss, [weight], retain_graph=True, allow_unused=True)
         of_weight = torch.zeros_like(weight) if slope is None else slope
-        entry.G = entry.G + (of_weight.mT if isinstance(module, Conv1D) else of_weight)
+        turned = isinstance(module, Conv1D)
+        entry.G = entry.G + (of_weight.mT if turned else of_weight.flatten(1))
         # Another sequence's rows are exactly zero: the gradients of single losses can be added.
         if not outputs:
             continue
@@ -182,6 +184,8 @@ def _add(
                 total += part
     mask = counted(name, batch)
     for (x, _), g in zip(entry.calls, gradients, strict=True):
+        if isinstance(module, nn.Conv1d | nn.Conv2d):
+            x, g = patches(module, x), g.flatten(2).mT
         kept = (
             torch.ones(x.shape[:-1], dtype=torch.bool) if mask is None else mask.view(x.shape[:-1])
         )
@@ -190,3 +194,20 @@ def _add(
         entry.x = entry.x + rows.sum(0)
         entry.Sy = entry.Sy + slopes.mT @ slopes
         entry.positions += len(rows)
+
+
+def patches(module: nn.Conv1d | nn.Conv2d, x: Tensor) -> Tensor:
+    """``(batch, locations, in * kernel)``: what every output location reads, one by one."""
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    sides = [n for size in reversed(module.padding) for n in (int(size), int(size))]
+    x = nn.functional.pad(x, sides, mode=mode)
+    reach = [d * (k - 1) + 1 for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+    starts = [
+        range(0, n - r + 1, s) for n, r, s in zip(x.shape[2:], reach, module.stride, strict=True)
+    ]
+    rows = []
+    for corner in itertools.product(*starts):
+        steps = zip(corner, reach, module.dilation, strict=True)
+        window = (slice(None), slice(None), *(slice(c, c + r, d) for c, r, d in steps))
+        rows.append(x[window].reshape(len(x), -1))
+    return torch.stack(rows, dim=1)

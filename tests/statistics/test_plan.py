@@ -90,6 +90,13 @@ def test_predicted_bytes_are_the_tensors(needs: frozenset[str]) -> None:
     assert total_bytes(shapes, needs) >= found.nbytes
 
 
+@pytest.fixture
+def passes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if no model were a chain of blocks."""
+    monkeypatch.setattr(planner, "_rehearsal", lambda *_: "it is a test of passes")
+
+
+@pytest.mark.usefixtures("passes_alone")
 @pytest.mark.parametrize("share", [0.9, 0.4, 0.2])
 def test_several_passes_and_split_batches_give_what_one_pass_gives(share: float, caplog) -> None:
     model, modules = model_and_modules()
@@ -107,7 +114,45 @@ def test_several_passes_and_split_batches_give_what_one_pass_gives(share: float,
     assert len(plan.passes) > 1
     assert plan.peak <= budget
     assert str(plan) in caplog.text
+    assert "not block by block: it is a test of passes" in caplog.text
     assert_same(parts, whole)
+
+
+@pytest.mark.parametrize("share", [0.9, 0.4])
+def test_one_pass_block_by_block_is_taken_before_several_passes(share: float, caplog) -> None:
+    model, modules = model_and_modules(hidden=64, inner=160, layers=6, vocabulary=300)
+    data = batches(8, length=24, count=2, vocabulary=300)
+    whole = collected(model, modules, data, LORA_DA)
+    easy = planned(model, modules, data, LORA_DA, max_memory="1GiB")
+    assert easy.blocks is None
+    budget = easy.plan.held + easy.plan.batch.nbytes + int(share * whole.nbytes)
+    with caplog.at_level("INFO", logger="lorainit"):
+        parts = collected(model, modules, data, LORA_DA, max_memory=budget)
+    blocks = planned(model, modules, data, LORA_DA, max_memory=budget).blocks
+    assert blocks is not None
+    assert blocks.peak <= budget
+    assert str(blocks) in caplog.text
+    assert "1 pass block by block, 6 blocks" in caplog.text
+    assert blocks.nbytes == whole.nbytes
+    assert_same(parts, whole)
+
+
+@pytest.mark.parametrize("needs", [LORA_DA, NEEDS])
+@pytest.mark.parametrize("rows", [2, 6])
+def test_the_predicted_peak_block_by_block_is_within_a_tenth(needs, rows) -> None:
+    model, modules = model_and_modules(hidden=64, inner=160, layers=6, vocabulary=300)
+    data = batches(rows, length=48, count=4, vocabulary=300)
+    easy = planned(model, modules, data, needs, max_memory="8GiB").plan
+    # Neither the batches nor the statistics fit as they are.
+    budget = easy.held + int(easy.batch.nbytes * 0.6) + easy.nbytes // 3
+    tight = planned(model, modules, data, needs, max_memory=budget)
+    assert tight.blocks is not None
+    gc.collect()
+    with LiveBytes() as meter:
+        for part in tight.parts():
+            del part
+    assert tight.blocks.peak == pytest.approx(meter.peak + easy.held, rel=0.1)
+    assert meter.peak + easy.held <= budget
 
 
 @pytest.mark.parametrize("needs", [LORA_DA, NEEDS, frozenset({"input_second_moment"})])
@@ -124,6 +169,7 @@ def test_the_predicted_peak_is_within_a_tenth_of_the_measured_one(needs, rows) -
     assert plan.peak == pytest.approx(measured, rel=0.1)
 
 
+@pytest.mark.usefixtures("passes_alone")
 def test_the_measured_peak_stays_within_a_tight_budget() -> None:
     model, modules = model_and_modules(hidden=64, inner=160, vocabulary=300)
     data = batches(8, length=48, count=2, vocabulary=300)

@@ -20,9 +20,10 @@ How the two halves are stored was chosen by trying three ways on one list of pro
 - *An ordinary parameter of rank r beside a frozen tensor, and a weight that reads and writes both*
   (`FactorWeight`). Each half may be moved, sharded, flattened or replaced by itself. It is this one.
 
-An anchored factor is the very ``nn.Linear`` that PEFT made, with another class and one more attribute: the
-parameter keeps its name ``weight``, its place and its identity, so optimizers, hooks and sharding that know
-it go on. The frozen half is neither parameter nor buffer, so nothing sends it to other processes.
+An anchored factor is the very module that PEFT made, with another class (`anchored_kinds`) and one more
+attribute: the parameter keeps its name ``weight``, its place and its identity, so optimizers, hooks and
+sharding that know it go on. The frozen half is neither parameter nor buffer, so nothing sends it to other
+processes.
 """
 
 from __future__ import annotations
@@ -32,11 +33,9 @@ from types import FrameType
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorainit.adapters.factor_weight import FactorWeight, weight_of
-from lorainit.errors import AdapterError
 
 
 def _read_by_fsdp(caller: FrameType) -> bool:
@@ -62,18 +61,23 @@ def whole_of(value: Tensor) -> Tensor:
     return whole
 
 
-class AnchoredFactor(nn.Linear):
+class AnchoredFactor(nn.Module):
     """A factor of twice the rank, half of it trained and half of it frozen.
 
+    Each is also of one of PEFT's own classes of factors: a linear layer, or a convolution.
+
     Attributes:
-        anchor: the frozen half: ``A0`` ``(rank, in)``, or ``-B0`` ``(out, rank)``. It is whole on every
-            process, also where the parameter is sharded.
+        anchor: the frozen half: ``A0`` ``(rank, in)``, or ``-B0`` ``(out, rank)``, of a convolution with
+            the kernel's dimensions. It is whole on every process, also where the parameter is sharded.
         experts: how many pairs of factors lie in this one, as PEFT lays out a stacked parameter's.
         is_copy: made from the configuration of an anchored adapter, to become a copy of it: it takes the
             trained half by itself, too, as ``named_parameters`` of the other gives it.
     """
 
-    _rank_dim: ClassVar[int]
+    rank_dim: ClassVar[int]
+    """Of its weight: 0 in A, 1 in B."""
+    plain: ClassVar[type[nn.Module]]
+    """PEFT's own class of this factor."""
 
     anchor: Tensor
     experts: int
@@ -91,7 +95,7 @@ class AnchoredFactor(nn.Linear):
     @property
     def rank(self) -> int:
         """Rank of the trained half."""
-        return self.anchor.shape[self._rank_dim] // self.experts
+        return self.anchor.shape[self.rank_dim] // self.experts
 
     @property
     def weight(self) -> Tensor:
@@ -110,7 +114,7 @@ class AnchoredFactor(nn.Linear):
             return trained
         if not isinstance(trained, nn.Parameter):
             return self.joined()
-        return weight_of(self, self._whole_shape)
+        return weight_of(self, self.whole_shape)
 
     @weight.setter
     def weight(self, value: Tensor) -> None:
@@ -124,7 +128,7 @@ class AnchoredFactor(nn.Linear):
     def halves(self) -> tuple[Tensor, Tensor]:
         """The trained half and the anchor in its dtype, on its device, and sharded as it is."""
         trained = self.trained
-        if trained.shape == self._whole_shape:
+        if trained.shape == self.whole_shape:
             return self.split(trained)
         anchor = self.anchor.to(device=trained.device, dtype=trained.dtype)
         return trained, placed_like(anchor, trained)
@@ -136,9 +140,9 @@ class AnchoredFactor(nn.Linear):
     def join(self, trained: Tensor, frozen: Tensor) -> Tensor:
         """The factor of twice the rank; every expert's halves lie together."""
         if self.experts == 1:
-            return torch.cat([trained, frozen], dim=self._rank_dim)
+            return torch.cat([trained, frozen], dim=self.rank_dim)
         both = [self._stacked(half) for half in (trained, frozen)]
-        return torch.cat(both, dim=1).flatten(self._rank_dim, self._rank_dim + 1)
+        return torch.cat(both, dim=1).flatten(self.rank_dim, self.rank_dim + 1)
 
     def split(self, whole: Tensor) -> tuple[Tensor, Tensor]:
         """The trained half of a factor of twice the rank, and the anchor: the inverse of `join`.
@@ -146,13 +150,13 @@ class AnchoredFactor(nn.Linear):
         Raises:
             RuntimeError: of another shape.
         """
-        if whole.shape != self._whole_shape:
+        if whole.shape != self.whole_shape:
             raise RuntimeError(self._unfit(whole))
         if self.experts == 1:
-            trained, frozen = whole.chunk(2, dim=self._rank_dim)
+            trained, frozen = whole.chunk(2, dim=self.rank_dim)
         else:
             trained, frozen = (
-                half.flatten(self._rank_dim, self._rank_dim + 1)
+                half.flatten(self.rank_dim, self.rank_dim + 1)
                 for half in self._stacked(whole).chunk(2, dim=1)
             )
         return trained, frozen
@@ -167,8 +171,7 @@ class AnchoredFactor(nn.Linear):
     def replace(self, whole: Tensor) -> None:
         """What ``weight.data = whole`` does: of another rank, it becomes a plain factor of that rank."""
         trained = self.trained
-        other = 1 - self._rank_dim
-        if whole.shape == self._whole_shape:
+        if whole.shape == self.whole_shape:
             half, anchor = (part.detach() for part in self.split(whole))
             if (whole.dtype, whole.device) != (trained.dtype, trained.device):
                 trained.data = half.clone(memory_format=torch.contiguous_format)
@@ -176,11 +179,13 @@ class AnchoredFactor(nn.Linear):
             else:
                 self.write(whole)
             return
-        if self.experts > 1 or whole.dim() != 2 or whole.shape[other] != trained.shape[other]:
+        same = [size for dim, size in enumerate(whole.shape) if dim != self.rank_dim]
+        own = [size for dim, size in enumerate(trained.shape) if dim != self.rank_dim]
+        if self.experts > 1 or same != own:
             raise RuntimeError(self._unfit(whole))
         take_anchor(self)
         trained.data = whole
-        self.out_features, self.in_features = whole.shape
+        note_sizes(self, whole.shape)
 
     def copy_trained(self, value: Tensor) -> bool:
         """Copy a trained half alone into a factor that is a copy; whether it was one."""
@@ -192,7 +197,7 @@ class AnchoredFactor(nn.Linear):
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Also reached by setting ``weight`` to a parameter; one of twice the rank is split."""
-        if name == "weight" and param is not None and param.shape == self._whole_shape:
+        if name == "weight" and param is not None and param.shape == self.whole_shape:
             if isinstance(param, FactorWeight) and param._source is self:
                 return
             trained, anchor = self.split(param.detach())
@@ -202,20 +207,22 @@ class AnchoredFactor(nn.Linear):
         super().register_parameter(name, param)
 
     @property
-    def _whole_shape(self) -> torch.Size:
-        rows, columns = self.anchor.shape
-        return torch.Size((2 * rows, columns) if self._rank_dim == 0 else (rows, 2 * columns))
+    def whole_shape(self) -> torch.Size:
+        """Of the factor of twice the rank."""
+        shape = list(self.anchor.shape)
+        shape[self.rank_dim] *= 2
+        return torch.Size(shape)
 
     def _stacked(self, factor: Tensor) -> Tensor:
         """With the rank in dimension one: ``(experts, rank, .)`` or ``(., rank, experts)``."""
         rows, columns = factor.shape
-        if self._rank_dim == 0:
+        if self.rank_dim == 0:
             return factor.reshape(self.experts, -1, columns)
         return factor.reshape(rows, -1, self.experts)
 
     def _unfit(self, whole: Tensor) -> str:
         return (
-            f"an anchored adapter takes a factor of shape {tuple(self._whole_shape)} (twice the rank, start "
+            f"an anchored adapter takes a factor of shape {tuple(self.whole_shape)} (twice the rank, start "
             f"included), not {tuple(whole.shape)}: that is of another rank or without an anchor. Load it "
             "with PeftModel.from_pretrained."
         )
@@ -247,7 +254,7 @@ class AnchoredFactor(nn.Linear):
         missing_keys += [name for name in missing if name != key or whole is None]
         if whole is None:
             return
-        if whole.shape != self._whole_shape:
+        if whole.shape != self.whole_shape:
             error_msgs.append(f"{key}: {self._unfit(whole)}")
         elif local_metadata.get("assign_to_params_buffers", False):
             self.weight = nn.Parameter(whole, requires_grad=self.trained.requires_grad)
@@ -255,78 +262,22 @@ class AnchoredFactor(nn.Linear):
             self.write(whole)
 
 
-class AnchoredA(AnchoredFactor):
-    """``x -> [A x, A0 x]``, with ``A`` and ``A0`` both ``(rank, in)``."""
-
-    _rank_dim = 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``(..., in)`` to ``(..., 2 rank)``."""
-        trained, anchor = self.halves()
-        return torch.cat([F.linear(x, trained), F.linear(x, anchor)], dim=-1)
-
-
-class AnchoredB(AnchoredFactor):
-    """``[z, z0] -> B z - B0 z0``, with ``B`` and ``B0`` both ``(out, rank)``."""
-
-    _rank_dim = 1
-
-    def forward(self, z: Tensor) -> Tensor:
-        """``(..., 2 rank)`` to ``(..., out)``."""
-        trained, anchor = self.halves()
-        live, start = z.chunk(2, dim=-1)
-        out = F.linear(live, trained) + F.linear(start, anchor)
-        return out if self.bias is None else out + self.bias
-
-
-def give_anchor(
-    factor: nn.Module, kind: type[AnchoredFactor], anchor: Tensor, *, experts: int = 1
-) -> None:
-    """Turn PEFT's factor of rank ``r`` into an anchored one, in place.
-
-    Args:
-        factor: an ``nn.Linear``, or an anchored factor, which gets another anchor.
-        kind: which of the two factors it is.
-        anchor: of the shape of its weight: ``A0``, or ``-B0``. Kept, not copied.
-        experts: how many pairs of factors lie in it.
-
-    Raises:
-        AdapterError: some other module.
-    """
-    if type(factor) is nn.Linear:
-        factor.__class__ = kind
-    elif not isinstance(factor, kind):
-        raise AdapterError(
-            f"PEFT's factor is a {type(factor).__name__}, not the nn.Linear that an anchor can be given to. "
-            "Use a method without an anchor, such as lorainit.EVA()."
-        )
-    assert isinstance(factor, kind)
-    factor.anchor, factor.experts, factor.is_copy = anchor, experts, False
-    factor.out_features, factor.in_features = factor._whole_shape
-
-
 def take_anchor(factor: nn.Module) -> None:
     """Turn an anchored factor back into PEFT's of rank ``r``, in place; any other stays as it is."""
     if isinstance(factor, AnchoredFactor):
-        factor.__class__ = nn.Linear  # type: ignore[assignment]
+        factor.__class__ = factor.plain  # type: ignore[assignment]
         for name in ("anchor", "experts", "is_copy"):
             delattr(factor, name)
-        factor.out_features, factor.in_features = factor.weight.shape
+        note_sizes(factor, factor.weight.shape)  # type: ignore[arg-type]
 
 
-def anchor_whole(factor: nn.Module, kind: type[AnchoredFactor], *, experts: int = 1) -> None:
-    """Turn a factor of rank ``2 r``, as an anchored adapter is saved, into an anchored one, in place.
-
-    Args:
-        factor: PEFT's, an ``nn.Linear``; its parameter is replaced.
-        kind: which of the two factors it is.
-        experts: how many pairs of factors lie in it.
-    """
-    whole: nn.Parameter = factor.weight  # type: ignore[assignment]
-    shape = list(whole.shape)
-    shape[kind._rank_dim] //= 2
-    give_anchor(factor, kind, whole.new_empty(shape, device="meta"), experts=experts)
-    factor.weight = whole
+def note_sizes(factor: nn.Module, shape: torch.Size) -> None:
+    """What a layer says of its own size."""
+    names = ("out_features", "in_features")
+    if not isinstance(factor, nn.Linear):
+        names = ("out_channels", "in_channels")
+    for name, size in zip(names, shape[:2], strict=True):
+        setattr(factor, name, size)
 
 
 def trained_of(factor: nn.Module) -> Tensor:

@@ -186,18 +186,20 @@ def _rewrite(
         raise AdapterError(f"layer '{name}': its factors are not in PEFT's state dict.")
     ratio = layer.scaling[adapter_name] / scaling
     a, b = tensors[key_a], tensors[key_b]
-    if a.dim() != 2 or not (is_linear(layer, adapter_name) or "embedding" in key_a):
+    if not (is_linear(layer, adapter_name) or "embedding" in key_a):
         if a.shape[0] != rank:
             raise AdapterError(
                 f"layer '{name}' ({type(layer).__name__}) has rank {a.shape[0]}, the export "
                 f"{rank}; only "
-                "linear layers are padded or cut. Use model.save_pretrained."
+                "linear layers and convolutions of one group are padded or cut. Use model.save_pretrained."
             )
         tensors[key_b] = b * ratio if ratio != 1 else b
         return 0.0
     error = 0.0
     if a.shape[0] > rank:
-        a, b, error = _cut(a, b, rank)
+        kernels = a.shape[1:], b.shape[2:]
+        a, b, error = _cut(a.flatten(1), b.flatten(1), rank)
+        a, b = a.reshape(rank, *kernels[0]), b.reshape(*b.shape, *kernels[1])
     tensors[key_a] = _padded(a, rank, 0)
     tensors[key_b] = _padded(b * ratio if ratio != 1 else b, rank, 1)
     bias = f"{stem}.lora_B.bias"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
@@ -12,7 +13,8 @@ from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from lorainit.adapters.anchor import AnchoredA, AnchoredB, anchor_whole, trained_of
+from lorainit.adapters.anchor import trained_of
+from lorainit.adapters.anchored_kinds import anchor_whole, can_be_anchored
 from lorainit.adapters.layers import (
     adapter_layers,
     check_not_merged,
@@ -159,7 +161,7 @@ def _odd_factor(layers: Mapping[str, LoraLayer], adapter_name: str) -> str | Non
                     "cannot get an anchor then. Apply it to the whole block, or start the adapter "
                     "first and apply it afterwards; a method without an anchor can start it either way."
                 )
-            if type(factor) not in (nn.Linear, AnchoredA, AnchoredB):
+            if not can_be_anchored(factor):
                 return (
                     f"layer '{name}': the adapter's factor is a {type(factor).__name__}, not the nn.Linear "
                     "that an anchor can be given to. Use a method without one, such as lorainit.EVA()."
@@ -187,8 +189,8 @@ def anchor_loaded(model: PeftModel, adapter_name: str) -> None:
             )
     for layer in layers.values():
         experts = experts_of(layer)
-        anchor_whole(layer.lora_A[adapter_name], AnchoredA, experts=experts)
-        anchor_whole(layer.lora_B[adapter_name], AnchoredB, experts=experts)
+        anchor_whole(layer.lora_A[adapter_name], "A", experts=experts)
+        anchor_whole(layer.lora_B[adapter_name], "B", experts=experts)
     know_anchors(model)
 
 
@@ -204,6 +206,9 @@ def _check_shapes(name: str, layer: LoraLayer, adapter_name: str, pair: Factors)
         a, b = (torch.empty(tuple(t.shape), device="meta") for t in (a, b))
         a, b = stacked_a(a, layer.num_experts)[0], stacked_b(b, layer.num_experts)[0]
         a, b = in_peft(layer, a, b)
+    else:
+        # Of a convolution the kernel is flattened.
+        a, b = (torch.empty(t.shape[0], math.prod(t.shape[1:]), device="meta") for t in (a, b))
     have = tuple(a.shape), tuple(b.shape)
     if have != given:
         raise AdapterError(

@@ -13,10 +13,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from lorainit.adapters.anchor import AnchoredA
+from lorainit.adapters.anchor import AnchoredFactor
 from lorainit.adapters.patterns import scale_ranks
 from lorainit.adapters.stacks import is_stack
 from lorainit.errors import AdapterError
+from lorainit.models.convolution import Convolution
 from lorainit.models.reference_forward import reference_forward
 
 
@@ -98,14 +99,20 @@ def adapter_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
 
 
 def is_linear(layer: LoraLayer, adapter_name: str) -> bool:
-    """Whether the adapter adds a plain matrix pair here: no embedding, convolution or experts."""
+    """Whether the adapter adds a plain matrix pair here: a linear layer, or a convolution of one group.
+
+    Of a convolution the pair is its kernel's, flattened.
+    """
     if adapter_name not in layer.lora_A or isinstance(layer, ParamWrapper):
         return False
-    return isinstance(layer.lora_A[adapter_name], nn.Linear)
+    a, b = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
+    if isinstance(a, nn.Conv1d | nn.Conv2d):
+        return Convolution.of(layer.get_base_layer()) is not None and b.groups == 1
+    return isinstance(a, nn.Linear)
 
 
 def takes_factors(layer: LoraLayer, adapter_name: str) -> bool:
-    """Whether the adapter of this layer can be started: a linear layer, or a stack of experts."""
+    """Whether the adapter of this layer can be started: `is_linear`, or a stack of experts."""
     if adapter_name not in layer.lora_A:
         return False
     return is_linear(layer, adapter_name) or is_stack(layer)
@@ -113,7 +120,7 @@ def takes_factors(layer: LoraLayer, adapter_name: str) -> bool:
 
 def is_anchored(layer: LoraLayer, adapter_name: str) -> bool:
     """Whether this adapter of the layer carries an anchor."""
-    return adapter_name in layer.lora_A and isinstance(layer.lora_A[adapter_name], AnchoredA)
+    return adapter_name in layer.lora_A and isinstance(layer.lora_A[adapter_name], AnchoredFactor)
 
 
 def true_config(model: nn.Module, adapter_name: str) -> LoraConfig:

@@ -11,14 +11,12 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
 from lorainit.adapters.anchor import (
-    AnchoredA,
-    AnchoredB,
-    give_anchor,
     placed_like,
     take_anchor,
     trained_of,
     whole_of,
 )
+from lorainit.adapters.anchored_kinds import Side, give_anchor
 from lorainit.adapters.stacks import in_peft, is_stack, stacked_a, stacked_b
 from lorainit.types import Factors
 
@@ -119,15 +117,15 @@ def experts_of(layer: LoraLayer) -> int:
 
 def put_pair(layer: LoraLayer, adapter_name: str, values: PairValues) -> None:
     """Write what `prepare_pair` made into the layer's own parameters, which optimizers may hold."""
-    kinds = (AnchoredA, AnchoredB)
+    sides: tuple[Side, Side] = ("A", "B")
     factors = (layer.lora_A[adapter_name], layer.lora_B[adapter_name])
     given = ((values.a, values.start_a), (values.b, values.start_b))
-    for kind, factor, (value, start) in zip(kinds, factors, given, strict=True):
+    for side, factor, (value, start) in zip(sides, factors, given, strict=True):
         _write_trained(factor, value)
         if start is None:
             take_anchor(factor)
         else:
-            give_anchor(factor, kind, start, experts=experts_of(layer))
+            give_anchor(factor, side, start, experts=experts_of(layer))
     if values.bias is not None:
         old = factors[1].bias
         factors[1].bias = nn.Parameter(values.bias, requires_grad=old.requires_grad)
@@ -171,8 +169,9 @@ def _default_start(like_a: Tensor, like_b: Tensor, layer: LoraLayer) -> tuple[Te
 
 
 def _like(value: Tensor, like: Tensor, layer: LoraLayer) -> Tensor:
-    """The value, whole, in the dtype and on the device that PEFT chose; meta means the base layer's."""
-    return whole_of(value.detach()).to(device=_device_of(like, layer), dtype=like.dtype)
+    """The value, whole, as PEFT has it: its shape, dtype and device; meta means the base layer's."""
+    moved = whole_of(value.detach()).to(device=_device_of(like, layer), dtype=like.dtype)
+    return moved.reshape(like.shape)
 
 
 def _device_of(like: Tensor, layer: LoraLayer) -> torch.device:

@@ -68,11 +68,20 @@ def _odd_names(path: Path) -> list[str]:
     if not (path / WEIGHTS_FILE).is_file():
         return [f"there is no {WEIGHTS_FILE}."]
     with safe_open(str(path / WEIGHTS_FILE), framework="pt") as file:
+        keys = list(file.keys())
         odd = [
             key
-            for key in file.keys()  # noqa: SIM118
+            for key in keys
             if not (key.startswith(PREFIX) and key.endswith((".lora_A.weight", ".lora_B.weight")))
         ]
-    if not odd:
-        return []
-    return [f"{len(odd)} tensors are no lora_A or lora_B of a linear layer, such as '{odd[0]}'."]
+        kernels = [
+            key for key in keys if key not in odd and len(file.get_slice(key).get_shape()) > 2
+        ]
+    found = []
+    if odd:
+        found = [
+            f"{len(odd)} tensors are no lora_A or lora_B of a linear layer, such as '{odd[0]}'."
+        ]
+    if kernels:
+        found.append(f"{len(kernels)} tensors are kernels of convolutions, such as '{kernels[0]}'.")
+    return found

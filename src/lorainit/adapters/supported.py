@@ -19,7 +19,7 @@ HONOURED = {
     "use_rslora": "the scaling",
     "rank_pattern": "ranks of single layers",
     "alpha_pattern": "scalings of single layers; they survive capped and redistributed ranks",
-    "target_modules": "which layers are started; embeddings and convolutions keep PEFT's start, and it is said",
+    "target_modules": "which layers are started; what cannot be served keeps PEFT's start, and it is said",
     "exclude_modules": "which layers are not",
     "layers_to_transform": "which layers are started",
     "layers_pattern": "which layers are started",

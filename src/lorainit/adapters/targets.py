@@ -19,14 +19,16 @@ from transformers.pytorch_utils import Conv1D
 
 from lorainit.adapters.config_checks import check_config
 from lorainit.adapters.supported import check_supported
+from lorainit.adapters.unserved import why_left_out
 from lorainit.errors import TargetError
+from lorainit.models.convolution import convolution_shape
 from lorainit.models.experts import ExpertLayer, ExpertStack, expert_parameters
 from lorainit.types import LayerSpec
 
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """One layer that can be started from data: a linear layer, or one expert of a stacked parameter.
+    """One layer that can be started from data: a linear layer, a convolution, or one expert of a stack.
 
     Attributes:
         spec: its name, shape, rank and scaling.
@@ -133,10 +135,13 @@ def match_targets(model: nn.Module, peft_config: LoraConfig) -> Targets:
         if not check_target_module_exists(config, name):
             continue
         shape = weight_shape(inner)
-        if shape is None:
-            left_out[name] = f"{type(inner).__name__} is not a linear layer"
+        spec = _spec(config, name, shape or (0, 0))
+        reason = why_left_out(name, inner, spec.rank)
+        if reason is None and shape is None:
+            reason = f"{type(inner).__name__} is not a linear layer"
+        if reason is not None:
+            left_out[name] = reason
             continue
-        spec = _spec(config, name, shape)
         layers[name] = Target(spec, inner)
     if not layers:
         raise TargetError(_nothing_matched(config, left_out))
@@ -232,7 +237,12 @@ def converted(model: nn.Module, config: LoraConfig) -> None:
 
 
 def weight_shape(module: nn.Module) -> tuple[int, int] | None:
-    """``(out, in)`` of a linear layer, however it stores its weight; None for anything else."""
+    """``(out, in)`` of a linear layer, however it stores its weight; None for anything else.
+
+    Of a convolution that is a linear layer over patches ``in`` is their width.
+    """
+    if isinstance(module, nn.Conv1d | nn.Conv2d):
+        return convolution_shape(module)
     if isinstance(module, Conv1D):
         rows, columns = module.weight.shape
         return int(columns), int(rows)

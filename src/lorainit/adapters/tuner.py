@@ -8,7 +8,8 @@ from typing import Any
 from peft.tuners.lora import LoraLayer, LoraModel
 from torch import nn
 
-from lorainit.adapters.anchor import AnchoredA, AnchoredB, AnchoredFactor, give_anchor
+from lorainit.adapters.anchor import AnchoredFactor
+from lorainit.adapters.anchored_kinds import Side, give_anchor
 from lorainit.adapters.origin import StartedLoraConfig
 from lorainit.errors import AdapterError
 
@@ -88,13 +89,14 @@ def _start_alike(model: nn.Module, first: str, second: str) -> None:
     for layer in model.modules():
         if not isinstance(layer, LoraLayer) or first not in layer.lora_A:
             continue
-        for kind, holder in ((AnchoredA, layer.lora_A), (AnchoredB, layer.lora_B)):
+        sides: tuple[tuple[Side, Any], ...] = (("A", layer.lora_A), ("B", layer.lora_B))
+        for side, holder in sides:
             old, new = holder[first], holder[second]
             if not isinstance(old, AnchoredFactor):
                 continue
             flag, like = new.weight.requires_grad, new.weight
-            start = old.anchor if kind is AnchoredA else -old.anchor
-            give_anchor(new, kind, old.anchor.detach().clone(), experts=old.experts)
+            start = old.anchor if side == "A" else -old.anchor
+            give_anchor(new, side, old.anchor.detach().clone(), experts=old.experts)
             start = start.detach().clone().to(device=like.device, dtype=like.dtype)
             new.weight = nn.Parameter(start, flag)
             new.is_copy = True

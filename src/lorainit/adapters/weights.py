@@ -30,6 +30,8 @@ def read_weight(module: nn.Module, name: str) -> Tensor:
     if isinstance(module, Conv1D):
         weight = weight.mT
     expected = weight_shape(module)
+    if isinstance(module, nn.Conv1d | nn.Conv2d):
+        weight = weight.flatten(1)
     if tuple(weight.shape) != expected:
         raise AdapterError(
             f"layer '{name}' ({type(module).__name__}) stores its weight as {tuple(weight.shape)}, "
@@ -129,7 +131,7 @@ def _entries_of_shard(
     if isinstance(module, Conv1D):
         rows, columns = columns, rows
     with torch.no_grad():
-        own = weight.to_local()
+        own = weight.to_local().flatten(1)
         # Rows are cut as torch.chunk cuts them.
         first = mesh.get_local_rank() * -(-weight.shape[0] // mesh.size())
         mine = ((rows >= first) & (rows < first + own.shape[0])).nonzero().squeeze(1)

@@ -27,23 +27,25 @@ from lorainit.types import Method
 @contextlib.contextmanager
 def speaking(options: argparse.Namespace) -> Iterator[None]:
     """The package's own log on stderr, and other libraries' chatter off."""
-    import transformers
+    from transformers.utils import logging as chatter
 
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
     logger = logging.getLogger("lorainit")
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
-    before = logger.level
-    logger.setLevel(logging.WARNING if options.quiet else logging.INFO)
-    logger.addHandler(handler)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(before)
+    with contextlib.ExitStack() as stack:
+        # What puts something back is noted before it is changed.
+        stack.callback(chatter.set_verbosity, chatter.get_verbosity())
+        if chatter.is_progress_bar_enabled():
+            stack.callback(chatter.enable_progress_bar)
+        chatter.set_verbosity_error()
+        chatter.disable_progress_bar()
+        stack.callback(logger.setLevel, logger.level)
+        stack.callback(logger.removeHandler, handler)
+        logger.setLevel(logging.WARNING if options.quiet else logging.INFO)
+        logger.addHandler(handler)
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        yield
 
 
 def load_records(options: argparse.Namespace, tokenizer: Any = None) -> Records:

@@ -61,9 +61,12 @@ class Aside:
 
     def discard(self) -> None:
         """Remove it wherever it is."""
-        self.close()
-        with contextlib.suppress(OSError):
-            self.path.unlink(missing_ok=True)
+        try:
+            self.close()
+        finally:
+            # After an interrupt in the closing too.
+            with contextlib.suppress(OSError):
+                self.path.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Unlock it."""

@@ -53,9 +53,12 @@ def replaced_files(folder: Path, *, key: str, obsolete: Collection[str] = ()) ->
         try:
             shutil.rmtree(aside, ignore_errors=True)
         finally:
-            # What an interrupt has left here is for the next sweep.
-            if number is not None:
-                os.close(number)
+            try:
+                # Again, for what an interrupt has left of it.
+                shutil.rmtree(aside, ignore_errors=True)
+            finally:
+                if number is not None:
+                    os.close(number)
 
 
 def is_interrupted(folder: Path) -> bool:

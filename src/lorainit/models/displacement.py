@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorainit.models.experts import routed
+from lorainit.models.forms import form_of
+from lorainit.models.hooks import add_hook
 from lorainit.models.reference_forward import in_reference_forward
 
 
@@ -50,6 +52,9 @@ def displaced(modules: Mapping[str, nn.Module], terms: Mapping[str, LowRank]) ->
             x = args[0] if args else kwargs.get("input", kwargs.get("x"))
             assert isinstance(x, Tensor)
             right, left = term.right.to(x), term.left.to(x)
+            form = form_of(module)
+            if form is not None:
+                return output + form.low_rank(x, left, right)
             return output + F.linear(F.linear(x, right), left)
 
         return hook
@@ -57,6 +62,5 @@ def displaced(modules: Mapping[str, nn.Module], terms: Mapping[str, LowRank]) ->
     with ExitStack() as stack:
         stack.enter_context(routed(modules.values()))
         for name, module in modules.items():
-            handle = module.register_forward_hook(make_hook(name), with_kwargs=True)
-            stack.callback(handle.remove)
+            add_hook(stack, module.register_forward_hook, make_hook(name), with_kwargs=True)
         yield

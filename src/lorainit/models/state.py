@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from lorainit.models.hooks import add_hook
 from lorainit.parallel.sharding import reshard
 
 P = ParamSpec("P")
@@ -147,18 +148,21 @@ def outside_autocast(function: Callable[P, R]) -> Callable[P, R]:
 
 
 @contextmanager
-def measuring(model: nn.Module) -> Iterator[None]:
+def measuring(model: nn.Module, *, checkpoints: bool = True) -> Iterator[None]:
     """Freeze every parameter and switch dropout off, and put everything back afterwards.
 
     The model goes to eval mode, but where its layers are gradient-checkpointed and it is in train
     mode: such layers must stay in train mode to be checkpointed at all, so their own dropout rates
     are set to zero for the time being. What is compiled of it runs eagerly, where hooks are seen.
+    Without `checkpoints` all of it goes to eval mode: nothing is checkpointed.
     """
     reshard(model)
     required = [(p, p.requires_grad) for p in model.parameters()]
     modes = [(m, m.training) for m in model.modules()]
     checkpointed = [
-        m for m, training in modes if training and getattr(m, "gradient_checkpointing", False)
+        m
+        for m, training in modes
+        if checkpoints and training and getattr(m, "gradient_checkpointing", False)
     ]
     rates = [
         (m, key, value)
@@ -257,4 +261,4 @@ def _inputs_require_grad(model: nn.Module, stack: ExitStack) -> None:
         if isinstance(embedding, nn.Module):
             embeddings[id(embedding)] = embedding
     for embedding in embeddings.values():
-        stack.callback(embedding.register_forward_hook(hook).remove)
+        add_hook(stack, embedding.register_forward_hook, hook)

@@ -25,6 +25,7 @@ from lorainit.pipeline.checks import unused_targets
 from lorainit.solve.importance import ranks_by_importance
 from lorainit.solve.layers import value_directions
 from lorainit.solve.ranks import allocate_ranks, rank_limits
+from lorainit.solve.stacks import solving_bytes
 from lorainit.statistics.collection import collect_layers, plan_collection
 from lorainit.statistics.loss.own_loss import OwnLoss, needs_own_loss, one_by_one
 from lorainit.statistics.loss.togetherness import labelled_units, losses_together
@@ -110,7 +111,8 @@ class Measurements:
     def passes(self, sample: Sample) -> Iterator[Statistics]:
         """The same pass by pass, for whoever needs no two passes' statistics at a time."""
         self._fingerprints()
-        yield from plan_collection(self.subject, sample).parts()
+        workspace = solving_bytes(self.targets.layers, self.needs)
+        yield from plan_collection(self.subject, sample, workspace).parts()
 
     def held_out_loss(self, sample: Sample) -> HeldOutLoss:
         """The loss on these sequences."""

@@ -13,10 +13,13 @@ from lorainit.data.sampling import Sample
 from lorainit.errors import DataError
 from lorainit.models.state import measuring, unchanged_rng
 from lorainit.parallel import collectives
+from lorainit.statistics.blocks.block_pass import BlockPass
+from lorainit.statistics.blocks.calls import NotByBlocksError
 from lorainit.statistics.collect.finalize import check_unused, finish
-from lorainit.statistics.collect.passes import run_batches
+from lorainit.statistics.collect.passes import Run, run_batches
 from lorainit.statistics.collect.unreached import unreached_reasons
 from lorainit.statistics.loss.batch_loss import ALL_MASKED, has_label
+from lorainit.statistics.memory.block_plan import BlockPlan
 from lorainit.statistics.memory.plan import Plan
 from lorainit.statistics.memory.planner import plan_passes
 from lorainit.statistics.settings import Subject
@@ -37,7 +40,7 @@ def collect_layers(subject: Subject, sample: Sample) -> Statistics:
         parts = []
         for part in planned.parts():
             # What is kept of one pass makes room for the next.
-            parts.append(part.to("cpu") if len(planned.plan.passes) > 1 else part)
+            parts.append(part.to("cpu") if planned.is_divided else part)
             del part
     return _merged(parts, subject)
 
@@ -49,12 +52,62 @@ class PlannedCollection:
     subject: Subject
     sample: Sample
     plan: Plan
+    blocks: BlockPlan | None = None
+
+    @property
+    def is_divided(self) -> bool:
+        """Whether there may be more than one part."""
+        return self.blocks is not None or len(self.plan.passes) > 1
 
     def parts(self) -> Iterator[Statistics]:
-        """Each pass's statistics, in the layers' order; a pass begins when its part is asked for."""
+        """Each pass's statistics, or each block's; work on a part begins when it is asked for."""
+        if self.blocks is not None:
+            try:
+                walk = self._begun(self.blocks)
+            except NotByBlocksError as reason:
+                logger.warning("not block by block after all: %s. %s", reason, self.plan)
+            else:
+                yield from self._by_blocks(walk, self.blocks)
+                return
         for group in self.plan.passes:
             # Held by nobody here: the next pass needs the memory of what was handed over.
             yield self._part(group)
+
+    def _begun(self, blocks: BlockPlan) -> BlockPass:
+        """The forward pass over all batches."""
+        parts = [part for batch in self.sample.batches for part in batch.cut(blocks.batch.rows)]
+        room = None if blocks.on_host == 0 else blocks.on_device
+        walk = BlockPass(self.subject, blocks.chain, parts, room)
+        with measuring(self.subject.model, checkpoints=False):
+            walk.forward()
+        return walk
+
+    def _by_blocks(self, walk: BlockPass, blocks: BlockPlan) -> Iterator[Statistics]:
+        """From the last block to the first, then the layers outside of blocks."""
+        places = [place for place, _ in blocks.groups]
+        for number, (place, names) in enumerate(blocks.groups):
+            with measuring(self.subject.model, checkpoints=False):
+                run = walk.collect(place, names)
+                if places[number + 1 : number + 2] != [place]:
+                    walk.free(place)
+                found = self._finished(run, names) if names else None
+            del run
+            if found is not None:
+                yield found
+            del found
+        if blocks.chain.outside:
+            with measuring(self.subject.model, checkpoints=False):
+                found = self._finished(walk.outside(), blocks.chain.outside)
+            yield found
+
+    def _finished(self, run: Run, names: Collection[str]) -> Statistics:
+        some = {name: self.subject.modules[name] for name in names}
+        subject = replace(self.subject, modules=some)
+        found = finish(run, subject, self.sample.population, whole=False)
+        found.metadata["unused_reasons"] = unreached_reasons(
+            found.metadata["unused"], run.state.ran, subject, self.sample.batches
+        )
+        return found
 
     def _part(self, group: Collection[str]) -> Statistics:
         some = {name: self.subject.modules[name] for name in group}
@@ -68,8 +121,14 @@ class PlannedCollection:
         return found
 
 
-def plan_collection(subject: Subject, sample: Sample) -> PlannedCollection:
-    """Check the sample and plan the passes; the random state may be drawn from."""
+def plan_collection(subject: Subject, sample: Sample, workspace: int = 0) -> PlannedCollection:
+    """Check the sample and plan the passes; the random state may be drawn from.
+
+    Args:
+        subject: what is measured.
+        sample: the data.
+        workspace: bytes that are wanted beside a part's statistics, to solve them.
+    """
     settings = subject.settings
     if settings.gradient_dtype == "bfloat16" and subject.needs >= {
         "gradient",
@@ -82,9 +141,9 @@ def plan_collection(subject: Subject, sample: Sample) -> PlannedCollection:
         )
     if settings.loss_fn is None and subject.needs & GRADIENT_STATISTICS:
         _check_labels(subject.model, sample.batches)
-    plan = plan_passes(subject, sample.batches)
-    logger.info(str(plan))
-    return PlannedCollection(subject, sample, plan)
+    chosen = plan_passes(subject, sample.batches, workspace)
+    logger.info(str(chosen))
+    return PlannedCollection(subject, sample, chosen.passes, chosen.blocks)
 
 
 def _check_labels(model: nn.Module, batches: Sequence[Batch]) -> None:

@@ -45,9 +45,9 @@ class CollectSettings:
             case if no target was reached.
         max_memory: what the model, the statistics and a batch may take together on the model's device,
             in bytes or as ``"24GiB"``. Default: what is free there; no limit on a CPU. Where that is
-            too little for one pass, batches are cut to fewer rows, and layers are collected in several
-            passes, each moved to the host (in `get_peft_model`: solved before the next pass); the log
-            says which.
+            too little for one pass, batches are cut to fewer rows, and layers are collected block by block
+            or in several passes, each part moved to the host (in `get_peft_model`: solved before the
+            next); the log says which.
         gradient_dtype: what gradients are added up in: ``"float32"`` (float64 where the model computes in
             it), or ``"bfloat16"``, half the bytes, rounded once a batch (or part of one) as a model's own
             ``.grad`` is; for methods that follow the gradient itself, LoRA-GA and LoRA-One.

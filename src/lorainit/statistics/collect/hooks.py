@@ -19,10 +19,15 @@ from torch import Tensor, nn
 
 from lorainit.errors import DataError
 from lorainit.linalg import all_finite
+from lorainit.models.convolution import Convolution
 from lorainit.models.experts import ExpertLayer, routed
+from lorainit.models.forms import Form, form_of
+from lorainit.models.hooks import add_hook
 from lorainit.models.reference_forward import in_reference_forward
 from lorainit.statistics.collect.accumulators import InputSums, LayerSums
+from lorainit.statistics.positions.after_convolution import after_convolution
 from lorainit.statistics.positions.model_calls import InputPositions, ModelCalls
+from lorainit.statistics.positions.noted import NotedPositions
 from lorainit.types import GRADIENT_STATISTICS, GradientDtype
 
 
@@ -37,6 +42,7 @@ class _InputTensor:
     opens: bool
     layers: set[str]
     rows: tuple[Tensor, int] | None = None
+    form: Form | None = None
     counted: bool = False
 
 
@@ -54,11 +60,13 @@ class HookState:
         gradient_dtype: what gradients are added up in.
         ran: names of the layers that were called, with a gradient or without.
         ran_in_batch: whether any was in the batch under way.
+        deferred: the block under way runs again later: which positions its layers read is noted, no more.
+        notes: these positions by layer, in the order of the calls.
     """
 
     needs: frozenset[str]
     layers: dict[str, LayerSums]
-    calls: ModelCalls
+    calls: ModelCalls | NotedPositions
     share_inputs: bool = True
     counts: bool = True
     _reads: list[_InputTensor] = field(default_factory=list)
@@ -67,6 +75,8 @@ class HookState:
     gradient_dtype: GradientDtype = "float32"
     ran: set[str] = field(default_factory=set)
     ran_in_batch: bool = False
+    deferred: bool = False
+    notes: dict[str, list[InputPositions]] = field(default_factory=dict)
 
     @property
     def backward(self) -> bool:
@@ -77,6 +87,11 @@ class HookState:
     def keeps_input(self) -> bool:
         """Whether the backward needs the layer's input."""
         return bool(self.needs & {"gradient", "input_second_moment", "input_mean"})
+
+    @property
+    def arrived_at(self) -> frozenset[str]:
+        """Names of the layers whose inputs were looked at, counted or not."""
+        return frozenset(self._met)
 
     def begin_batch(
         self, batch: Mapping[str, Any], moved: Mapping[str, Any], *, counted: bool = True
@@ -91,10 +106,24 @@ class HookState:
         self.calls.begin_batch(batch, moved)
         self.counts = counted
         self.ran_in_batch = False
+        self.notes = {}
         self._reads.clear()
 
-    def arrived(self, name: str, x: Tensor, rows: tuple[Tensor, int] | None = None) -> _InputTensor:
+    def run_again(self, notes: Mapping[str, list[InputPositions]]) -> None:
+        """Layers of another batch run again, at the positions that were noted of them."""
+        self.calls = NotedPositions(notes)
+        self._reads.clear()
+
+    def arrived(
+        self,
+        name: str,
+        x: Tensor,
+        rows: tuple[Tensor, int] | None = None,
+        form: Form | None = None,
+    ) -> _InputTensor:
         """Note that layer `name` reads `x`, at `rows` of the model's positions, and which sums count it.
+
+        Convolutions share an input where they read the same patches of it.
 
         A layer that on its very first call reads a tensor that another layer's very first call read
         joins its sums. From then on they are expected to read the same tensors; `sharing_held`
@@ -107,14 +136,19 @@ class HookState:
         for read in self._reads:
             if read.tensor() is not x or read.version != x._version or name in read.layers:
                 continue
+            if read.form != form:
+                continue
             if first and self.share_inputs and read.opens:
                 layer.inputs = read.sums
             if read.sums is layer.inputs:
                 read.layers.add(name)
                 return read
-        positions = self.calls.of_input(name, x)
+        positions = self.calls.of_input(name, _by_positions(x, form))
+        if isinstance(form, Convolution):
+            batch, *size, _ = form.positions(x).shape
+            positions = after_convolution(positions, form, tuple(size), batch)
         read = _InputTensor(
-            weakref.ref(x), x._version, layer.inputs, positions, first, {name}, rows
+            weakref.ref(x), x._version, layer.inputs, positions, first, {name}, rows, form
         )
         self._reads.append(read)
         return read
@@ -126,25 +160,34 @@ class HookState:
         layer = self.layers[name]
         operand = x if x is not None else g
         assert operand is not None
-        leading = operand.shape[:-1]
+        form = read.form
+        leading = operand.shape[:-1] if form is None else torch.Size(form.leading(x, g))
         indices, known = None, True
         if read.positions.mask is not None:
             indices, known = read.positions.mask.indices_for(leading, read.rows)
         if not (known and read.positions.known):
             self.unknown.setdefault(name, tuple(operand.shape))
-        flat_x = None if x is None else x.reshape(-1, x.shape[-1])
-        flat_g = None if g is None else g.reshape(-1, g.shape[-1])
-        if "gradient" in self.needs and flat_g is not None and flat_x is not None:
-            layer.add_gradient(flat_g, flat_x.to(flat_g.device), self.gradient_dtype)
-        positions = leading.numel() if indices is None else indices.numel()
-        layer.positions += positions
-        if flat_g is not None:
-            layer.add_output(_rows(flat_g, indices), self.needs)
-        if flat_x is not None and not read.counted:
-            read.counted = True
-            if read.sums.second_moment is not None:
-                flat_x = flat_x.to(read.sums.second_moment.device)
-            read.sums.add(_rows(flat_x, indices), self.needs)
+        layer.positions += leading.numel() if indices is None else indices.numel()
+        new, read.counted = not read.counted and x is not None, read.counted or x is not None
+        first = 0
+        for some_x, some_g in [(x, g)] if form is None else form.rows(x, g):
+            flat_x, flat_g = (
+                None if t is None else t.reshape(-1, t.shape[-1]) for t in (some_x, some_g)
+            )
+            if "gradient" in self.needs and flat_g is not None and flat_x is not None:
+                layer.add_gradient(flat_g, flat_x.to(flat_g.device), self.gradient_dtype)
+            own = indices
+            if form is not None and indices is not None:
+                either = flat_g if flat_x is None else flat_x
+                count = 0 if either is None else len(either)
+                own = indices[(indices >= first) & (indices < first + count)] - first
+                first += count
+            if flat_g is not None:
+                layer.add_output(_rows(flat_g, own), self.needs)
+            if flat_x is not None and new:
+                if read.sums.second_moment is not None:
+                    flat_x = flat_x.to(read.sums.second_moment.device)
+                read.sums.add(_rows(flat_x, own), self.needs)
 
     def tensors(self) -> list[Tensor]:
         """All sums so far, shared ones once."""
@@ -177,6 +220,11 @@ class HookState:
 
 def _rows(flat: Tensor, indices: Tensor | None) -> Tensor:
     return flat if indices is None else flat.index_select(0, indices.to(flat.device))
+
+
+def _by_positions(x: Tensor, form: Form | None) -> Tensor:
+    """The input with its positions first."""
+    return x if form is None else form.positions(x)
 
 
 class _CaptureGradient(torch.autograd.Function):
@@ -230,16 +278,21 @@ def hooks_on(state: HookState, modules: Mapping[str, nn.Module]) -> Iterator[Non
                 )
             state.ran.add(name)
             state.ran_in_batch = True
+            if state.deferred:
+                state.notes.setdefault(name, []).append(state.calls.of_input(name, x))
+                return None
             rows = module.rows if isinstance(module, ExpertLayer) else None
+            form = form_of(module)
             if not state.backward:
                 with torch.autocast(x.device.type, enabled=False):
-                    state.count(name, state.arrived(name, x, rows), x.detach(), None)
+                    read = state.arrived(name, x, rows, form)
+                    state.count(name, read, x.detach(), None)
                 return None
             if not torch.is_grad_enabled():
                 # The discarded forward of reentrant checkpointing; the recomputed one will come.
-                state.calls.note_discarded(name, x)
+                state.calls.note_discarded(name, _by_positions(x, form))
                 return None
-            read = state.arrived(name, x, rows)
+            read = state.arrived(name, x, rows, form)
             saved = x.detach() if state.keeps_input else None
             if output._is_view():
                 # Of a quantized layer's own autograd function, say, whose views stay untouched.
@@ -252,5 +305,5 @@ def hooks_on(state: HookState, modules: Mapping[str, nn.Module]) -> Iterator[Non
         stack.enter_context(routed(modules.values()))
         stack.enter_context(state.calls.hooked())
         for name, module in modules.items():
-            stack.callback(module.register_forward_hook(make_hook(name), with_kwargs=True).remove)
+            add_hook(stack, module.register_forward_hook, make_hook(name), with_kwargs=True)
         yield

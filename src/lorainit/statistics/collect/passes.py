@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lorainit.data.batch import Batch
@@ -77,7 +77,7 @@ def run_batches(subject: Subject, batches: Sequence[Batch], rows: int | None) ->
         dropped += bad
         if not collectives.any_process(bad > 0):
             if not share or collectives.every_process(run.state.sharing_held()):
-                _say_unknown(run.state.unknown)
+                say_unknown(run.state.unknown)
                 return replace(run, skipped=run.skipped + dropped)
             logger.info("inputs shared in one batch were not in another; collecting them apart")
             share = False
@@ -108,16 +108,12 @@ class _Pass:
     """A pass under way: the layers' sums, and what is counted beside them."""
 
     def __init__(self, subject: Subject, share_inputs: bool, checks: DeferredChecks | None) -> None:
-        needs = subject.needs
-        if "output_second_moment" in needs:
-            # The full matrix serves the diagonal too.
-            needs = needs - {"output_second_moment_diagonal"}
         self.subject = subject
         self.device = subject.device
         self.sharded = is_sharded(subject.model)
-        self.scale = _FP16_LOSS_SCALE if model_dtype(subject.model) == torch.float16 else 1.0
+        self.scale = loss_scale(subject.model)
         self.state = HookState(
-            needs,
+            collected_needs(subject),
             {name: LayerSums() for name in subject.modules},
             ModelCalls(subject.model, subject.settings.token_mask, subject.device),
             share_inputs,
@@ -141,7 +137,7 @@ class _Pass:
             disable=None if settings.progress else True,
         )
         taps = hooks_on(state, self.subject.modules)
-        with bar, taps, _explained(state) as under_way:
+        with bar, taps, explained(state) as under_way:
             for part in _rounds(parts, self.left, sharded=self.sharded):
                 under_way[:] = [part]
                 moved = part.to(self.device)
@@ -183,16 +179,13 @@ class _Pass:
                     subject.model, inputs, subject.settings.loss_reduction, subject.settings.loss_fn
                 )
                 if subject.settings.loss_fn is not None and part.counts:
-                    _check_count(result.per_sequence, part)
+                    check_count(result.per_sequence, part)
                 loss = result.per_sequence.sum()
                 finite = self._goes_on(part, loss)
                 if not finite:
                     taken_out = self._set_aside(part, result.per_sequence)
-                elif not loss.requires_grad and (self.state.ran_in_batch or self.sharded):
-                    raise TargetError(
-                        "the loss does not depend on any target layer: none of the targets ran in "
-                        "the forward pass, or the loss was computed under torch.no_grad()."
-                    )
+                elif self.state.ran_in_batch or self.sharded:
+                    check_graph(loss)
             self.state.counts = self.state.counts and finite
             # A batch may reach none of the targets: text alone, where a vision model is the target.
             if loss.requires_grad and (finite or self.sharded):
@@ -225,6 +218,18 @@ class _Pass:
         return count
 
 
+def collected_needs(subject: Subject) -> frozenset[str]:
+    """Statistics that are added up: the full matrix of the outputs serves their diagonal too."""
+    if "output_second_moment" in subject.needs:
+        return subject.needs - {"output_second_moment_diagonal"}
+    return subject.needs
+
+
+def loss_scale(model: nn.Module) -> float:
+    """What losses are multiplied by for their backward, so that gradients in float16 do not vanish."""
+    return _FP16_LOSS_SCALE if model_dtype(model) == torch.float16 else 1.0
+
+
 def _rounds(parts: list[Batch], left: list[Batch], *, sharded: bool) -> Iterator[Batch]:
     """Every batch, then what has come to be `left` of some, as often on every process as it must."""
     while collectives.any_process(bool(parts)) if sharded else parts:
@@ -233,7 +238,20 @@ def _rounds(parts: list[Batch], left: list[Batch], *, sharded: bool) -> Iterator
         left.clear()
 
 
-def _check_count(losses: Tensor, part: Batch) -> None:
+def check_graph(loss: Tensor) -> None:
+    """Targets ran, and yet the loss may have no graph.
+
+    Raises:
+        TargetError: it has none.
+    """
+    if not loss.requires_grad:
+        raise TargetError(
+            "the loss does not depend on any target layer: none of the targets ran in "
+            "the forward pass, or the loss was computed under torch.no_grad()."
+        )
+
+
+def check_count(losses: Tensor, part: Batch) -> None:
     """A loss function of the user's own might return one loss per token."""
     count, sequences = losses.shape[0], part.sequences
     if not part.whole and count not in (sequences, part.rows):
@@ -261,7 +279,8 @@ def _without_suspects(
     return left, dropped
 
 
-def _say_unknown(unknown: Mapping[str, tuple[int, ...]]) -> None:
+def say_unknown(unknown: Mapping[str, tuple[int, ...]]) -> None:
+    """Say of which layers it is not known where their padding is."""
     if unknown:
         name, shape = next(iter(unknown.items()))
         logger.warning(
@@ -275,7 +294,7 @@ def _say_unknown(unknown: Mapping[str, tuple[int, ...]]) -> None:
 
 
 @contextmanager
-def _explained(state: HookState) -> Iterator[list[Batch]]:
+def explained(state: HookState) -> Iterator[list[Batch]]:
     """Say what there was no memory for, and what to do about it; the list holds the batch."""
     under_way: list[Batch] = []
     try:

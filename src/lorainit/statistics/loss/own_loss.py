@@ -22,6 +22,7 @@ from lorainit.data.even_rounds import even_rounds
 from lorainit.errors import DataError
 from lorainit.linalg.dtypes import HALF
 from lorainit.models.experts import routed
+from lorainit.models.hooks import add_hook
 from lorainit.models.introspection import accepts, innermost_model, input_device
 from lorainit.models.state import measuring, unchanged_rng
 from lorainit.parallel import collectives
@@ -252,11 +253,9 @@ def _logits_of(model: nn.Module) -> Iterator[list[Tensor]]:
         if isinstance(logits, Tensor):
             found.append(logits.detach())
 
-    handle = innermost_model(model).register_forward_hook(keep)
-    try:
+    with contextlib.ExitStack() as stack:
+        add_hook(stack, innermost_model(model).register_forward_hook, keep)
         yield found
-    finally:
-        handle.remove()
 
 
 def _tried(model: nn.Module, content: Mapping[str, Any], device: torch.device) -> Tensor | None:

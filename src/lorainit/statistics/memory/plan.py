@@ -20,7 +20,7 @@ _SHARE_OF_FREE = 0.95
 _EASY_SHARE = 0.5
 """Statistics below this share of the free memory are taken in one pass without looking further."""
 
-_FIXED_POSITIONS = 1024
+FIXED_POSITIONS = 1024
 """A batch takes the time of its positions and of so many more: weights and sums are read once a batch."""
 
 
@@ -50,6 +50,7 @@ class Plan:
         budget: bytes that everything on the device may take; None for no limit.
         held: bytes that are there before: the model, and whatever else.
         batch: how batches are run, and what they take.
+        note: why the pass is not taken block by block, where that was looked at.
     """
 
     passes: tuple[tuple[str, ...], ...]
@@ -58,6 +59,12 @@ class Plan:
     budget: int | None = None
     held: int = 0
     batch: BatchSize = BatchSize()
+    note: str = ""
+
+    @property
+    def cost(self) -> float:
+        """Of its time: passes, each with what a batch takes whatever its size."""
+        return len(self.passes) * (1 + FIXED_POSITIONS / self.batch.positions)
 
     @property
     def peak(self) -> int:
@@ -67,13 +74,14 @@ class Plan:
     def __str__(self) -> str:
         """The choice in one line."""
         count = len(self.passes)
-        line = f"statistics of {sum(map(len, self.passes))} layers: {_gib(self.nbytes)}"
+        line = f"statistics of {sum(map(len, self.passes))} layers: {gib(self.nbytes)}"
         if self.budget is None:
             return f"{line}, no limit: 1 pass"
         rows = "" if self.batch.rows is None else f", {self.batch.rows} rows at once"
         return (
-            f"{line}, {_gib(self.held)} held, {_gib(self.batch.nbytes)} for a batch{rows}, at most "
-            f"{_gib(self.budget)}: {count} pass{'es' if count > 1 else ''}, peak {_gib(self.peak)}"
+            f"{line}, {gib(self.held)} held, {gib(self.batch.nbytes)} for a batch{rows}, at most "
+            f"{gib(self.budget)}: {count} pass{'es' if count > 1 else ''}, peak {gib(self.peak)}"
+            + (f"; not block by block: {self.note}" if self.note else "")
         )
 
 
@@ -112,11 +120,11 @@ def total_bytes(
     gradient: int | None = None,
 ) -> int:
     """Bytes of all layers' statistics; each group of `shared` layers reads one input."""
-    weigher = _Weigher(shapes, needs, shared, element, gradient)
+    weigher = Weigher(shapes, needs, shared, element, gradient)
     return sum(weigher.added(name) for name in shapes)
 
 
-class _Weigher:
+class Weigher:
     """Adds layers up; a shared input counts once, until `restart`."""
 
     def __init__(
@@ -184,33 +192,32 @@ def make_plan(
     nbytes = total_bytes(shapes, needs, shared=shared, element=element, gradient=gradient)
     if budget is None or not shapes:
         return Plan((tuple(shapes),), nbytes, nbytes, None, held, batches[0])
-    weigher = _Weigher(shapes, needs, shared, element, gradient)
+    weigher = Weigher(shapes, needs, shared, element, gradient)
     best: tuple[float, int, Plan] | None = None
     for batch in batches:
         room = budget - held - batch.nbytes
-        groups, largest = _packed(weigher, shapes, room)
+        groups, largest = packed(weigher, shapes, room)
         if largest > room:
             continue
-        cost = len(groups) * (1 + _FIXED_POSITIONS / batch.positions)
         plan = Plan(groups, nbytes, largest, budget, held, batch)
-        if best is None or (cost, len(groups)) < best[:2]:
-            best = cost, len(groups), plan
+        if best is None or (plan.cost, len(groups)) < best[:2]:
+            best = plan.cost, len(groups), plan
     if best is not None:
         return best[2]
     smallest = min(batches, key=lambda batch: batch.nbytes)
-    groups, largest = _packed(weigher, shapes, 0)
+    groups, largest = packed(weigher, shapes, 0)
     plan = Plan(groups, nbytes, largest, budget, held, smallest)
     if strict:
         raise MemoryPlanError(
-            f"max_memory of {_gib(budget)} is too small: {_gib(held)} are held already (the model "
-            f"above all), one row of a batch takes {_gib(smallest.nbytes)} and the largest layer's "
-            f"statistics {_gib(largest)}. Allow {_gib(plan.peak)}, or cut the sequences shorter."
+            f"max_memory of {gib(budget)} is too small: {gib(held)} are held already (the model "
+            f"above all), one row of a batch takes {gib(smallest.nbytes)} and the largest layer's "
+            f"statistics {gib(largest)}. Allow {gib(plan.peak)}, or cut the sequences shorter."
         )
     return plan
 
 
-def _packed(
-    weigher: _Weigher, names: Collection[str], room: int
+def packed(
+    weigher: Weigher, names: Collection[str], room: int
 ) -> tuple[tuple[tuple[str, ...], ...], int]:
     """Groups of layers, each of at most `room` bytes or of one layer, and the heaviest's bytes."""
     groups: list[list[str]] = [[]]
@@ -242,5 +249,6 @@ def is_easy(nbytes: int, budget: int, held: int) -> bool:
     return nbytes <= (budget - held) * _EASY_SHARE
 
 
-def _gib(nbytes: int) -> str:
+def gib(nbytes: int) -> str:
+    """Bytes in words."""
     return f"{nbytes / 2**30:.3g} GiB"

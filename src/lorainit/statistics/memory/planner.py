@@ -1,24 +1,32 @@
-"""The plan of the passes over a model: its bytes added up and, where they may be too many, one row run."""
+"""The plan of the passes over a model: its bytes added up and, where they may be too many, one row run.
+
+Where more than one pass is needed, or smaller batches, the same row tells whether the model can be measured
+block by block, and the quicker way is taken.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any
+from dataclasses import astuple, dataclass, replace
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 
 from lorainit.data.batch import Batch
 from lorainit.data.even_rounds import even_rounds
+from lorainit.models.convolution import convolution_shape
 from lorainit.models.introspection import model_dtype
 from lorainit.models.state import measuring
 from lorainit.parallel import collectives
 from lorainit.parallel.sharding import is_sharded
+from lorainit.statistics.blocks.calls import NotByBlocksError
 from lorainit.statistics.collect.accumulators import LayerSums
 from lorainit.statistics.collect.hooks import HookState, hooks_on
 from lorainit.statistics.loss.batch_loss import batch_loss, run_forward
 from lorainit.statistics.loss.vocabulary import tokens_named
+from lorainit.statistics.memory.block_plan import BlockPlan, make_block_plan
 from lorainit.statistics.memory.peak import held_bytes, peak_bytes
 from lorainit.statistics.memory.plan import (
     BatchSize,
@@ -28,12 +36,36 @@ from lorainit.statistics.memory.plan import (
     make_plan,
     total_bytes,
 )
+from lorainit.statistics.memory.rehearsal import BlockBytes, Rehearsal, rehearse
 from lorainit.statistics.positions.model_calls import ModelCalls
 from lorainit.statistics.settings import Subject
+from lorainit.types import GRADIENT_STATISTICS
 
 
-def plan_passes(subject: Subject, batches: Sequence[Batch]) -> Plan:
-    """The passes, the same on every process; one row is run to know what a batch takes.
+@dataclass(frozen=True)
+class Chosen:
+    """How a model is measured.
+
+    Attributes:
+        passes: ordinary passes, which always do.
+        blocks: one pass block by block, where that is quicker.
+    """
+
+    passes: Plan
+    blocks: BlockPlan | None = None
+
+    def __str__(self) -> str:
+        """The choice in one line."""
+        return str(self.passes if self.blocks is None else self.blocks)
+
+
+def plan_passes(subject: Subject, batches: Sequence[Batch], workspace: int = 0) -> Chosen:
+    """The quickest way, the same on every process; one row is run to know what a batch takes.
+
+    Args:
+        subject: what is measured.
+        batches: this process's.
+        workspace: bytes that are wanted beside a block's statistics, to solve them.
 
     Raises:
         MemoryPlanError: ``max_memory`` is too small even for one layer a pass.
@@ -54,19 +86,70 @@ def plan_passes(subject: Subject, batches: Sequence[Batch]) -> Plan:
     gradient = 2 if settings.gradient_dtype == "bfloat16" else element
     nbytes = total_bytes(shapes, needs, element=element, gradient=gradient)
     if budget is None or (own is None and is_easy(nbytes, budget, held)) or None in found.values():
-        return make_plan(shapes, needs, None, element=element, gradient=gradient)
+        return Chosen(make_plan(shapes, needs, None, element=element, gradient=gradient))
     shared, position = _footprint(subject, batches, device)
-    return make_plan(
-        shapes,
-        needs,
-        budget,
-        shared=shared,
-        element=element,
-        gradient=gradient,
-        held=held,
-        batches=_batch_sizes(batches, position),
-        strict=own is not None,
-    )
+    sizes = _batch_sizes(batches, position)
+    known: _Known = {"shared": shared, "element": element, "gradient": gradient, "held": held}
+    plan = make_plan(shapes, needs, budget, **known, batches=sizes)
+    if len(plan.passes) == 1 and plan.batch.rows is None and plan.peak <= budget:
+        return Chosen(plan)
+    rehearsal = _rehearsal(subject, batches)
+    if isinstance(rehearsal, str):
+        plan = replace(plan, note=rehearsal)
+        blocks = None
+    else:
+        blocks = make_block_plan(
+            shapes,
+            needs,
+            budget,
+            rehearsal,
+            device=device,
+            positions=collectives.maximum(sum(batch.positions for batch in batches)),
+            batches=sizes,
+            workspace=workspace,
+            backward=bool(needs & GRADIENT_STATISTICS),
+            **known,
+        )
+    if blocks is not None and (plan.peak > budget or blocks.cost < plan.cost):
+        return Chosen(plan, blocks)
+    if own is not None and plan.peak > budget:
+        # An error that says what would do.
+        make_plan(shapes, needs, budget, **known, batches=sizes, strict=True)
+    return Chosen(plan)
+
+
+class _Known(TypedDict):
+    """What both kinds of plans are told."""
+
+    shared: list[list[str]]
+    element: int
+    gradient: int
+    held: int
+
+
+def _rehearsal(subject: Subject, batches: Sequence[Batch]) -> Rehearsal | str:
+    """The chain of blocks, the same on every process, and the most it takes on any; or why there is none."""
+    if is_sharded(subject.model):
+        return "the model is sharded over processes"
+    row = max(batches, key=_row_positions, default=None)
+    found: Rehearsal | None = None
+    with collectives.shared_errors():
+        try:
+            found = None if row is None else rehearse(subject, row.first_row())
+            reason = "a process has no data" if found is None else ""
+        except NotByBlocksError as error:
+            reason = str(error)
+    taken = None if found is None else found.taken
+    gathered = collectives.gather_objects((reason, taken))
+    for said, _ in gathered:
+        if said:
+            return str(said)
+    assert found is not None
+    chain = found.chain
+    if not collectives.equal_everywhere((chain.layers, chain.differentiable, chain.outside)):
+        return "its rows do not all reach the same blocks"
+    most = [max(column) for column in zip(*(astuple(t) for _, t in gathered), strict=True)]
+    return Rehearsal(chain, BlockBytes(*most))
 
 
 def _footprint(
@@ -141,6 +224,8 @@ def _batch_sizes(batches: Sequence[Batch], position: float) -> list[BatchSize]:
 
 def _shape(module: nn.Module) -> tuple[int, int] | None:
     """``(out, in)`` as the layer says it, whatever its weight is stored as."""
+    if (shape := convolution_shape(module)) is not None:
+        return shape
     for names in (("out_features", "in_features"), ("nf", "nx")):
         out, inner = (getattr(module, name, None) for name in names)
         if isinstance(out, int) and isinstance(inner, int):

@@ -33,13 +33,14 @@ class CountedPositions:
         indices: flat indices that count, or None where all do.
         lengths: positions that count in each row, ``(rows,)``, where these are the row's first.
         shorter: the model's account of how many steps it makes of so many.
+        fewer: the same of fewer steps that were made of these, by their number.
     """
 
     shape: tuple[int, int]
     indices: Tensor | None
     lengths: Tensor | None = None
     shorter: Lengths | None = None
-    _fewer: dict[int, CountedPositions | None] = field(default_factory=dict, repr=False)
+    fewer: dict[int, CountedPositions | None] = field(default_factory=dict, repr=False)
 
     def matches(self, leading: torch.Size) -> bool:
         """Whether an input with these leading dimensions lies like this mask."""
@@ -56,12 +57,14 @@ class CountedPositions:
         if self.matches(leading):
             return self
         rows = self.shape[0]
-        if self.shorter is None or self.lengths is None or leading.numel() % rows:
+        if leading.numel() % rows:
             return None
         steps = leading.numel() // rows
-        if steps not in self._fewer:
-            self._fewer[steps] = self._of_steps(steps)
-        fewer = self._fewer[steps]
+        if steps not in self.fewer:
+            if self.shorter is None or self.lengths is None:
+                return None
+            self.fewer[steps] = self._of_steps(steps)
+        fewer = self.fewer[steps]
         return fewer if fewer is not None and fewer.matches(leading) else None
 
     def indices_for(

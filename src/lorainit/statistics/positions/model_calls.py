@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorainit.models.hooks import add_hook
 from lorainit.models.introspection import blocks_with_masks, innermost_model, is_transformers_model
 from lorainit.statistics.positions.call_tensors import (
     address,
@@ -144,9 +145,8 @@ class ModelCalls:
                 (blocks_with_masks(self.base), self._enter_block, self._leave_block),
             ):
                 for module in modules:
-                    before = module.register_forward_pre_hook(enter, with_kwargs=True)
-                    stack.callback(before.remove)
-                    stack.callback(module.register_forward_hook(leave).remove)
+                    add_hook(stack, module.register_forward_pre_hook, enter, with_kwargs=True)
+                    add_hook(stack, module.register_forward_hook, leave)
             yield
 
     def of_input(self, name: str, x: Tensor) -> InputPositions:

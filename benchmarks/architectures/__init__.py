@@ -1,0 +1,1 @@
+"""Does every architecture of transformers start as it is?"""

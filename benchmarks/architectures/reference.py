@@ -1,0 +1,132 @@
+"""The truth, without this project: autograd of the model's own loss, and what its layers read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Sums over rows that ran alone, by the layer's name.
+
+    Attributes:
+        gradients: ``(out, in)``, of the model's own losses; None where autograd gave none.
+        inputs: ``(in, in)``, second moments of what linear layers read; none of stacked experts.
+        unpadded: the same over as many positions as the row has tokens, the first ones, of layers that read
+            more: some models pad their rows themselves.
+        outputs: ``(out, out)``, of gradients with respect to what they gave.
+        loss: the sum of the losses.
+    """
+
+    gradients: dict[str, Tensor | None]
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+    unpadded: dict[str, Tensor] = field(default_factory=dict)
+    outputs: dict[str, Tensor] = field(default_factory=dict)
+    loss: float = 0.0
+
+
+def reference(model: nn.Module, rows: Sequence[Row], names: Iterable[str]) -> Reference:
+    """Run each row by itself, in eval mode, and add up.
+
+    Args:
+        model: its parameters require gradients.
+        rows: batches of one, with labels.
+        names: of linear layers, or of experts as ``module.parameter.index``.
+    """
+    names = list(names)
+    inputs: dict[str, Tensor] = {}
+    unpadded: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
+    handles, length = [], [0]
+
+    def watched(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Tensor) -> None:
+            given = args[0] if args else next(iter(kwargs.values()))
+            inputs[name] = inputs.get(name, 0) + _second_moment(given)
+            own = given[:, : length[0]] if given.dim() == 3 and length[0] else given
+            unpadded[name] = unpadded.get(name, 0) + _second_moment(own)
+            if output.requires_grad:
+                output.register_hook(add)
+
+        def add(gradient: Tensor) -> None:
+            outputs[name] = outputs.get(name, 0) + _second_moment(gradient)
+
+        return hook
+
+    linear = {name: module for name in names if (module := _module(model, name)) is not None}
+    for name, module in linear.items():
+        handles.append(module.register_forward_hook(watched(name), with_kwargs=True))
+    model.zero_grad(set_to_none=True)
+    total = 0.0
+    try:
+        for row in rows:
+            ids = row.get("input_ids")
+            length[0] = ids.shape[1] if isinstance(ids, Tensor) else 0
+            loss = own_loss(model, row)
+            loss.backward()
+            total += float(loss)
+    finally:
+        for handle in handles:
+            handle.remove()
+    gradients = {name: _gradient(model, name) for name in names}
+    model.zero_grad(set_to_none=True)
+    return Reference(gradients, inputs, unpadded, outputs, total)
+
+
+def own_loss(model: nn.Module, row: Row) -> Tensor:
+    """What the model says its loss is."""
+    torch.manual_seed(0)
+    loss: Tensor = model(**row).loss
+    return loss.sum()
+
+
+def logits_of(model: nn.Module, row: Row) -> Tensor:
+    """The model's main output, without gradients."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        output = model(**row)
+    for key in ("logits", "start_logits", "lm_logits", "prediction_logits"):
+        found = output.get(key) if isinstance(output, Mapping) else getattr(output, key, None)
+        if isinstance(found, tuple | list):
+            found = found[0]
+        if isinstance(found, Tensor):
+            return found.clone()
+    tensors = [value for value in output.values() if isinstance(value, Tensor) and value.dim() > 1]
+    return tensors[0].clone()
+
+
+def _second_moment(x: Tensor) -> Tensor:
+    flat = x.detach().reshape(-1, x.shape[-1]).double()
+    return flat.T @ flat
+
+
+def _module(model: nn.Module, name: str) -> nn.Module | None:
+    """A linear layer; None for an expert of a stack."""
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def _gradient(model: nn.Module, name: str) -> Tensor | None:
+    module = _module(model, name)
+    if module is not None:
+        gradient = getattr(module.weight, "grad", None)
+        turned = isinstance(module, Conv1D)
+    else:
+        path, index = name.rsplit(".", 1)
+        owner = model.get_submodule(path.rpartition(".")[0])
+        stacked = getattr(owner, path.rpartition(".")[2]).grad
+        gradient = None if stacked is None else stacked[int(index)]
+        turned = bool(getattr(owner, "is_transposed", False))
+    if gradient is None:
+        return None
+    return (gradient.mT if turned else gradient).detach().clone()

@@ -1,0 +1,1 @@
+"""A tiny random model of every architecture, and a few rows of data that it takes."""
