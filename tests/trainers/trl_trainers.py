@@ -26,7 +26,8 @@ from trl import (
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 from tests.adapters import tiny
-from tests.life.sft import WORDS, dataset, tokenizer
+from tests.life.sft import dataset
+from tests.life.words import WORDS, tokenizer
 
 ROWS = 16
 STEPS = 2
