@@ -188,3 +188,35 @@ def test_padding_inside_of_a_layer_is_said(caplog: pytest.LogCaptureFixture) -> 
         collected(made(staggered), [together(KINDS["pegasus_x"].rows())])
     assert "do not lie like the attention mask" in caplog.text
     assert "self_attn" in caplog.text
+
+
+def test_a_model_whose_forward_is_called_past_its_hooks() -> None:
+    """As sentence-transformers and PEFT call the model inside: its mask is read all the same."""
+    model = models.bert(head="MaskedLM")
+    rows = [row for row in models.batches(models.sequences(6), 6)]
+
+    def loss(model: Any, batch: Any) -> Tensor:
+        kept = {k: v for k, v in batch.items() if k != "labels"}
+        return model.forward(inputs := kept.pop("input_ids"), **kept).logits.flatten(1).sum(
+            1
+        ) / len(inputs)
+
+    def called(model: Any, batch: Any) -> Tensor:
+        kept = {k: v for k, v in batch.items() if k != "labels"}
+        return model(inputs := kept.pop("input_ids"), **kept).logits.flatten(1).sum(1) / len(inputs)
+
+    found, expected = (
+        lorainit.collect_statistics(
+            model,
+            models.all_linear(),
+            data=rows,
+            needs=["input_second_moment"],
+            loss_fn=fn,
+            progress=False,
+        )
+        for fn in (loss, called)
+    )
+    assert "forward" not in vars(model)
+    for name, layer in expected.items():
+        assert found[name].positions == layer.positions
+        torch.testing.assert_close(found[name].input_second_moment, layer.input_second_moment)
