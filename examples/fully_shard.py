@@ -21,6 +21,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lorainit
+from lorainit.models.pretrained import load_whole
 
 
 def batches_of_this_process(
@@ -70,7 +71,8 @@ def main() -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     dtype = torch.bfloat16 if cuda else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype)
+    # As from_pretrained, but a checkpoint that is not whole is an error.
+    model = load_whole(AutoModelForCausalLM, arguments.model, dtype=dtype)
     data = batches_of_this_process(tokenizer, arguments.data, arguments.batch, arguments.length)
 
     # 1. The adapter's layers, from PEFT; then everything is sharded, block by block.

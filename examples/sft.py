@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 import lorainit
+from lorainit.models.pretrained import load_whole
 
 
 def measured(tokenizer: Any, lines: Any, length: int) -> list[dict[str, torch.Tensor]]:
@@ -61,8 +62,11 @@ def main() -> None:
     )
     state = PartialState()
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    model = AutoModelForCausalLM.from_pretrained(
-        arguments.model, dtype=torch.float32 if arguments.cpu else torch.bfloat16
+    # As from_pretrained, but a checkpoint that is not whole is an error.
+    model = load_whole(
+        AutoModelForCausalLM,
+        arguments.model,
+        dtype=torch.float32 if arguments.cpu else torch.bfloat16,
     ).to(state.device)
     lines = load_dataset("json", data_files=arguments.data, split="train")
     mine = lines.shard(num_shards=state.num_processes, index=state.process_index)

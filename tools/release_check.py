@@ -174,8 +174,9 @@ import sys
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from lorainit.data import load_batches
+from lorainit.models.pretrained import load_whole
 
-model = AutoModelForCausalLM.from_pretrained("model")
+model = load_whole(AutoModelForCausalLM, "model")
 dataloader = load_batches("train.jsonl", AutoTokenizer.from_pretrained("model"))
 {example}
 ids = torch.arange(2, 12)[None]
@@ -187,7 +188,9 @@ import sys, torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 ids, expected = torch.load("logits.pt")
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("model"), "adapter").eval()
+base, found = AutoModelForCausalLM.from_pretrained("model", output_loading_info=True)
+assert not any(found.values()), found
+model = PeftModel.from_pretrained(base, "adapter").eval()
 error = float((model(ids).logits - expected).abs().max())
 assert error < 1e-4, error
 assert "lorainit" not in sys.modules

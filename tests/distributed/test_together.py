@@ -23,6 +23,7 @@ TOGETHER = {
     "adapter_name": "do not agree on the adapter_name",
     "calibration_share": "do not agree on the calibration_share",
     "data": "do not agree on the data",
+    "statistics": "do not agree on the statistics",
     "collect": "do not agree on the needs",
     "keyword": "unexpected keyword argument 'mask'",
     "bad rank": "r must be a whole number",
@@ -41,13 +42,17 @@ def test_disagreements_end_all_with_the_reason(size: int, tmp_path: Path) -> Non
             assert bool(text) is bool(wanted), (case, text)
 
 
+@pytest.mark.parametrize("size", [3, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("case", "reason"),
     [("interrupt in solve", "KeyboardInterrupt"), ("error after data", "an accident")],
 )
-def test_one_that_fails_by_itself_ends_all(case: str, reason: str, tmp_path: Path) -> None:
-    results = succeeded(launch(scenarios.disagreeing, 3, tmp_path, [case]))
+def test_one_that_fails_by_itself_ends_all(
+    case: str, reason: str, size: int, tmp_path: Path
+) -> None:
+    last = size - 1
+    results = succeeded(launch(scenarios.disagreeing, size, tmp_path, [case]))
     for rank, ((seconds, text),) in enumerate(results):
         assert seconds < SECONDS
         assert reason in text
-        assert ("process 2 failed" in text) is (rank != 2)
+        assert (f"process {last} failed" in text) is (rank != last)

@@ -19,6 +19,7 @@ from benchmarks.quality.models.vit import load_vit
 from benchmarks.quality.training.adapters import Base
 from benchmarks.quality.training.encoder import HEAD, StackedEncoder
 from benchmarks.quality.training.llama import StackedLlama
+from lorainit.models.pretrained import load_whole
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,12 @@ def _smollm2(folder: Path | None, device: torch.device) -> nn.Module:
 def _minilm(folder: Path | None, device: torch.device) -> nn.Module:
     from transformers import AutoModelForSequenceClassification
 
-    model = AutoModelForSequenceClassification.from_pretrained(
-        folder or minilm_folder(), num_labels=2, dtype=torch.float32
+    model = load_whole(
+        AutoModelForSequenceClassification,
+        str(folder or minilm_folder()),
+        new_head=("classifier.",),
+        num_labels=2,
+        dtype=torch.float32,
     )
     result: nn.Module = model.to(device).eval()
     return result

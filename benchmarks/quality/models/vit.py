@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
 
 from benchmarks.common.cache import cache_folder
 from benchmarks.quality.data.classification import mnist_half, pixels
+from lorainit.models.pretrained import load_whole
 
 EPOCHS, BATCH, RATE = 30, 50, 2e-3
 
@@ -43,7 +44,7 @@ def load_vit(folder: Path | None = None, device: torch.device | str = "cpu") -> 
     folder = folder or vit_folder()
     if not (folder / "config.json").exists():
         pretrain(folder, device)
-    model: PreTrainedModel = ViTForImageClassification.from_pretrained(folder)
+    model: PreTrainedModel = load_whole(ViTForImageClassification, str(folder))
     return model.to(device).eval()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from importlib.metadata import version
 from typing import Any
 
@@ -13,7 +14,7 @@ from lorainit._version import __version__
 from lorainit.adapters.targets import Targets
 from lorainit.statistics.settings import CollectSettings
 from lorainit.statistics.store.statistics import Statistics
-from lorainit.types import Method, settings_of
+from lorainit.types import LayerStatistics, Method, settings_of
 
 _OWN = ("progress", "max_memory")
 """Settings that each process may have for itself."""
@@ -37,13 +38,30 @@ def facts_of(config: LoraConfig, settings: CollectSettings, targets: Targets) ->
 def facts_of_start(
     method: Method, statistics: Statistics | None, **arguments: object
 ) -> dict[str, object]:
-    """The method and its settings, the statistics' layers and counts, and other arguments."""
+    """The method and its settings, the statistics' layers, counts and values, and other arguments."""
     found: dict[str, object] = {"method": settings_of(method)}
     if statistics is not None:
         own = {} if statistics.shares is not None else dict(statistics)
         counts = {n: [float(getattr(s, c)) for c in s.COUNTS] for n, s in own.items()}
-        found["statistics"] = (statistics.names, counts)
+        values = {n: _digest(s) for n, s in own.items()}
+        found["statistics"] = (statistics.names, counts, values)
     return found | arguments
+
+
+_READ = 64
+"""Numbers of a tensor that are compared."""
+
+
+def _digest(statistics: LayerStatistics) -> str:
+    """A hash of numbers drawn evenly from every tensor of a layer."""
+    digest = hashlib.blake2b(digest_size=8)
+    for field in dataclasses.fields(statistics):
+        value = getattr(statistics, field.name)
+        if isinstance(value, torch.Tensor):
+            flat = value.detach().reshape(-1)
+            read = flat[:: max(1, flat.numel() // _READ)].cpu()
+            digest.update(f"{field.name} {tuple(value.shape)} {read.tolist()}".encode())
+    return digest.hexdigest()
 
 
 def _plain(value: Any) -> object:
