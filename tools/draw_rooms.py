@@ -20,6 +20,7 @@ DRAWING = ROOT / "docs" / "images" / "rooms.svg"
 
 ROWS: tuple[tuple[str, ...], ...] = (
     ("cli",),
+    ("integrations",),
     ("report", "trainers"),
     ("pipeline",),
     ("calibration",),
@@ -36,6 +37,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
 WORDS = {
     "cli": "the commands",
     "report": "a page about statistics and starts",
+    "integrations": "a file a tool, when asked for",
     "trainers": "start_trainer, on a trainer's own batches",
     "pipeline": "get_peft_model, collect_statistics",
     "calibration": "lengths and steps, measured",

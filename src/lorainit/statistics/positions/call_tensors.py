@@ -67,6 +67,15 @@ def is_longer(x: Tensor, shape: tuple[int, ...]) -> bool:
     return x.dim() == 3 and x.shape[0] == shape[0] and x.shape[1] > shape[1]
 
 
+def entries(tensor: Tensor) -> tuple[object, ...]:
+    """Which entries of which memory a tensor is, as they are now: two rows of a batch are not the same."""
+    try:
+        place = tensor.data_ptr()
+    except (NotImplementedError, RuntimeError):
+        place = id(tensor)
+    return place, tensor.shape, tensor.stride(), tensor._version
+
+
 def same_memory(one: Tensor | None, other: Tensor | None) -> bool:
     """Whether two tensors are the same, or views of one."""
     return one is not None and other is not None and address(one) == address(other)

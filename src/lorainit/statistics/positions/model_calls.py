@@ -24,6 +24,7 @@ from lorainit.models.introspection import blocks_with_masks, innermost_model, is
 from lorainit.statistics.positions.call_tensors import (
     address,
     arguments_of,
+    entries,
     is_length_first,
     is_longer,
     output_tensors,
@@ -101,7 +102,8 @@ class ModelCalls:
         self._labels: CountedPositions | None = None
         self._hosts: dict[int, Tensor] = {}
         self._padded = False
-        self._masks: dict[tuple[int, torch.Size], CountedPositions] = {}
+        # With the mask itself, so that its memory stays its own.
+        self._masks: dict[object, tuple[Tensor, CountedPositions]] = {}
         self._running: list[_Call] = []
         self._outputs: dict[int, _Output] = {}
         self._discarded: dict[str, list[InputPositions]] = {}
@@ -224,7 +226,7 @@ class ModelCalls:
         if not isinstance(mask, Tensor):
             return InputPositions(call.found.mask, known=not masked)
         rows, length = x.shape[:2]
-        key = (address(mask), torch.Size((rows, length)))
+        key = (*entries(mask), rows, length)
         if key not in self._masks:
             kept = attended_keys(mask, rows, length)
             if kept is None:
@@ -232,8 +234,8 @@ class ModelCalls:
                 own = attended_keys(mask, rows, mask.shape[-1])
                 masked = masked or own is None or not bool(own.all())
                 return InputPositions(call.found.mask, known=not masked)
-            self._masks[key] = positions_of(kept, self.device)
-        return InputPositions(self._masks[key])
+            self._masks[key] = mask, positions_of(kept, self.device)
+        return InputPositions(self._masks[key][1])
 
     # --- calls of parts
 
@@ -304,11 +306,11 @@ class ModelCalls:
         return InputPositions(None, known=not (outer is None and self._padded and mask is None))
 
     def _of_mask(self, mask: Tensor, call: _Call) -> CountedPositions:
-        key = (address(mask), mask.shape)
+        key = entries(mask)
         if key not in self._masks:
             shorter = partial(steps_of, self.base) if call.shape is None else None
-            self._masks[key] = positions_of(self._host(mask), self.device, shorter)
-        found = self._masks[key]
+            self._masks[key] = mask, positions_of(self._host(mask), self.device, shorter)
+        _, found = self._masks[key]
         labels = self._labels
         return labels if labels is not None and labels.shape == found.shape else found
 
