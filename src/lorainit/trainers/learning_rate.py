@@ -14,13 +14,9 @@ logger = logging.getLogger("lorainit")
 
 
 def suggested_rate(model: nn.Module, adapter_name: str) -> float | None:
-    """The peak learning rate that was found with the start of an adapter; None where none was.
-
-    It is read from what is remembered of the start.
-    """
+    """The peak learning rate that was measured with the start of an adapter; None where none was."""
     origin = getattr(configurations(model).get(adapter_name), "origin", None)
-    rate = getattr(origin, "learning_rate", None)
-    return None if rate is None else float(rate)
+    return None if origin is None else origin.measured.get("learning_rate")
 
 
 def is_default_rate(arguments: Any) -> bool:
