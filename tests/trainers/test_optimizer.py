@@ -30,7 +30,7 @@ def build(folder: Path, model: Any = None, *, callbacks: Any = (), **changes: An
     model = peft.get_peft_model(tiny.llama(), tiny.config()) if model is None else model
     return Trainer(
         model=model,
-        args=life.arguments(folder, save_strategy="no", **changes),
+        args=life.arguments(folder, **({"save_strategy": "no"} | changes)),
         train_dataset=life.Rows(),
         callbacks=list(callbacks),
     )
