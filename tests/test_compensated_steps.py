@@ -142,9 +142,9 @@ def test_another_task_gets_its_step_from_statistics_where_it_begins(
     at: list[int] = []
     collect = Measurements.statistics
 
-    def watched(self: Any, sample: Any, where: Any = None) -> Any:
+    def watched(self: Any, sample: Any, where: Any = None, planned: Any = None) -> Any:
         at.append(0 if where is None else sum(bool(term.left.any()) for term in where.values()))
-        return collect(self, sample, where)
+        return collect(self, sample, where, planned)
 
     monkeypatch.setattr(Measurements, "statistics", watched)
     method = lorainit.Auto(least_gain=0.01)

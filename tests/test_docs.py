@@ -116,10 +116,13 @@ VALUE = "\0"
 """Stands for what a message's f-string fills in."""
 
 _DAMAGED = "a damaged statistics file: caught, and named by StatisticsFileError"
+_ALONE = "heads that cannot be fitted: caught, and said in the log"
 INTERNAL = {
     "statistics/store/layer_table.py": _DAMAGED,
     "statistics/store/sharded_files.py": _DAMAGED,
     "statistics/store/packed_symmetric.py": _DAMAGED,
+    "lorainit/models/heads.py": _ALONE,
+    "calibration/head_loss.py": _ALONE,
     "lorainit/__init__.py": "AttributeError, in Python's own words",
 }
 """Files whose raises reach no user as they are, with the reason."""

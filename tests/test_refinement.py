@@ -13,7 +13,8 @@ import lorainit
 from lorainit.adapters.targets import match_targets
 from lorainit.calibration import SearchResult
 from lorainit.calibration.held_out_loss import HeldOutLoss
-from lorainit.calibration.repeated_steps import RepeatedSteps, take_steps
+from lorainit.calibration.repeated_steps import RepeatedSteps
+from lorainit.calibration.take_steps import take_steps
 from lorainit.data.sampling import Sample
 from lorainit.linalg.low_rank_sum import LowRankSum
 from lorainit.methods.metric import KroneckerMetric
@@ -219,9 +220,11 @@ def test_every_step_is_measured_on_other_sequences(monkeypatch: pytest.MonkeyPat
         held.append(rows(sample))
         return measure(self, sample)
 
-    def seen_statistics(self: Measurements, sample: Sample, at: Any = None) -> Statistics:
+    def seen_statistics(
+        self: Measurements, sample: Sample, at: Any = None, planned: Any = None
+    ) -> Statistics:
         fitted.append(rows(sample))
-        return collect(self, sample, at)
+        return collect(self, sample, at, planned)
 
     monkeypatch.setattr(Measurements, "held_out_loss", seen_loss)
     monkeypatch.setattr(Measurements, "statistics", seen_statistics)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 
 from lorainit.adapters import install as install_module
+from lorainit.calibration.repeated_steps import RepeatedSteps
+from lorainit.calibration.step_stack import StepStack
 from lorainit.linalg.triangular import lower_inverse
 from lorainit.pipeline import measurements, start
 from lorainit.statistics import collection
@@ -25,6 +27,9 @@ PARTS_OF_A_START = (
     ("pass", BlockPass, "collect"),
     ("finish", collection, "finish"),
     ("solve", start, "solve_layers"),
+    ("step", StepStack, "all_measured"),
+    ("step", StepStack, "forgetting"),
+    ("search", RepeatedSteps, "_search"),
     ("install", install_module, "install"),
 )
 """For `Clock.watching`: what `get_peft_model` does from batches to an installed adapter."""

@@ -21,7 +21,7 @@ from benchmarks.speed.operations import run_operations
 from benchmarks.speed.peft_starts import run_corda, run_eva, run_lora_ga
 from benchmarks.speed.profiles import run_profile, run_profile_floor
 from benchmarks.speed.solves import run_ranks, run_solve
-from benchmarks.speed.starts import run_floor, run_full, run_pass, run_start
+from benchmarks.speed.starts import run_budget, run_floor, run_full, run_pass, run_start
 from benchmarks.speed.training import run_share
 
 KINDS: dict[str, Callable[[Case, Any, Clock], dict[str, Any]]] = {
@@ -29,6 +29,7 @@ KINDS: dict[str, Callable[[Case, Any, Clock], dict[str, Any]]] = {
     "pass": run_pass,
     "start": run_start,
     "full": run_full,
+    "budget": run_budget,
     "solve": run_solve,
     "ranks": run_ranks,
     "precision": run_precision,

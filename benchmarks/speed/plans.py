@@ -25,6 +25,7 @@ def big_plan(
         for what, kind in (("floor", "floor"), ("LoRA-DA", "start"))
     ]
     middle = replace(base, shape=f"width {widths[-2]}", limit=40)
+    tight = replace(base, kind="start", sequences=64, limit=120, options={"max_memory": "24 GiB"})
     return [
         replace(base, name="floor", kind="floor"),
         replace(base, name="LoRA-DA", kind="start", limit=90),
@@ -44,14 +45,16 @@ def big_plan(
         replace(one, name="profile Natural", kind="profile", method="natural", layers=4),
         replace(one, name="profile FILet", kind="profile", method="filet", layers=4),
         replace(one, name="objective", kind="objective"),
-        replace(
-            base,
-            name="LoRA-DA within 24 GiB",
-            kind="start",
-            sequences=64,
-            limit=120,
-            options={"max_memory": "24GiB"},
+        replace(base, name="floor, 64 x 512", kind="floor", sequences=64),
+        *(
+            replace(
+                tight, name=f"{name} within {size}", method=method, options={"max_memory": size}
+            )
+            for size in ("24 GiB", "30 GiB")
+            for name, method in (("LoRA-DA", "lora_da"), ("FILet", "filet"), ("Auto", "auto"))
         ),
+        replace(tight, name="LoRA-DA, 64 x 512", options={}),
+        replace(tight, name="factors within 24 GiB", kind="budget"),
         replace(small, name="share", kind="share", batch=32),
         replace(peers, name="PEFT LoRA-GA", kind="peft_lora_ga"),
         replace(peers, name="LoRA-GA", kind="start", method="lora_ga"),

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 import lorainit
 from benchmarks.common.clock import Clock, cleared, host_peak_gib, peak_gib, reset_peak
 from benchmarks.common.decoder import Case, batches_of, config, floor
 from benchmarks.common.package_internals import PARTS_OF_A_START
-from lorainit.methods import EVA, CorDA, FILet, LoraDA, LoraGA, Natural
+from benchmarks.common.subspaces import sine_between
+from lorainit.methods import EVA, Auto, CorDA, FILet, LoraDA, LoraGA, Natural
 
 METHODS: dict[str, Callable[[], Any]] = {
     "lora_da": LoraDA,
     "filet": FILet,
     "natural": Natural,
+    "auto": Auto,
     "eva": EVA,
     "corda": CorDA,
     "lora_ga": LoraGA,
@@ -98,6 +102,50 @@ def run_start(case: Case, model: nn.Module, clock: Clock) -> dict[str, Any]:
     }
     wrapped.unload()
     return known
+
+
+def run_budget(case: Case, model: nn.Module, clock: Clock) -> dict[str, Any]:
+    """A start within a budget beside the one without: sines of the largest angle of `A`, and `B A`."""
+    free = {k: v for k, v in case.options.items() if k != "max_memory"}
+    truth = factors_of(replace(case, options=free), model)
+    cleared()
+    reset_peak(clock.device)
+    found = factors_of(case, model)
+    peak = peak_gib(clock.device)
+    angles, changes = [], []
+    for key in truth:
+        if "lora_A" not in key:
+            continue
+        other = key.replace("lora_A", "lora_B")
+        (a, b), (c, d) = (
+            [f[k].to(clock.device).double() for k in (key, other)] for f in (found, truth)
+        )
+        angles.append(sine_between(a.mT, c.mT))
+        whole = torch.linalg.norm(d @ c)
+        changes.append(float(torch.linalg.norm(b @ a - d @ c) / whole.clamp_min(1e-30)))
+    return {
+        "sine_largest": max(angles),
+        "sine_median": statistics.median(angles),
+        "product_largest": max(changes),
+        "product_median": statistics.median(changes),
+        "peak_gib": peak,
+    }
+
+
+def factors_of(case: Case, model: nn.Module) -> dict[str, Tensor]:
+    """Of a start by the public interface, on the host."""
+    torch.manual_seed(0)
+    wrapped = lorainit.get_peft_model(
+        model,
+        config(case),
+        method=METHODS[case.method](),
+        data=batches_of(case),
+        progress=False,
+        **case.options,
+    )
+    found = {n: p.detach().cpu() for n, p in wrapped.named_parameters() if "lora_" in n}
+    wrapped.unload()
+    return found
 
 
 def run_full(case: Case, model: nn.Module, clock: Clock) -> dict[str, Any]:

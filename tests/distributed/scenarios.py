@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import logging
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -25,7 +26,9 @@ from lorainit.errors import LorainitError
 from lorainit.linalg.block_triangle import mirror, panels
 from lorainit.parallel import collectives, exchange
 from lorainit.parallel.sharding import is_sharded
+from lorainit.statistics.memory.peak import held_bytes
 from lorainit.types import STATISTICS
+from tests.pipeline import classifiers
 from tests.statistics import models
 from tests.statistics.models import Batch, batches, sequences
 
@@ -134,6 +137,28 @@ def statistics_of_splits(rank: int, size: int, kind: str) -> list[dict[str, Any]
     )
     found.append({n: {"mean": layer.input_second_moment} for n, layer in inputs.items()})
     return found
+
+
+def statistics_by_blocks(rank: int, size: int, split: list[int]) -> dict[str, dict[str, Tensor]]:
+    """Within a budget that one pass block by block fits, and one whole pass does not."""
+    said: list[str] = []
+    handler = logging.Handler(logging.INFO)
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("lorainit")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    model = models.llama()
+    budget = held_bytes(model, torch.device("cpu")) + 60_000
+    found = lorainit.collect_statistics(
+        model,
+        config(),
+        data=part(RAGGED, split, rank),
+        needs=STATISTICS,
+        max_memory=budget,
+        progress=False,
+    )
+    assert any("block by block, 2 blocks" in line for line in said), said
+    return plain(found)
 
 
 TRAVELLERS: dict[str, tuple[tuple[int, ...], torch.dtype, bool]] = {
@@ -633,3 +658,20 @@ class _Interrupted(lorainit.PiSSA):
 
 # The same name everywhere: what fails must not be found out before.
 _Interrupted.__name__ = _Calm.__name__
+
+
+def fitted_heads(rank: int, size: int, counts: Sequence[int]) -> tuple[dict[str, Tensor], Any]:
+    """A new head is fitted on all processes' sequences, whoever has how many of them."""
+    rows = classifiers.labelled("classes", 60, 1)
+    first = sum(counts[:rank])
+    torch.manual_seed(100)
+    model = lorainit.get_peft_model(
+        classifiers.classifier(),
+        classifiers.config(),
+        method=lorainit.LoraOne(),
+        data=rows[first : first + counts[rank]],
+        progress=False,
+    )
+    heads = model.peft_config["default"].origin.heads
+    trained = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    return trained, heads

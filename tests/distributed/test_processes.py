@@ -68,6 +68,14 @@ def test_statistics(size: int, kind: str, alone: Any, tmp_path: Path) -> None:
                 assert all(torch.equal(value, theirs[name][key]) for key, value in layer.items())
 
 
+def test_statistics_block_by_block(alone: Any, tmp_path: Path) -> None:
+    """Each process runs its own batches through a block before the sums of the block are added."""
+    results = succeeded(launch(scenarios.statistics_by_blocks, 2, tmp_path, scenarios.SPLITS[2][0]))
+    for found in results:
+        for name, layer in alone[0].items():
+            close(found[name], layer, 1e-5)
+
+
 @pytest.mark.parametrize(
     ("size", "kind"), table([*KINDS, "fsdp_after", "fsdp_adapter"], QUICK_STARTS)
 )
@@ -194,3 +202,17 @@ def test_anchor_over_a_factor_sharded_by_itself_is_refused(tmp_path: Path) -> No
     for result in launch(scenarios.factor_sharded_by_itself, 2, tmp_path):
         assert isinstance(result, Failed)
         assert "by itself" in result.text
+
+
+def test_a_new_head_is_fitted_together(tmp_path: Path) -> None:
+    """One process's head, and start, to the arithmetic of sums; and the same bits on all."""
+    ((alone, known),) = succeeded(launch(scenarios.fitted_heads, 1, tmp_path / "1", [60]))
+    assert known["fitted"] == ["classifier"]
+    for counts in ([40, 20], [60, 0]):
+        first, second = succeeded(launch(scenarios.fitted_heads, 2, tmp_path / "2", counts))
+        assert first[1] == second[1]
+        for name, value in first[0].items():
+            assert torch.equal(value, second[0][name]), name
+        # What is left of the loss is small, and so are its gradients.
+        close(first[0], alone, 2e-2)
+        assert first[1]["loss_after"] == pytest.approx(known["loss_after"], rel=1e-3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 import transformers as hf
@@ -326,3 +327,33 @@ def test_a_block_that_computes_otherwise_the_second_time_is_found_out() -> None:
     batches = [{"x": torch.randn(4, 5).double(), "labels": torch.arange(4) % 3}]
     with pytest.raises(NotByBlocksError, match="others"):
         collected_by_blocks(model, modules, batches, NEEDS)
+
+
+class _Counting(dict[str, Tensor]):
+    """Offloaded weights; counts how often they are fetched."""
+
+    fetched = 0
+
+    def __getitem__(self, key: str) -> Tensor:
+        type(self).fetched += 1
+        return super().__getitem__(key)
+
+
+def test_offloaded_weights_travel_once_for_all_batches_of_a_block() -> None:
+    model, batches = models.llama(torch.float64), padded()
+    truth = collected(model, layers_of(model), batches, NEEDS)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    modules = layers_of(model)
+    planned = planned_by_blocks(model, modules, batches, NEEDS)
+    hook = model.model.layers[0].mlp.down_proj._hf_hook
+    hook.weights_map = _Counting({"weight": hook.weights_map["weight"]})
+    _Counting.fetched = 0
+    found: dict[str, LayerStatistics] = {}
+    for part in planned.parts():
+        found |= dict(part)
+    # Once a batch in the forward pass over all blocks, and once more for all of them together.
+    assert _Counting.fetched == len(batches) + 1
+    assert_equal({name: found[name] for name in truth}, truth)
+    assert all(p.is_meta for p in model.model.layers.parameters())
+    with torch.no_grad():
+        model(**batches[0])

@@ -36,7 +36,7 @@ BATCH_SIZES = {"orpo": 1}
 
 def measured(trainer: Any, **options: Any) -> Recording:
     recording = Recording()
-    lorainit.start_trainer(trainer, recording, progress=False, **options)
+    lorainit.start_trainer(trainer, recording, fit_heads=False, progress=False, **options)
     return recording
 
 
@@ -49,6 +49,7 @@ def expected(kind: str, rows: list[Any], loss_fn: Callable[..., Any]) -> Recordi
         # A list is no dictionary of tensors, so the loss function takes it as it is.
         data=[[row] for row in rows],
         loss_fn=lambda model, batch: loss_fn(model, batch[0]),
+        fit_heads=False,
         progress=False,
     )
     return recording

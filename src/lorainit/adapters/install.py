@@ -71,6 +71,7 @@ def install(
     settings: Mapping[str, Any] | None = None,
     measured: Mapping[str, float] | None = None,
     small: Collection[str] = (),
+    heads: Mapping[str, Any] | None = None,
 ) -> None:
     """Write factors into an adapter whose layers PEFT has created.
 
@@ -85,6 +86,7 @@ def install(
         settings: what found the factors, for the record; JSON-ready.
         measured: losses before and after, where they were measured; for the record too.
         small: names of layers whose factors have a lower rank than the adapter, and are filled up.
+        heads: what was fitted beside the adapter; for the record too.
 
     Raises:
         AdapterError: factors for a layer that the adapter does not have, or of another shape.
@@ -129,7 +131,9 @@ def install(
                 materialize(layer, adapter_name)
     if was_anchored != anchored:
         _set_rank_scale(known[adapter_name], layers, adapter_name, 2.0 if anchored else 0.5)
-    origin = Origin(anchored, dict(settings or {}), measured=dict(measured or {}))
+    origin = Origin(
+        anchored, dict(settings or {}), measured=dict(measured or {}), heads=dict(heads or {})
+    )
     remember(model, adapter_name, origin)
     if anchored:
         know_anchors(model)

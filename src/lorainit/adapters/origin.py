@@ -40,12 +40,16 @@ class Origin:
         measured: where the length was measured: ``base_loss``, ``start_loss``, on the sequences held
             back, and the ``length``; where plain LoRA was taken in place of the start that was measured,
             that one's loss as ``refused_loss``.
+        heads: where heads beside the adapter were fitted first: their names under ``fitted`` (none where
+            they were left as they are), ``loss_before`` and ``loss_after`` on the sequences held back, the
+            ``standard_error`` of the difference, the number of these ``sequences``, and the ``weight_decay``.
     """
 
     anchored: bool
     settings: Mapping[str, Any] = field(default_factory=dict)
     version: str = __version__
     measured: Mapping[str, float] = field(default_factory=dict)
+    heads: Mapping[str, Any] = field(default_factory=dict)
 
 
 class StartedLoraConfig(LoraConfig):  # type: ignore[misc]
@@ -116,6 +120,7 @@ def read_origin(folder: Path, config: LoraConfig) -> Origin | None:
             content["settings"],
             str(content["version"]),
             dict(content.get("measured", {})),
+            dict(content.get("heads", {})),
         )
         digest = content.get("weights_sha256")
     except (ValueError, KeyError, TypeError, RecursionError) as error:

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from lorainit.adapters.targets import Target
 from lorainit.calibration.held_out_loss import HeldOutLoss
 from lorainit.calibration.line_search import SearchResult
-from lorainit.calibration.repeated_steps import RepeatedSteps, take_steps
+from lorainit.calibration.repeated_steps import RepeatedSteps
 from lorainit.calibration.step_stack import ErrorOf
+from lorainit.calibration.take_steps import take_steps
 from lorainit.models.displacement import LowRank
 from lorainit.statistics import Statistics
 from lorainit.types import Factors, GivesBack, RefusesStart

@@ -6,16 +6,14 @@ displaced point. Nothing is installed while it runs; the displacement lives in h
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from lorainit.adapters.targets import Target
 from lorainit.calibration import SearchResult, search_length
@@ -26,8 +24,9 @@ from lorainit.models.displacement import LowRank
 from lorainit.parallel import collectives
 from lorainit.parallel.exchange import Slot, broadcast_from_owners
 from lorainit.solve.ownership import device_of, layer_owners
+from lorainit.solve.stacks import stack_bytes, stacks_of
 from lorainit.statistics import Statistics
-from lorainit.types import Factors, GivesBack, TakesSteps
+from lorainit.types import Factors, ForgetsStatistics, GivesBack, TakesSteps
 
 logger = logging.getLogger("lorainit")
 
@@ -117,8 +116,7 @@ class RepeatedSteps:
         known = set(statistics.names)
         self._reached = {name: t for name, t in self.targets.items() if name in known}
         self._owners = layer_owners(self._reached, statistics)
-        self._norms = self._norms or weight_norms(self.targets)
-        limits = {name: self.method.trust_region * norm for name, norm in self._norms.items()}
+        limits = self._limits()
         with collectives.shared_errors():
             self._stacks = [
                 stack
@@ -127,6 +125,54 @@ class RepeatedSteps:
                     self.method, members, statistics, self._at, limits, self.compensated
                 )
             ]
+        return self._measured(held_out, statistics)
+
+    def take_by_parts(
+        self, parts: Iterable[Statistics], held_out: HeldOutLoss, max_memory: int | None = None
+    ) -> SearchResult:
+        """The first step, from statistics that come part by part: each is forgotten before the next.
+
+        Layers in none of the parts are no targets any more.
+
+        Args:
+            parts: of layers' statistics, each layer in one of them, taken at the base.
+            held_out: measures the step's length.
+            max_memory: what everything on a device may take, in bytes; None: what is free.
+        """
+        method = self.method
+        assert isinstance(method, ForgetsStatistics)
+        limits, rank = self._limits(), collectives.world()[0]
+        stacks: list[StepStack] = []
+        owners: dict[str, int] = {}
+        for part in parts:
+            known = set(part.names)
+            reached = {name: t for name, t in self.targets.items() if name in known}
+            owners |= layer_owners(reached, part)
+            own = {name: t for name, t in reached.items() if owners[name] == rank}
+            size = stack_bytes(reached, method, max_memory)
+            with collectives.shared_errors():
+                stacks += [
+                    stack.forgetting(method, part, [0, *self._counts()])
+                    for members in stacks_of(own, size, method.needs, part)
+                    for stack in StepStack.all_measured(method, members, part, {}, limits)
+                ]
+            del part
+        self._stacks, self._owners = stacks, owners
+        self._reached = self.targets = {n: t for n, t in self.targets.items() if n in owners}
+        return self._measured(held_out, None)
+
+    def _limits(self) -> dict[str, float]:
+        """The largest ``|s B A|_F`` of each layer."""
+        self._norms = self._norms or weight_norms(self.targets)
+        return {name: self.method.trust_region * norm for name, norm in self._norms.items()}
+
+    def _counts(self) -> list[int]:
+        """Numbers of directions that a step may use."""
+        largest = max(target.spec.rank for target in self.targets.values())
+        return sorted({min(2**i, largest) for i in range(largest.bit_length() + 1)})
+
+    def _measured(self, held_out: HeldOutLoss, statistics: Statistics | None) -> SearchResult:
+        """Measure the step that was solved, and take it."""
         with held_out.measuring() as loss:
             result, directions = self._search(loss)
         if result.length > 0 or not self.searches:
@@ -207,8 +253,7 @@ class RepeatedSteps:
 
     def _search(self, loss: Callable[[Mapping[str, LowRank]], float]) -> tuple[SearchResult, int]:
         """Length, and how many directions to use: as many as before, then more or fewer near by."""
-        largest = max(target.spec.rank for target in self.targets.values())
-        counts = sorted({min(2**i, largest) for i in range(largest.bit_length() + 1)})
+        counts = self._counts()
         base = loss(self.present())
         trials: list[tuple[float, float]] = []
         best = (0.0, base, self.directions or counts[min(1, len(counts) - 1)])
@@ -263,64 +308,3 @@ class RepeatedSteps:
             lambda s: (s.step[0][..., :directions], s.step[1][..., :directions, :]), directions
         )
         return length_for(relative_sizes(unit, self._norms), FIRST_SIZE)
-
-
-@contextlib.contextmanager
-def _bar(method: TakesSteps, progress: bool) -> Iterator[Any]:
-    total, name = method.steps, type(method).__name__
-    with tqdm(total=total, desc=name, unit="step", disable=None if progress else True) as bar:
-        yield bar
-
-
-def take_steps(
-    method: TakesSteps,
-    targets: Mapping[str, Target],
-    held_out: Callable[[int], HeldOutLoss],
-    collect_at: Callable[[int, Mapping[str, LowRank]], Statistics],
-    *,
-    first: Statistics | None = None,
-    begun: RepeatedSteps | None = None,
-    progress: bool = True,
-    on_step: Callable[[int, dict[str, LowRank], SearchResult], None] | None = None,
-) -> tuple[dict[str, Factors], SearchResult]:
-    """`method.steps` steps, each measured; the start they lead to.
-
-    Args:
-        method: its settings.
-        targets: layers by name.
-        held_out: the loss on calibration sequences, by number of the step, from one.
-        collect_at: statistics from the step's other sequences, at a displacement.
-        first: statistics where the steps begin, where they are there already.
-        begun: where they begin; None: at the base model.
-        progress: show a progress bar.
-        on_step: called after each step, with its number, the displacement and the search.
-
-    Returns:
-        Factors by layer; and the last search, its first loss that of the model where the steps begin, on
-        the same sequences. If that is lower, the factors are those there.
-    """
-    steps = RepeatedSteps(method, targets) if begun is None else begun
-    begin, terms = steps.place(), steps.present()
-    number = 0
-    with _bar(method, progress) as bar:
-        for number in range(1, method.steps + 1):
-            at_first = number == 1 and first is not None
-            statistics = first if at_first else collect_at(number, steps.present())
-            assert statistics is not None
-            result = steps.take(statistics, held_out(number))
-            bar.set_postfix(loss=f"{result.loss:.4g}")
-            bar.update()
-            if on_step is not None:
-                on_step(number, steps.present(), result)
-            if result.length == 0:
-                logger.info("step %d of %d found no way down; stopping", number, method.steps)
-                break
-    found = steps.searches[-1]
-    if number > 1:
-        with held_out(number).measuring() as loss:
-            base = loss(terms)
-        if not found.loss < base:
-            steps.go_back(begin)
-            found = replace(found, loss=base, length=0.0)
-        found = replace(found, start_loss=base)
-    return steps.factors(), found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -14,7 +14,13 @@ from lorainit.adapters.targets import Target
 from lorainit.linalg.low_rank_sum import LowRankSum
 from lorainit.solve.ownership import after_out_of_memory
 from lorainit.statistics import Statistics
-from lorainit.types import GivesBack, LayerStatistics, TakesSteps
+from lorainit.types import (
+    ForgetsStatistics,
+    GivesBack,
+    LayerStatistics,
+    RowEnergies,
+    TakesSteps,
+)
 
 Pairs = dict[str, tuple[Tensor, Tensor]]
 """``left`` ``(out, rank)`` and ``right`` ``(rank, in)`` by layer."""
@@ -37,6 +43,7 @@ class StepStack:
         limits: ``(layers,)``, the largest ``|s B A|_F`` of each.
         of_step: whether limits are of the step alone, since what is there before it is given back to a
             quantized base, and no way from a model that works.
+        energies: of each layer, by the number of directions that a step may use; None: its statistics are kept.
     """
 
     targets: list[Target]
@@ -44,6 +51,7 @@ class StepStack:
     whole: LowRankSum | None
     limits: Tensor
     of_step: bool = False
+    energies: Mapping[int, Sequence[RowEnergies]] | None = None
 
     @property
     def rank(self) -> int:
@@ -126,6 +134,27 @@ class StepStack:
 
         return _in_parts(solve, targets, _solving_device(targets[0], statistics))
 
+    def forgetting(
+        self, method: ForgetsStatistics, statistics: Statistics, counts: Sequence[int]
+    ) -> StepStack:
+        """The same, from here on without statistics; at the base.
+
+        Args:
+            method: its settings.
+            statistics: that the step was taken from.
+            counts: numbers of directions that may be used.
+        """
+        assert self.whole is None
+        left, right = self.step
+        found: dict[int, list[RowEnergies]] = {count: [] for count in counts}
+        for i, target in enumerate(self.targets):
+            # One layer at a time, of those that wait on the host.
+            layer = statistics[target.name].only(method.needs).to(device=left.device)
+            for count in counts:
+                used = left[i] * (torch.arange(left.shape[-1], device=left.device) < count)
+                found[count].append(method.row_energies(used, right[i], layer))
+        return replace(self, energies=found)
+
     def moved(self, length: float, directions: int) -> tuple[Tensor, Tensor]:
         """The displacement after a step of this length along its first directions, cut to rank.
 
@@ -153,20 +182,36 @@ class StepStack:
         tiny = torch.finfo(left.dtype).tiny
         return (self.limits / square.sqrt().clamp_min(tiny)).clamp(max=1.0).unsqueeze(-1)
 
+    def _stretches(self, length: float, directions: int) -> list[float]:
+        """How many times as long each layer's displacement is as its step at length one."""
+        if self.energies is None:
+            return []
+        left, right = self.step
+        used = (torch.arange(left.shape[-1], device=left.device) < directions).to(left)
+        found: list[float] = (length * self._scale(left * (used * length), right)[:, 0]).tolist()
+        return found
+
     def factors(
         self,
         method: TakesSteps,
-        statistics: Statistics,
+        statistics: Statistics | None,
         length: float,
         directions: int,
     ) -> tuple[Tensor, Tensor]:
-        """The same as ``s B`` and ``A`` of the adapter."""
+        """The same as ``s B`` and ``A`` of the adapter; without statistics where they were forgotten."""
         pairs = []
         moved = self.moved(length, directions)
-        for target, left, right in zip(self.targets, *moved, strict=True):
+        stretches = self._stretches(length, directions)
+        for i, (target, left, right) in enumerate(zip(self.targets, *moved, strict=True)):
             scaling = target.spec.scaling
             seed = torch.initial_seed() ^ zlib.crc32(target.name.encode())
-            a, b = method.factors(left, right, scaling, statistics[target.name], seed)
+            if self.energies is not None:
+                assert isinstance(method, ForgetsStatistics)
+                energies = self.energies[directions][i]
+                a, b = method.factors_from(left, right, scaling, energies, stretches[i], seed)
+            else:
+                assert statistics is not None
+                a, b = method.factors(left, right, scaling, statistics[target.name], seed)
             pairs.append((scaling * b, a))
         return torch.stack([b for b, _ in pairs]), torch.stack([a for _, a in pairs])
 

@@ -24,7 +24,7 @@ from lorainit.methods._settings import (
     require_types,
 )
 from lorainit.methods.metric import KroneckerMetric
-from lorainit.types import DampingMode, Factors, LayerStatistics, LowRankStep
+from lorainit.types import DampingMode, Factors, LayerStatistics, LowRankStep, RowEnergies
 from lorainit.types.numbers import require_count
 
 
@@ -195,22 +195,68 @@ class Natural:
             statistics: with ``gradient`` and both second moments, not damped.
             seed: of the random rows that `spare` asks for, the same on every device.
         """
-        rows, content = linalg.orthonormal_rows(left, right.mT)
-        # What a cut leaves of unused columns is rounding.
-        lengths = torch.linalg.vector_norm(content, dim=-2)
-        rounding = max(content.shape[-2:]) * torch.finfo(content.dtype).eps
-        unused = lengths <= rounding * lengths.amax(-1, keepdim=True)
-        content = content.masked_fill(unused.unsqueeze(-2), 0.0)
+        directions = _Directions.of(left, right)
+        energies = self._energies(directions, statistics)
+        return self._sized(directions, energies, scaling, 1.0, seed)
+
+    def row_energies(self, left: Tensor, right: Tensor, statistics: LayerStatistics) -> RowEnergies:
+        """What `factors` reads of the statistics for this displacement, or for one that is a multiple of it.
+
+        Args:
+            left: ``(..., out, rank)``.
+            right: ``(..., rank, in)``.
+            statistics: as `factors` takes them.
+        """
+        return self._energies(_Directions.of(left, right), statistics)
+
+    def factors_from(
+        self,
+        left: Tensor,
+        right: Tensor,
+        scaling: float,
+        energies: RowEnergies,
+        stretch: float,
+        seed: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """`factors` without statistics.
+
+        Args:
+            left: ``(..., out, rank)``, `stretch` times that of which the energies are.
+            right: ``(..., rank, in)``, the same.
+            scaling: above zero.
+            energies: see `row_energies`.
+            stretch: not below zero.
+            seed: as `factors` takes it.
+        """
+        return self._sized(_Directions.of(left, right), energies, scaling, stretch, seed)
+
+    def _energies(self, directions: _Directions, statistics: LayerStatistics) -> RowEnergies:
+        rows, content = directions.rows, directions.content
         inputs, gradient = statistics.input_second_moment, statistics.gradient.to(rows)
         diagonal = linalg.double_precision(inputs.diagonal(dim1=-2, dim2=-1).to(rows))
         # Damping bounds rows along which the data never go.
         damping = linalg.damping_value(diagonal, self.damping, self.damping_mode).unsqueeze(-1)
-        tiny = torch.finfo(diagonal.dtype).tiny
-        seen = (_energy(inputs, rows.mT) + damping).clamp_min(tiny)
-        default = ROW_NORM**2 * diagonal.mean(-1, keepdim=True)
         outputs = statistics.output_second_moment
-        through_b = _energy(outputs, (gradient @ rows.mT).sign()) * seen * scaling**2
-        through_a = _energy(outputs, content) * _energy(inputs, (gradient.mT @ content).sign())
+        return RowEnergies(
+            (_energy(inputs, rows.mT) + damping).clamp_min(torch.finfo(diagonal.dtype).tiny),
+            ROW_NORM**2 * diagonal.mean(-1, keepdim=True),
+            _energy(outputs, (gradient @ rows.mT).sign()),
+            _energy(outputs, content) * _energy(inputs, (gradient.mT @ content).sign()),
+        )
+
+    def _sized(
+        self,
+        directions: _Directions,
+        energies: RowEnergies,
+        scaling: float,
+        stretch: float,
+        seed: int | None,
+    ) -> tuple[Tensor, Tensor]:
+        rows, content, unused = directions.rows, directions.content, directions.unused
+        seen, default = energies.inputs, energies.default
+        tiny = torch.finfo(seen.dtype).tiny
+        through_b = energies.outputs * seen * scaling**2
+        through_a = energies.columns * stretch**2
         balanced = (through_a / through_b.clamp_min(tiny)) ** 0.25
         sizes = torch.maximum(balanced, self.activation * (default / seen).sqrt())
         # Inputs that are all zero ask for no size.
@@ -252,6 +298,30 @@ class Natural:
         gradient = linalg.check_finite(statistics.gradient, "the gradient")
         whitened = metric.whiten_gradient(gradient)
         return metric, whitened.to(linalg.compute_dtype(gradient))
+
+
+@dataclass(frozen=True, eq=False)
+class _Directions:
+    """A displacement as orthonormal rows and their columns, those of the largest singular values first.
+
+    Attributes:
+        rows: ``(..., rank, in)``.
+        content: ``(..., out, rank)``; zero where `unused`.
+        unused: ``(..., rank)``.
+    """
+
+    rows: Tensor
+    content: Tensor
+    unused: Tensor
+
+    @classmethod
+    def of(cls, left: Tensor, right: Tensor) -> _Directions:
+        rows, content = linalg.orthonormal_rows(left, right.mT)
+        # What a cut leaves of unused columns is rounding.
+        lengths = torch.linalg.vector_norm(content, dim=-2)
+        rounding = max(content.shape[-2:]) * torch.finfo(content.dtype).eps
+        unused = lengths <= rounding * lengths.amax(-1, keepdim=True)
+        return cls(rows, content.masked_fill(unused.unsqueeze(-2), 0.0), unused)
 
 
 def _energy(second_moment: Tensor, columns: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import nn
 
 from lorainit.adapters import install as installing
 from lorainit.adapters.create import create_adapter
+from lorainit.adapters.heads import heads_of, written
 from lorainit.adapters.layers import (
     adapters_disabled,
     check_not_merged,
@@ -31,6 +32,7 @@ from lorainit.models.state import (
     unchanged_rng_on_error,
 )
 from lorainit.parallel import collectives
+from lorainit.parallel.sharding import is_sharded
 from lorainit.parallel.together import agreed, left_together
 from lorainit.pipeline.checks import (
     check_arguments,
@@ -39,6 +41,7 @@ from lorainit.pipeline.checks import (
     with_possible_ranks,
 )
 from lorainit.pipeline.facts import facts_of, facts_of_start
+from lorainit.pipeline.heads import StartedHeads, start_heads
 from lorainit.pipeline.measurements import Measurements
 from lorainit.pipeline.start import Precision, Start, find_start, needs_sample
 from lorainit.pipeline.summary import measured_losses, report_line, summary
@@ -64,6 +67,7 @@ def get_peft_model(
     adapter_name: str = "default",
     cap_rank: bool = False,
     calibration_share: float = 0.2,
+    fit_heads: bool = True,
     precision: Precision = "fast",
     autocast_adapter_dtype: bool = True,
     settings: CollectSettings | None = None,
@@ -90,6 +94,12 @@ def get_peft_model(
             filled up as PEFT would, see ``on_unused`` in `CollectSettings`.
         calibration_share: of `data`, held back from the statistics to measure a step's length on,
             where the method asks for that; with `statistics`, all of `data` is used.
+        fit_heads: fit heads that PEFT trains beside the adapter (``modules_to_save``, also those that a task
+            type adds) on the features that reach them, before the statistics are taken: the adapter's own
+            copies, toward their present values, with the model's own loss. Kept where that lowers the loss
+            of held-back sequences by more than its standard error. Nothing is done without `data`, with
+            `statistics` (which are of the heads as they were), to heads of more than 4,096 outputs, or to
+            models that ``fully_shard`` has sharded.
         precision: ``"fast"``: solve in float32 (float64 where that fails), to residuals of a thousandth or
             less; ``"exact"``: in float64, to 1e-10.
         autocast_adapter_dtype: as in PEFT: adapters of half-precision models are kept in float32.
@@ -137,6 +147,7 @@ def get_peft_model(
                 adapter_name=adapter_name,
                 cap_rank=cap_rank,
                 calibration_share=calibration_share,
+                fit_heads=fit_heads,
                 precision=precision,
                 autocast_adapter_dtype=autocast_adapter_dtype,
             )
@@ -153,6 +164,7 @@ def get_peft_model(
             adapter_name=adapter_name,
             existing=existing,
             calibration_share=calibration_share,
+            fit_heads=fit_heads,
             precision=precision,
             autocast_adapter_dtype=autocast_adapter_dtype,
         )
@@ -172,6 +184,7 @@ def _started(
     adapter_name: str,
     existing: bool,
     calibration_share: float,
+    fit_heads: bool,
     precision: Precision,
     autocast_adapter_dtype: bool,
 ) -> PeftModel:
@@ -197,15 +210,30 @@ def _started(
     measurements = Measurements(
         model, targets, needs, settings, reference=reference, with_ranks=redistribute
     )
+    sampled = not default and needs_sample(method, statistics, has_data=data is not None)
+    heads = StartedHeads()
+    if fit_heads and data is not None and statistics is None and not is_sharded(model):
+        heads = StartedHeads(
+            heads_of(model, config, adapter_name, targets.layers, existing=existing)
+        )
     start = Start()
-    if not default:
+    if heads.heads or not default:
         with adapters_disabled(model), measurements.unchanged_rng():
             sample = None
-            if needs_sample(method, statistics, has_data=data is not None):
+            if heads.heads or sampled:
                 measurements, sample = measurements.with_own_loss(measurements.sample(data))
-            start = find_start(
-                method, measurements, sample, statistics, precision, calibration_share
-            )
+            if heads.heads and sample is not None:
+                heads = start_heads(heads.heads, measurements, sample, calibration_share)
+            if not default:
+                with heads.in_use():
+                    start = find_start(
+                        method,
+                        measurements,
+                        sample if sampled else None,
+                        statistics,
+                        precision,
+                        calibration_share,
+                    )
     if start.refusal is not None:
         # Ranks were perhaps redistributed for the start that is not taken.
         config = configured
@@ -227,11 +255,12 @@ def _started(
                 settings_of(method),
                 measured_losses(start),
                 targets.filled_up,
+                heads.record(),
             )
         # PEFT's own random start of the layers left at it, too.
         collectives.broadcast(adapter_tensors(wrapped, adapter_name), 0)
         # Until the last line is out, on every process.
-        with collectives.shared_errors():
+        with collectives.shared_errors(), written(wrapped, adapter_name, heads.heads, heads.values):
             if start.refusal is not None and not existing:
                 # All layers are PEFT's own.
                 left_out = {}
@@ -239,6 +268,6 @@ def _started(
                 left_out |= left_at_default(wrapped, adapter_name, start.factors, left_out)
             started = {n: ranks for n, ranks in targets.filled_up.items() if n in start.sizes}
             skipped = skipped_experts(model, asked, targets)
-            line = summary(method, start, left_out, started, skipped)
+            line = summary(method, start, left_out, started, skipped, heads.line())
             report_line(line, progress=settings.progress)
     return wrapped

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
@@ -26,7 +26,7 @@ from lorainit.solve.importance import ranks_by_importance
 from lorainit.solve.layers import value_directions
 from lorainit.solve.ranks import allocate_ranks, rank_limits
 from lorainit.solve.stacks import solving_bytes
-from lorainit.statistics.collection import collect_layers, plan_collection
+from lorainit.statistics.collection import PlannedCollection, collect_layers, plan_collection
 from lorainit.statistics.loss.own_loss import OwnLoss, needs_own_loss, one_by_one
 from lorainit.statistics.loss.togetherness import labelled_units, losses_together
 from lorainit.statistics.settings import CollectSettings, Subject
@@ -100,19 +100,24 @@ class Measurements:
         settings = replace(settings, loss_fn=OwnLoss(settings.loss_reduction))
         return replace(self, settings=settings), sample.with_batches(one_by_one(sample.batches))
 
-    def statistics(self, sample: Sample, at: Mapping[str, LowRank] | None = None) -> Statistics:
-        """Statistics of the base model, displaced by `at`, with its fingerprints."""
-        known = self._fingerprints()
-        with displaced(self.subject.modules, at) if at else contextlib.nullcontext():
-            found = collect_layers(self.subject, sample)
-        found.fingerprints = {n: known[n] for n in found.names if n in known}
-        return found
-
-    def passes(self, sample: Sample) -> Iterator[Statistics]:
-        """The same pass by pass, for whoever needs no two passes' statistics at a time."""
+    def planned(self, sample: Sample) -> PlannedCollection:
+        """How statistics of the base model are going to be collected, in one part or several."""
         self._fingerprints()
         workspace = solving_bytes(self.targets.layers, self.needs)
-        yield from plan_collection(self.subject, sample, workspace).parts()
+        return plan_collection(self.subject, sample, workspace)
+
+    def statistics(
+        self,
+        sample: Sample,
+        at: Mapping[str, LowRank] | None = None,
+        planned: PlannedCollection | None = None,
+    ) -> Statistics:
+        """Statistics of the base model, displaced by `at`, with its fingerprints; `planned` if they are."""
+        known = self._fingerprints()
+        with displaced(self.subject.modules, at) if at else contextlib.nullcontext():
+            found = collect_layers(self.subject, sample, planned)
+        found.fingerprints = {n: known[n] for n in found.names if n in known}
+        return found
 
     def held_out_loss(self, sample: Sample) -> HeldOutLoss:
         """The loss on these sequences."""

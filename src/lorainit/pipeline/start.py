@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -12,13 +12,13 @@ from lorainit.adapters.weights import read_weight
 from lorainit.calibration.along_factors import calibrate_factors, scale_factors
 from lorainit.calibration.compensated_steps import compensated_steps
 from lorainit.calibration.line_search import SearchResult
-from lorainit.calibration.repeated_steps import take_steps
 from lorainit.calibration.sizes import (
     UNMEASURED_SIZE,
     length_for,
     relative_sizes,
     weight_norms,
 )
+from lorainit.calibration.take_steps import take_steps
 from lorainit.data.sampling import Sample
 from lorainit.methods.vanilla import Vanilla
 from lorainit.models.displacement import LowRank
@@ -27,11 +27,13 @@ from lorainit.pipeline.measurements import Measurements
 from lorainit.solve.layers import relative_size, solve_layers
 from lorainit.solve.stacks import solving_bytes
 from lorainit.statistics.collect.finalize import check_unused
+from lorainit.statistics.collection import PlannedCollection
 from lorainit.statistics.memory.peak import held_bytes
 from lorainit.statistics.store.statistics import Statistics
 from lorainit.types import (
     ChangesStart,
     Factors,
+    ForgetsStatistics,
     GivesBack,
     MeasuresLength,
     Method,
@@ -99,7 +101,7 @@ def find_start(
     if sample is not None and isinstance(method, MeasuresLength) and method.calibrated:
         return _measured(method, measurements, sample, statistics, precision, calibration_share)
     if sample is not None and not measurements.redistributes(method):
-        return _pass_by_pass(method, measurements, sample, precision)
+        return _part_by_part(method, measurements, measurements.planned(sample), precision)
     if sample is not None:
         statistics = measurements.statistics(sample)
     measurements = measurements.reallocated(method, statistics)
@@ -126,8 +128,13 @@ def _measured(
 
     # Too few sequences are an error before long work.
     first = parts(1)
+    planned = None
     if statistics is None and method.needs:
-        statistics = measurements.statistics(first[0])
+        planned = measurements.planned(first[0])
+        forgets = isinstance(method, ForgetsStatistics) or not isinstance(method, TakesSteps)
+        whole = reference is not None or measurements.redistributes(method) or not forgets
+        if whole or not planned.is_divided:
+            statistics, planned = measurements.statistics(first[0], planned=planned), None
     measurements = measurements.reallocated(method, statistics)
     unused = {} if statistics is None else unused_targets(statistics, measurements.targets)
     served = measurements.served(unused)
@@ -151,10 +158,19 @@ def _measured(
             lambda step: measurements.held_out_loss(parts(step)[1]),
             lambda step, at: measurements.statistics(parts(step)[0], at),
             first=statistics,
+            parts=None if planned is None else _solvable(planned, measurements, unused),
+            max_memory=measurements.settings.budget,
             progress=measurements.settings.progress,
         )
+        if planned is not None:
+            check_unused(list(unused), factors, measurements.subject)
+            served = measurements.served(unused)
     else:
-        start = _solved(method, measurements, statistics, precision)
+        if planned is None:
+            start = _solved(method, measurements, statistics, precision)
+        else:
+            start = _part_by_part(method, measurements, planned, precision)
+            unused, served = start.unused, measurements.served(start.unused)
         held_out = measurements.held_out_loss(first[1])
         factors, search = calibrate_factors(start.factors, served, held_out, method.trust_region)
     refusal = _refusal(method, search)
@@ -163,19 +179,29 @@ def _measured(
     return Start(factors, _sizes(factors, served), unused, search)
 
 
-def _pass_by_pass(
-    method: Method, measurements: Measurements, sample: Sample, precision: Precision
-) -> Start:
-    """Solve each pass's layers before the next pass, and forget what is solved."""
+def _solvable(
+    planned: PlannedCollection, measurements: Measurements, unused: dict[str, str]
+) -> Iterator[Statistics]:
+    """Parts of a collection, some on the host where a solve would not fit beside them; fills `unused`."""
     budget, device = measurements.settings.budget, measurements.device
+    for part in planned.parts():
+        if budget is not None and device.type != "cpu":
+            room = budget - solving_bytes(measurements.targets.layers, measurements.needs)
+            part.relieve(device, held_bytes(measurements.model, device) - room)
+        unused |= unused_targets(part, measurements.targets)
+        yield part
+        # Nobody holds it while the next one is made.
+        del part
+
+
+def _part_by_part(
+    method: Method, measurements: Measurements, planned: PlannedCollection, precision: Precision
+) -> Start:
+    """Solve each part's layers before the next part, and forget what is solved."""
     factors: dict[str, Factors] = {}
     sizes: dict[str, float] = {}
     unused: dict[str, str] = {}
-    for part in measurements.passes(sample):
-        if budget is not None and device.type != "cpu":
-            room = budget - solving_bytes(measurements.targets.layers, method.needs)
-            part.relieve(device, held_bytes(measurements.model, device) - room)
-        unused |= unused_targets(part, measurements.targets)
+    for part in _solvable(planned, measurements, unused):
         served = {name: measurements.targets.layers[name] for name in part.names}
         found = solve_layers(
             served,
@@ -184,7 +210,7 @@ def _pass_by_pass(
             precision=precision,
             progress=measurements.settings.progress,
             release=True,
-            max_memory=budget,
+            max_memory=measurements.settings.budget,
             reference=measurements.reference,
         )
         factors |= found[0]

@@ -49,6 +49,7 @@ def summary(
     left_out: Mapping[str, str],
     filled_up: Mapping[str, str] | None = None,
     skipped: Sequence[str] = (),
+    heads: str = "",
 ) -> str:
     """One line: how large the start is, and what was left out and why.
 
@@ -58,6 +59,7 @@ def summary(
         left_out: layers at PEFT's start, with the reason.
         filled_up: layers smaller than the rank, with both ranks.
         skipped: parameters of experts that the configuration does not target.
+        heads: what is said of heads beside the adapter.
     """
     line, sizes = f"{type(method).__name__}: ", start.sizes
     if start.refusal is not None:
@@ -72,6 +74,8 @@ def summary(
         line += "PEFT's own start"
     if start.search is not None and start.refusal is None:
         line += f", calibration loss {start.search.start_loss:.4g} to {start.search.loss:.4g}"
+    if heads:
+        line += f"; {heads}"
     if left_out:
         line += f". Left at PEFT's start: {_shown(left_out)}"
     if filled_up:

@@ -29,14 +29,16 @@ from lorainit.types import GRADIENT_STATISTICS
 logger = logging.getLogger("lorainit")
 
 
-def collect_layers(subject: Subject, sample: Sample) -> Statistics:
-    """Collect the statistics of the subject's layers from a sample.
+def collect_layers(
+    subject: Subject, sample: Sample, planned: PlannedCollection | None = None
+) -> Statistics:
+    """Collect the statistics of the subject's layers from a sample, as `planned`, if that is known.
 
     Hooks are gone, and ``requires_grad``, modes, ``.grad`` and the random state are as they were,
     when this returns or raises.
     """
     with unchanged_rng(subject.device):
-        planned = plan_collection(subject, sample)
+        planned = plan_collection(subject, sample) if planned is None else planned
         parts = []
         for part in planned.parts():
             # What is kept of one pass makes room for the next.

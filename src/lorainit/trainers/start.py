@@ -50,6 +50,7 @@ def start_trainer(
     set_learning_rate: bool = True,
     reference_weights: TensorSource | None = None,
     calibration_share: float = 0.2,
+    fit_heads: bool = True,
     precision: Precision = "fast",
     settings: CollectSettings | None = None,
     **options: Unpack[CollectOptions],
@@ -72,6 +73,7 @@ def start_trainer(
             its class's default and no optimizer yet; the log says it.
         reference_weights: see `get_peft_model`.
         calibration_share: see `get_peft_model`.
+        fit_heads: see `get_peft_model`.
         precision: see `get_peft_model`.
         settings: how statistics are collected, see `CollectSettings`; ``max_sequences`` counts examples.
         **options: its fields, as keywords. A ``loss_fn`` of your own takes the trainer's batches.
@@ -116,6 +118,7 @@ def start_trainer(
             reference_weights=reference_weights,
             adapter_name=name,
             calibration_share=calibration_share,
+            fit_heads=fit_heads,
             precision=precision,
             settings=settings,
         )

@@ -211,6 +211,48 @@ class TakesSteps(MeasuresLength, Protocol):
         """
 
 
+@dataclass(frozen=True, eq=False)
+class RowEnergies:
+    """What the sizes of a start's rows follow from, for one displacement ``left @ right``.
+
+    Its rows are orthonormal, its columns as long as its singular values.
+
+    Attributes:
+        inputs: ``(..., rank)``, of each row under the inputs' second moment, damped.
+        default: ``(..., 1)``, of a default LoRA's row.
+        outputs: ``(..., rank)``, of the signs of the gradient along each row, under the outputs'.
+        columns: ``(..., rank)``, of each column under the outputs', times that of the signs of the gradient
+            along it under the inputs'.
+    """
+
+    inputs: Tensor
+    default: Tensor
+    outputs: Tensor
+    columns: Tensor
+
+
+@runtime_checkable
+class ForgetsStatistics(TakesSteps, Protocol):
+    """A method whose factors follow from a step and a few numbers of each row.
+
+    So a layer's statistics may be forgotten before the step's length is measured.
+    """
+
+    def row_energies(self, left: Tensor, right: Tensor, statistics: LayerStatistics) -> RowEnergies:
+        """Of the displacement ``left @ right``, from the statistics that the step was taken from."""
+
+    def factors_from(
+        self,
+        left: Tensor,
+        right: Tensor,
+        scaling: float,
+        energies: RowEnergies,
+        stretch: float,
+        seed: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """What `factors` gives of ``left @ right``, `stretch` times the one of which the energies are."""
+
+
 @runtime_checkable
 class GivesBack(TakesSteps, ReadsReference, Protocol):
     """A method whose steps begin where what quantization took is given back, if that is known.

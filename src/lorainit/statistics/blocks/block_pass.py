@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from tqdm.auto import tqdm
 
 from lorainit.data.batch import Batch
+from lorainit.models.resident import resident
 from lorainit.parallel import collectives
 from lorainit.statistics.blocks.calls import (
     BlockCall,
@@ -221,7 +222,7 @@ class BlockPass:
             self.counted,
             gradient_dtype=self._state.gradient_dtype,
         )
-        with hooks_on(state, modules), explained(state) as under_way:
+        with resident(block), hooks_on(state, modules), explained(state) as under_way:
             for part, (calls, notes) in zip(self.parts, self._batches, strict=True):
                 if place in calls:
                     under_way[:] = [part]

@@ -11,6 +11,9 @@ from lorainit.statistics.blocks.calls import Chain
 from lorainit.statistics.memory.plan import FIXED_POSITIONS, BatchSize, Weigher, gib, packed
 from lorainit.statistics.memory.rehearsal import Rehearsal
 
+_SLACK = 50
+"""One part in so many of a budget is left free where a solve works beside the blocks' inputs."""
+
 
 @dataclass(frozen=True, eq=False)
 class BlockPlan:
@@ -109,7 +112,7 @@ def make_block_plan(
         if largest > room or held + waiting - free + beside > budget:
             continue
         # A solve finds its own room, if it must; inputs make some for it where they can wait elsewhere.
-        wanted = max(beside, passing + largest + workspace)
+        wanted = max(beside, passing + largest + workspace + budget // _SLACK)
         on_device = waiting - min(free, max(0, held + waiting + wanted - budget))
         again = 1 / 3 if backward else 1.0
         runs = again + len(groups) / len(chain.blocks)

@@ -1,0 +1,231 @@
+"""New heads beside an adapter: fitted in its own copies, before the statistics, and nothing else changed."""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import Tensor
+
+import lorainit
+from lorainit.adapters.origin import origin_of
+from tests.pipeline.classifiers import classifier, config, labelled
+from tests.untouched import untouched
+
+NATURAL = lorainit.Natural(trust_region=10.0)
+
+
+def started(model: Any, kind: str = "classes", **named: Any) -> Any:
+    torch.manual_seed(5)
+    named = {"method": lorainit.Vanilla(), "data": labelled(kind, 100, 25)} | named
+    return lorainit.get_peft_model(
+        model, named.pop("config", config(kind)), progress=False, **named
+    )
+
+
+def own_head(model: Any, name: str = "classifier") -> Any:
+    return model.get_base_model().get_submodule(name).modules_to_save["default"]
+
+
+def weights(head: Any) -> list[Tensor]:
+    return [head.weight.detach().clone(), head.bias.detach().clone()]
+
+
+def loss_of(model: Any, kind: str) -> float:
+    """The model's own, on data that no start has seen."""
+    with torch.no_grad():
+        return sum(float(model(**b).loss) for b in labelled(kind, 96, 32, seed=4)) / 3
+
+
+@pytest.mark.parametrize("kind", ["classes", "labels", "numbers", "tags"])
+def test_plain_lora_begins_with_a_fitted_head(kind: str) -> None:
+    before = loss_of(classifier(kind), kind)
+    base = classifier(kind)
+    bits = copy.deepcopy(base.state_dict())
+    model = started(base, kind)
+    heads = origin_of(model, "default").heads
+    assert heads["fitted"] == ["classifier"]
+    assert heads["loss_after"] < heads["loss_before"]
+    assert heads["sequences"] == 20
+    assert loss_of(model.eval(), kind) < 0.95 * before
+    # All else is the plain PEFT run with the same seed, and its random numbers go on as there.
+    after = torch.rand(3)
+    torch.manual_seed(5)
+    plain = peft.get_peft_model(classifier(kind), config(kind))
+    assert torch.equal(torch.rand(3), after)
+    other = dict(plain.named_parameters())
+    for name, parameter in model.named_parameters():
+        same = torch.equal(parameter, other[name])
+        assert same != ("modules_to_save" in name), name
+        assert parameter.requires_grad == other[name].requires_grad
+    with model.disable_adapter():
+        assert loss_of(model, kind) == pytest.approx(before, rel=1e-12)
+    original = model.get_base_model().classifier.original_module
+    assert torch.equal(original.weight, bits["classifier.weight"])
+
+
+def test_statistics_are_those_of_a_model_whose_head_was_replaced_by_hand() -> None:
+    model = started(classifier(), method=NATURAL)
+    by_hand = classifier()
+    with torch.no_grad():
+        by_hand.classifier.weight.copy_(own_head(model).weight)
+        by_hand.classifier.bias.copy_(own_head(model).bias)
+    other = started(by_hand, method=NATURAL, fit_heads=False)
+    without = started(classifier(), method=NATURAL, fit_heads=False)
+    key = "base_model.model.bert.encoder.layer.0.attention.self.query.lora_B.default.weight"
+    found, same, random = (dict(m.named_parameters())[key] for m in (model, other, without))
+    assert float(found.detach().norm()) > 0
+    assert torch.equal(found, same)
+    assert not torch.allclose(found, random, rtol=0.1)
+    measured = [origin_of(m, "default").measured["base_loss"] for m in (model, other, without)]
+    assert measured[0] == measured[1] < measured[2]
+    assert measured[0] == pytest.approx(origin_of(model, "default").heads["loss_after"], rel=1e-5)
+
+
+def test_a_head_without_anything_to_learn_is_left_and_said(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = classifier("noise")
+    with caplog.at_level("INFO", logger="lorainit"):
+        found = started(model, "noise")
+    assert torch.equal(
+        own_head(found).weight, found.get_base_model().classifier.original_module.weight
+    )
+    assert origin_of(found, "default").heads["fitted"] == []
+    line = next(text for text in caplog.messages if text.startswith("Vanilla: "))
+    assert "head 'classifier' left as it is: fitted, the loss on 20 held-back sequences" in line
+    assert "standard error" in line
+    with caplog.at_level("INFO", logger="lorainit"):
+        started(classifier())
+    assert "head 'classifier' fitted first, loss 1.097 to 0.000" in caplog.messages[-1]
+
+
+def test_a_head_that_is_trained_already_stays_near_itself() -> None:
+    """The decay goes toward the present weights, so what the head knows is not forgotten."""
+    first = started(classifier())
+    trained = classifier()
+    with torch.no_grad():
+        trained.classifier.weight.copy_(own_head(first).weight)
+        trained.classifier.bias.copy_(own_head(first).bias)
+    again = origin_of(started(trained), "default").heads
+    new = origin_of(first, "default").heads
+    assert again["loss_before"] - again["loss_after"] < 0.5 * (
+        new["loss_before"] - new["loss_after"]
+    )
+
+
+def test_what_switches_it_off() -> None:
+    """No data, statistics, the argument, a head that nobody trains, labels that are missing."""
+    statistics = lorainit.collect_statistics(
+        classifier(), config(), data=labelled("classes"), needs=NATURAL.needs, progress=False
+    )
+    unlabelled = [{k: v for k, v in b.items() if k != "labels"} for b in labelled("classes")]
+    for named in (
+        {"data": None},
+        {"method": lorainit.EVA(rho=1.0), "data": unlabelled},
+        {"statistics": statistics, "data": None, "method": lorainit.LoraOne()},
+        {"statistics": statistics, "method": NATURAL},
+        {"fit_heads": False},
+        {"data": labelled("classes", 1)},
+    ):
+        model = started(classifier(), **named)
+        assert origin_of(model, "default").heads == {}
+        assert torch.equal(own_head(model).weight, classifier().classifier.weight)
+    frozen = peft.LoraConfig(r=2, target_modules=["query"])
+    assert origin_of(started(classifier(), config=frozen), "default").heads == {}
+
+
+def test_heads_over_a_vocabulary_are_left_without_a_word(caplog: pytest.LogCaptureFixture) -> None:
+    from tests.statistics.models import llama, sequences
+
+    data = [{k: v.unsqueeze(0) for k, v in row.items()} for row in sequences(10)]
+    for size, tried in ((4097, False), (37, True)):
+        caplog.clear()
+        settings = peft.LoraConfig(
+            r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM"
+        )
+        with caplog.at_level("INFO", logger="lorainit"):
+            model = lorainit.get_peft_model(
+                llama(vocab_size=size),
+                settings,
+                method=lorainit.Vanilla(),
+                data=data,
+                progress=False,
+            )
+        assert (origin_of(model, "default").heads != {}) == tried
+        assert ("head" in caplog.text) == tried
+
+
+def test_the_model_is_as_it_was_after_an_error_in_the_statistics() -> None:
+    class Odd(lorainit.LoraOne):
+        def solve(self, *args: Any, **named: Any) -> Any:
+            raise RuntimeError("not today")
+
+    model = classifier()
+    with untouched(model), pytest.raises(RuntimeError, match="not today"):
+        lorainit.get_peft_model(
+            model, config(), method=Odd(), data=labelled("classes", 100, 25), progress=False
+        )
+
+
+def test_an_adapter_that_exists_keeps_its_head_when_it_fails(monkeypatch: Any) -> None:
+    model = started(classifier(), fit_heads=False)
+    before = weights(own_head(model))
+
+    def failing(*args: Any, **named: Any) -> None:
+        raise RuntimeError("no line")
+
+    monkeypatch.setattr(sys.modules[lorainit.get_peft_model.__module__], "report_line", failing)
+    with pytest.raises(RuntimeError, match="no line"):
+        lorainit.get_peft_model(
+            model,
+            None,
+            method=lorainit.Vanilla(),
+            data=labelled("classes", 100, 25),
+            progress=False,
+        )
+    assert all(map(torch.equal, weights(own_head(model)), before))
+    monkeypatch.undo()
+    lorainit.get_peft_model(
+        model, None, method=lorainit.Vanilla(), data=labelled("classes", 100, 25), progress=False
+    )
+    fitted = weights(own_head(model))
+    assert not any(map(torch.equal, fitted, before))
+    assert all(map(torch.equal, fitted, weights(own_head(started(classifier())))))
+
+
+def test_starting_again_sees_the_adapters_own_head() -> None:
+    """Its copy is what will be trained, so statistics are taken with it whether it is fitted again or not."""
+    model = started(classifier())
+    data = labelled("noise", 100, 25)
+    lorainit.get_peft_model(model, None, method=NATURAL, data=data, progress=False)
+    by_hand = classifier()
+    with torch.no_grad():
+        by_hand.classifier.weight.copy_(own_head(model).weight)
+        by_hand.classifier.bias.copy_(own_head(model).bias)
+    other = started(by_hand, "noise", method=NATURAL, fit_heads=False, data=data)
+    losses = [origin_of(m, "default").measured["base_loss"] for m in (model, other)]
+    assert losses[0] == losses[1]
+
+
+def test_it_is_recorded_saved_and_loaded(tmp_path: Path) -> None:
+    model = started(classifier())
+    model.save_pretrained(str(tmp_path))
+    record = json.loads((tmp_path / "lorainit.json").read_text())
+    assert record["heads"]["fitted"] == ["classifier"]
+    loaded = lorainit.load_adapter(classifier(), str(tmp_path))
+    assert torch.equal(own_head(loaded).weight, own_head(model).weight)
+    assert origin_of(loaded, "default").heads == origin_of(model, "default").heads
+
+
+def test_heads_in_half_precision_are_what_was_measured() -> None:
+    model = started(classifier(dtype=torch.bfloat16), method=NATURAL)
+    head = own_head(model)
+    assert origin_of(model, "default").heads["fitted"] == ["classifier"]
+    assert head.weight.dtype == model.get_base_model().classifier.original_module.weight.dtype
