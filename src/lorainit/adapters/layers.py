@@ -69,7 +69,7 @@ def _enable(modules: list[Any], flags: list[tuple[nn.Parameter, bool]]) -> None:
         parameter.requires_grad_(flag)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _marked_references(model: PeftModel) -> Iterator[None]:
     """While adapters are off: calls that switch them off, or to another one, begin a `reference_forward`."""
     policy = model.active_adapter
