@@ -70,12 +70,12 @@ def has_rows(x: Tensor, rows: int) -> bool:
 
 
 def entries(tensor: Tensor) -> tuple[object, ...]:
-    """Which entries of which memory a tensor is, as they are now: two rows of a batch are not the same."""
+    """Which entries of which memory a tensor is: two rows of a batch are not the same."""
     try:
         place = tensor.data_ptr()
     except (NotImplementedError, RuntimeError):
         place = id(tensor)
-    return place, tensor.shape, tensor.stride(), tensor._version
+    return place, tensor.shape, tensor.stride()
 
 
 def same_memory(one: Tensor | None, other: Tensor | None) -> bool:
