@@ -213,8 +213,13 @@ def test_a_suggested_rate_takes_the_place_of_the_default_alone(
     assert left.args.learning_rate == 5e-5
 
 
-def test_without_a_suggestion_the_rate_stays(tmp_path: Path) -> None:
+def test_the_measured_rate_is_given_to_the_trainer(tmp_path: Path) -> None:
     trainer = build(tmp_path, learning_rate=5e-5)
-    model = lorainit.start_trainer(trainer, lorainit.PiSSA(), progress=False)
-    if learning_rate.suggested_rate(model, "default") is None:
-        assert trainer.args.learning_rate == 5e-5
+    model = lorainit.start_trainer(trainer, lorainit.LoraDA(), progress=False)
+    rate = learning_rate.suggested_rate(model, "default")
+    assert rate is not None
+    assert trainer.args.learning_rate == rate != 5e-5
+    given = build(tmp_path, learning_rate=1e-3)
+    model = lorainit.start_trainer(given, lorainit.LoraDA(), progress=False)
+    assert learning_rate.suggested_rate(model, "default") is None
+    assert given.args.learning_rate == 1e-3

@@ -19,6 +19,11 @@ def suggested_rate(model: nn.Module, adapter_name: str) -> float | None:
     return None if origin is None else origin.measured.get("learning_rate")
 
 
+def wants_rate(trainer: Any) -> bool:
+    """Whether a rate would be taken: the class's default stands, and no optimizer has it yet."""
+    return is_default_rate(trainer.args) and getattr(trainer, "optimizer", None) is None
+
+
 def is_default_rate(arguments: Any) -> bool:
     """Whether the training arguments have the learning rate that their class has."""
     if not dataclasses.is_dataclass(arguments):

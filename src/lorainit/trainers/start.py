@@ -31,7 +31,7 @@ from lorainit.trainers.kinds import (
     is_on_policy,
     loss_of,
 )
-from lorainit.trainers.learning_rate import set_rate, suggested_rate
+from lorainit.trainers.learning_rate import set_rate, suggested_rate, wants_rate
 from lorainit.trainers.loss import TrainerLoss
 from lorainit.trainers.on_policy import check_advantages
 from lorainit.trainers.optimizer import check_optimizer
@@ -69,8 +69,9 @@ def start_trainer(
             it holds. Default: ``"model"`` where that is what the trainer minimizes, else ``"trainer"``; the
             log says which.
         adapter_name: of the adapter to start. Default: the active one.
-        set_learning_rate: give the trainer the learning rate that is suggested with the start, where it has
-            its class's default and no optimizer yet; the log says it.
+        set_learning_rate: measure a learning rate with the start, as `suggest_learning_rate` does, where the
+            trainer has its class's default and no optimizer yet, and give it to the trainer; the log says it.
+            Not for on-policy trainers, nor for methods that read no data.
         reference_weights: see `get_peft_model`.
         calibration_share: see `get_peft_model`.
         fit_heads: see `get_peft_model`.
@@ -99,6 +100,10 @@ def start_trainer(
     if needs_data:
         check_reference(model, name)
         _say_place(trainer, model)
+    # Of rewards on answers that change with the policy nothing is known.
+    suggest_rate = (
+        needs_data and set_learning_rate and wants_rate(trainer) and not is_on_policy(trainer)
+    )
     with ExitStack() as stack:
         stack.enter_context(unchanged_rng(input_device(model)))
         stack.enter_context(unchanged_trainer(trainer))
@@ -119,6 +124,7 @@ def start_trainer(
             adapter_name=name,
             calibration_share=calibration_share,
             fit_heads=fit_heads,
+            suggest_rate=suggest_rate,
             precision=precision,
             settings=settings,
         )
