@@ -214,7 +214,8 @@ class RepeatedSteps:
             if self._owners[name] == collectives.world()[0]:
                 spec = target.spec
                 device = next((p.device for p in target.module.parameters()), None)
-                key = (spec.out_features, spec.in_features, spec.rank, device)
+                alone = name if spec.one_hot else ""
+                key = (spec.out_features, spec.in_features, spec.rank, device, alone)
                 groups.setdefault(key, []).append(target)
         return list(groups.values())
 

@@ -65,6 +65,19 @@ class Start:
     search: SearchResult | None = None
     refusal: str | None = None
 
+    def without_anchored_words(self, targets: Mapping[str, Target]) -> Start:
+        """The same, embeddings left out whose factors want an anchor: PEFT's own cannot be given one."""
+        names = [n for n, f in self.factors.items() if targets[n].spec.one_hot and f.anchored]
+        if not names:
+            return self
+        reason = "an embedding's factors can get no anchor, which the method's start needs"
+        return replace(
+            self,
+            factors={n: f for n, f in self.factors.items() if n not in names},
+            sizes={n: size for n, size in self.sizes.items() if n not in names},
+            unused=self.unused | dict.fromkeys(names, reason),
+        )
+
 
 def needs_sample(method: Method, statistics: Statistics | None, *, has_data: bool) -> bool:
     """Whether data are looked at: statistics are to be collected, or a length measured."""
