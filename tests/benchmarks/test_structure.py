@@ -22,6 +22,7 @@ PAGES = [
 """What readers start from."""
 
 RECORDS = {
+    "architectures/results/architectures.jsonl": "architectures/tables.py",
     "methods_report/results/methods_report.json": "methods_report/__main__.py",
     "quality/results/records/*.jsonl": "quality/records.py",
     "quality/results/one_step/*.jsonl": "quality/one_step.py",
