@@ -208,7 +208,8 @@ def _by_blocks(subject: Subject, row: Batch, chain: Chain, seen: _Seen) -> Block
 
 def _close(found: Tensor, truth: Tensor, tolerance: float) -> bool:
     """Whether two gradients are the same to rounding; not if they are not finite."""
-    found, truth = found.cpu().double(), truth.double()
+    wide = torch.promote_types(found.dtype, torch.float32)
+    found, truth = found.to(wide), truth.to(found.device, wide)
     return bool((found - truth).norm() <= tolerance * truth.norm())
 
 
