@@ -8,12 +8,13 @@ import traceback
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from torch import nn
 
 import lorainit
-from benchmarks.architectures import numbers, reproduce, starts
+from benchmarks.architectures import numbers, reference, reproduce, starts
 from benchmarks.architectures.outcome import outcome
-from benchmarks.architectures.reference import Row, logits_of, own_loss, reference
+from benchmarks.architectures.reference import Row, logits_of, own_loss
 from benchmarks.architectures.tiny.batches import padded
 from benchmarks.architectures.tiny.models import build
 
@@ -63,7 +64,8 @@ def _stages(record: dict[str, Any], said: _Lines) -> None:
         return
     record["alone"] = True
     try:
-        stock = starts.stock(model, rows[0])
+        config, record["targets"] = starts.fitting_config(model, rows[0])
+        stock = starts.stock(model, rows[0], config)
     except Exception as error:
         record["peft"] = _described(error)
         return
@@ -74,17 +76,17 @@ def _stages(record: dict[str, Any], said: _Lines) -> None:
     if data is not rows and not _takes(model, data):
         data = rows
     record["batched"] = data is not rows
-    _numbers(model, rows, data, record, said)
+    _numbers(model, config, rows, data, record, said)
     record["starts"] = {}
     logits, before = logits_of(model, rows[0]), starts.base_parameters(model)
     for method, make in starts.METHODS.items():
         some = copy.deepcopy(model)
         found: dict[str, Any] = {}
         try:
-            adapted = starts.start(some, make(), data)
+            adapted = starts.start(some, config, make(), data)
             found["faults"] = list(starts.faults(adapted, before, logits, rows[0], stock))
         except Exception as error:
-            found |= _failure(model, rows, data, error)
+            found |= _failure(model, config, rows, data, error)
         found["said"] = said.taken()
         record["starts"][method] = found
 
@@ -118,22 +120,25 @@ def _takes(model: nn.Module, data: list[Row]) -> bool:
 
 
 def _numbers(
-    model: nn.Module, rows: list[Row], data: list[Row], record: dict[str, Any], said: _Lines
+    model: nn.Module,
+    config: LoraConfig,
+    rows: list[Row],
+    data: list[Row],
+    record: dict[str, Any],
+    said: _Lines,
 ) -> None:
     """Collected statistics beside autograd, and of batches beside those of rows."""
 
     def collected(some: list[Row]) -> lorainit.Statistics:
         copied = [dict(batch) for batch in some]
-        return lorainit.collect_statistics(
-            model, starts.adapter_config(), data=copied, needs=_NEEDS, progress=False
-        )
+        return lorainit.collect_statistics(model, config, data=copied, needs=_NEEDS, progress=False)
 
     found: dict[str, Any] = {}
     record["numbers"] = found
     try:
         alone = collected(rows)
     except Exception as error:
-        found |= _failure(model, rows, rows, error)
+        found |= _failure(model, config, rows, rows, error)
         said.taken()
         return
     found["said"] = said.taken()
@@ -142,16 +147,21 @@ def _numbers(
     other = copy.deepcopy(model)
     for parameter in other.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
-    truth = reference(other, rows, [*alone, *unused])
+    # Nothing is learned by an adapter past whose layer the weight is read.
+    past = {n for n in unused if "read directly" in alone.metadata["unused_reasons"].get(n, "")}
+    truth = reference.reference(other, rows, [*alone, *(n for n in unused if n not in past)])
     found["truth"] = numbers.against_truth(alone, truth)
     if numbers.wrong(found["truth"]):
         found["chance"] = reproduce.depends_on_chance(model, rows[0])
     if data is rows:
         return
     try:
-        found["batching"] = numbers.against_each_other(collected(data), alone)
+        fixed = reference.reads_no_data(model, rows[0], alone)
+        found["reads_no_data"] = sorted(fixed)[:4]
+        read = {name: alone[name] for name in alone if name not in fixed}
+        found["batching"] = numbers.against_each_other(collected(data), read)
     except Exception as error:
-        found["batched_failure"] = _failure(model, rows, data, error)
+        found["batched_failure"] = _failure(model, config, rows, data, error)
     found["said_of_batches"] = said.taken()
     if numbers.wrong(found.get("batching", {})):
         found["padding"] = max(
@@ -162,13 +172,13 @@ def _numbers(
 
 
 def _failure(
-    model: nn.Module, rows: list[Row], data: list[Row], error: Exception
+    model: nn.Module, config: LoraConfig, rows: list[Row], data: list[Row], error: Exception
 ) -> dict[str, Any]:
     """What was raised, whether it is the package's own line, and whether the model does it alone."""
     found: dict[str, Any] = {"error": _described(error)}
     refusal = isinstance(error, lorainit.errors.LorainitError) and "\n" not in str(error)
     found["refused"] = refusal
-    found["reproduced"] = reproduce.reproduced(model, rows, data, error)
+    found["reproduced"] = reproduce.reproduced(model, config, rows, data, error)
     if isinstance(error, lorainit.errors.NonFiniteError):
         finite = reproduce.gradients_are_finite(model, rows)
         found["reproduced"] = None if finite else "a gradient of its own loss is not finite"

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from benchmarks.architectures.tiny.text import FIRST, LAST
+
 Row = dict[str, Any]
 
 
@@ -19,9 +21,10 @@ class Reference:
 
     Attributes:
         gradients: ``(out, in)``, of the model's own losses; None where autograd gave none.
-        inputs: ``(in, in)``, second moments of what linear layers read; none of stacked experts.
-        unpadded: the same over as many positions as the row has tokens, the first ones, of layers that read
-            more: some models pad their rows themselves.
+        inputs: ``(in, in)``, second moments of what linear layers read in calls that the loss depends on; none
+            of stacked experts.
+        unpadded: the same over as many positions as the row has tokens, of layers that read more: some models
+            pad their rows themselves.
         outputs: ``(out, out)``, of gradients with respect to what they gave.
         loss: the sum of the losses.
     """
@@ -46,17 +49,17 @@ def reference(model: nn.Module, rows: Sequence[Row], names: Iterable[str]) -> Re
     unpadded: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
     handles, length = [], [0]
+    block = getattr(model.config, "block_size", 0) or 0
 
     def watched(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Tensor) -> None:
             given = args[0] if args else next(iter(kwargs.values()))
-            inputs[name] = inputs.get(name, 0) + _second_moment(given)
-            own = given[:, : length[0]] if given.dim() == 3 and length[0] else given
-            unpadded[name] = unpadded.get(name, 0) + _second_moment(own)
             if output.requires_grad:
-                output.register_hook(add)
+                output.register_hook(lambda gradient: add(given.detach(), gradient))
 
-        def add(gradient: Tensor) -> None:
+        def add(given: Tensor, gradient: Tensor) -> None:
+            inputs[name] = inputs.get(name, 0) + _second_moment(given)
+            unpadded[name] = unpadded.get(name, 0) + _second_moment(_own(given, length[0], block))
             outputs[name] = outputs.get(name, 0) + _second_moment(gradient)
 
         return hook
@@ -81,6 +84,49 @@ def reference(model: nn.Module, rows: Sequence[Row], names: Iterable[str]) -> Re
     return Reference(gradients, inputs, unpadded, outputs, total)
 
 
+def reads_no_data(model: nn.Module, row: Row, names: Iterable[str]) -> set[str]:
+    """Layers whose input is the same whatever the data say: tables of relative positions, say."""
+    first, second = (_read(model, some, names) for some in (row, _other(row)))
+    return {name for name in first if name in second and torch.equal(first[name], second[name])}
+
+
+@torch.no_grad()
+def _read(model: nn.Module, row: Row, names: Iterable[str]) -> dict[str, Tensor]:
+    """What each linear layer read last."""
+    found: dict[str, Tensor] = {}
+    handles = []
+
+    def keeping(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Tensor) -> None:
+            found[name] = (args[0] if args else next(iter(kwargs.values()))).detach().clone()
+
+        return hook
+
+    for name in names:
+        if (module := _module(model, name)) is not None:
+            handles.append(module.register_forward_hook(keeping(name), with_kwargs=True))
+    try:
+        own_loss(model, row)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _other(row: Row) -> Row:
+    """A row as long, with other words, images or sounds."""
+    generator = torch.Generator().manual_seed(7)
+    other = dict(row)
+    for key, value in row.items():
+        if value.is_floating_point():
+            other[key] = value + torch.randn(value.shape, generator=generator)
+        elif key == "labels" or key.endswith("input_ids"):
+            words = (value >= FIRST) & (value < LAST)
+            moved = FIRST + (value - FIRST + 7) % (LAST - FIRST)
+            other[key] = torch.where(words, moved, value)
+    return other
+
+
 def own_loss(model: nn.Module, row: Row) -> Tensor:
     """What the model says its loss is."""
     torch.manual_seed(0)
@@ -101,6 +147,20 @@ def logits_of(model: nn.Module, row: Row) -> Tensor:
             return found.clone()
     tensors = [value for value in output.values() if isinstance(value, Tensor) and value.dim() > 1]
     return tensors[0].clone()
+
+
+def _own(x: Tensor, length: int, block: int) -> Tensor:
+    """The positions of the row's tokens in ``(1, positions, in)`` or ``(positions, 1, in)``.
+
+    They are the first ones, but where blocks of positions are staggered by half a block. All where there
+    are no tokens, or no more positions.
+    """
+    if x.dim() != 3 or not length:
+        return x
+    x = x.transpose(0, 1) if x.shape[1] == 1 else x
+    staggered = block and x.shape[1] > -(-length // block) * block
+    first = block // 2 if staggered else 0
+    return x[:, first : first + length]
 
 
 def _second_moment(x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from torch import nn
 
 from benchmarks.architectures.numbers import TOLERANCE, distance
@@ -18,10 +19,10 @@ _ALIKE = 60
 
 
 def reproduced(
-    model: nn.Module, rows: list[Row], data: list[Row], error: BaseException
+    model: nn.Module, config: LoraConfig, rows: list[Row], data: list[Row], error: BaseException
 ) -> str | None:
     """Which plain use of the model raises what a start raised; None: none of them."""
-    for what, use in _uses(model, rows, data):
+    for what, use in _uses(model, config, rows, data):
         try:
             use()
         except Exception as other:
@@ -73,7 +74,7 @@ def gradients_are_finite(model: nn.Module, rows: list[Row]) -> bool:
 
 
 def _uses(
-    model: nn.Module, rows: list[Row], data: list[Row]
+    model: nn.Module, config: LoraConfig, rows: list[Row], data: list[Row]
 ) -> Iterator[tuple[str, Callable[[], Any]]]:
     def without(batch: Row) -> Row:
         return {key: value for key, value in batch.items() if key != "labels"}
@@ -86,7 +87,10 @@ def _uses(
         own_loss(some, rows[0]).backward()
 
     yield "model(**batch).loss.backward()", lambda: own_loss(model, data[0]).backward()
-    yield "peft.get_peft_model(model)(**batch).loss.backward()", lambda: stock(model, data[0])
+    yield (
+        "peft.get_peft_model(model)(**batch).loss.backward()",
+        lambda: stock(model, data[0], config),
+    )
     yield "model(**row) without labels", lambda: model(**without(rows[0]))
     yield "model(**batch) without labels", lambda: model(**without(data[0]))
     yield "model(**row).loss.backward(), only linear weights trained", frozen

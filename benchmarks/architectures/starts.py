@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Iterator
 
 import torch
@@ -14,6 +15,7 @@ import lorainit
 from benchmarks.architectures.reference import Row, logits_of, own_loss
 from lorainit.types import Method
 
+_REFUSED = ("out_proj", "conv1d")
 METHODS: dict[str, Callable[[], Method | None]] = {
     "default": lambda: None,
     "LoRA-DA": lorainit.LoraDA,
@@ -22,17 +24,49 @@ METHODS: dict[str, Callable[[], Method | None]] = {
 }
 
 
-def adapter_config() -> LoraConfig:
-    return LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
+def fitting_config(model: nn.Module, row: Row) -> tuple[LoraConfig, str]:
+    """The widest configuration under which stock PEFT and the model run, and what it targets, in words.
+
+    All linear layers, or all but those whose forward is not a linear layer's and those that PEFT refuses
+    for state space models.
+
+    Raises:
+        Exception: whatever PEFT or the model raises under the first.
+    """
+    odd = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
+    ]
+    refused = rf"(.*\.)?({'|'.join(_REFUSED)})"
+    choices = [
+        ("all-linear", None),
+        ("all-linear but out_proj", refused),
+        ("all-linear but layers with a forward of their own", odd),
+        ("all-linear but both", "|".join([refused, *map(re.escape, odd)])),
+    ]
+    first: Exception | None = None
+    for words, left_out in choices:
+        config = LoraConfig(
+            r=4, lora_alpha=8, target_modules="all-linear", exclude_modules=left_out
+        )
+        try:
+            stock(model, row, config)
+        except Exception as error:
+            first = first or error
+            continue
+        return config, words
+    assert first is not None
+    raise first
 
 
-def stock(model: nn.Module, row: Row) -> PeftModel:
+def stock(model: nn.Module, row: Row, config: LoraConfig) -> PeftModel:
     """The model with PEFT's own adapter; its backward has run.
 
     Raises:
         Exception: whatever PEFT or the model raises.
     """
-    adapted = stock_peft_model(copy.deepcopy(model), adapter_config()).eval()
+    adapted = stock_peft_model(copy.deepcopy(model), copy.deepcopy(config)).eval()
     own_loss(adapted, row).backward()
     return adapted
 
@@ -42,10 +76,12 @@ def adapted_layers(model: nn.Module) -> set[str]:
     return {name.split(".lora_")[0] for name, _ in model.named_parameters() if ".lora_A" in name}
 
 
-def start(model: nn.Module, method: Method | None, data: list[Row]) -> PeftModel:
+def start(
+    model: nn.Module, config: LoraConfig, method: Method | None, data: list[Row]
+) -> PeftModel:
     """The documented call."""
     return lorainit.get_peft_model(
-        model, adapter_config(), method=method, data=[dict(batch) for batch in data]
+        model, config, method=method, data=[dict(batch) for batch in data]
     )
 
 

@@ -12,6 +12,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from lorainit.data.batch import Batch
+from lorainit.statistics.positions.counted import positions_of
 from tests.batches.same import collected, difference, start_difference, started
 
 Row = dict[str, Tensor]
@@ -220,6 +221,25 @@ class TestBatchesOfSeveral:
         blind = Batch.arrived(together(rows), 0, None)
         assert blind.units == 1
         assert blind.cut(1) == [blind]
+
+
+def test_a_text_as_long_as_its_images_have_patches() -> None:
+    """Two rows of 20 tokens, 40 patches: the text's mask fits the patches by its shape alone."""
+    rows = by_grid(2)
+    batch = together(rows)
+    for key in ("input_ids", "labels", "mm_token_type_ids", "attention_mask"):
+        batch[key] = batch[key][:, :20]
+    mask, patches = batch["attention_mask"], len(batch["pixel_values"])
+    assert mask.numel() == patches == 40
+    tokens = int(mask.sum())
+    assert tokens < 40
+    found = collected(qwen2_vl(), [batch], config=config())
+    assert difference(found, collected(qwen2_vl(), rows, config=config())) < 1e-5
+    visual = next(name for name in found.names if "visual" in name)
+    textual = next(name for name in found.names if "language_model" in name)
+    assert (found[visual].positions, found[textual].positions) == (40, tokens)
+    # The negative control: what shape alone would take of the patches.
+    assert positions_of(mask, mask.device).indices_for(torch.Size((patches,)))[1]
 
 
 def test_whole_batches_are_held_back_where_images_cannot_be_told() -> None:

@@ -291,7 +291,7 @@ def caps(rank: int, size: int, split: list[int], cap: int) -> tuple[float, int]:
 
 
 def starts(rank: int, size: int, kind: str, names: Sequence[str]) -> dict[str, Any]:
-    """Adapters by method; each is trained for 20 steps."""
+    """Adapters by method; each is trained for 8 steps."""
     found: dict[str, Any] = {}
     for name in names:
         data = part(ROWS, even(size), rank)
@@ -360,7 +360,7 @@ def given_back(rank: int, size: int) -> dict[str, dict[str, Tensor]]:
 
 
 def train(model: Any, rank: int, size: int) -> list[float]:
-    """Twenty steps on all rows; gradients are averaged by the wrapper, or here where there is none."""
+    """Eight steps on all rows; gradients are averaged by the wrapper, or here where there is none."""
     torch.manual_seed(0)
     learning = [p for p in model.parameters() if p.requires_grad]
     unsynchronized = [p for p in learning if not hasattr(p, "device_mesh")]
@@ -375,7 +375,7 @@ def train(model: Any, rank: int, size: int) -> list[float]:
     }
     whole_batch["labels"] = whole_batch["input_ids"]
     losses = []
-    for _ in range(20):
+    for _ in range(8):
         loss = run(**whole_batch).loss
         optimizer.zero_grad()
         loss.backward()

@@ -80,9 +80,8 @@ def test_statistics_block_by_block(alone: Any, tmp_path: Path) -> None:
     ("size", "kind"), table([*KINDS, "fsdp_after", "fsdp_adapter"], QUICK_STARTS)
 )
 def test_starts_and_curves(size: int, kind: str, alone: Any, tmp_path: Path) -> None:
-    # One of each kind of method where it takes longest; the table's slow part has all.
-    quick = (kind, size) == ("fsdp_adapter", 2)
-    names = ["lora_da", "filet", "natural"] if quick else NAMES
+    # Every method without a wrapper and on three processes; else one of each kind of method.
+    names = NAMES if kind == "plain" or size == 3 else ["lora_da", "filet", "natural"]
     results = succeeded(launch(scenarios.starts, size, tmp_path, kind, names))
     for name in names:
         start, curve = results[0][name]

@@ -75,7 +75,8 @@ class Disturbed:
         if caught is None:
             self._settle(before)
             return None
-        broken = differences(before, state_of(self.operation.model))
+        changed = differences(before, state_of(self.operation.model))
+        broken = [name for name in changed if name not in self.operation.ignored]
         found = content_of(self.place)
         broken += [n for n in {**found, **self.content} if found.get(n) != self.content.get(n)]
         if isinstance(caught, Injected):

@@ -25,15 +25,25 @@ class Operation:
         model: it works on; the same one every time, since it is left as it was.
         work: with the model and a folder.
         undo: after it has succeeded, or been disturbed after its last deed.
+        ignored: parts of the state that need not stay: a command's random numbers are its process's own.
     """
 
     model: Any
     work: Callable[[Any, Path], object]
     undo: Callable[[Any], None] = field(default=lambda model: None)
+    ignored: tuple[str, ...] = ()
 
 
 def data() -> list[dict[str, Tensor]]:
     return [tiny.batch(4, 6, seed=s) for s in range(2)]
+
+
+def unsettled(model: Any) -> Any:
+    """In train mode, a part in eval mode and a part frozen: flags that no code would set by chance."""
+    model.train()
+    model.model.layers[0].eval()
+    model.model.embed_tokens.requires_grad_(False)
+    return model
 
 
 def operations(folder: Path) -> dict[str, Operation]:
@@ -47,6 +57,8 @@ def operations(folder: Path) -> dict[str, Operation]:
     )
     tiny.train(again)
     anchored = again
+    in_place = tiny.llama()
+    in_place.add_adapter(tiny.config())
     needs = lorainit.Natural().needs
     statistics = lorainit.collect_statistics(
         tiny.llama(), tiny.config(), data=data(), needs=needs, progress=False
@@ -93,13 +105,13 @@ def operations(folder: Path) -> dict[str, Operation]:
 
     return {
         "collect_statistics": Operation(
-            tiny.llama(),
+            unsettled(tiny.llama()),
             lambda model, _: lorainit.collect_statistics(
                 model, tiny.config(), data=data(), needs=needs, progress=False
             ),
         ),
         "collect_statistics, experts": Operation(
-            mixture,
+            unsettled(mixture),
             lambda model, _: lorainit.collect_statistics(
                 model, experts, data=data(), needs=needs, progress=False
             ),
@@ -111,8 +123,11 @@ def operations(folder: Path) -> dict[str, Operation]:
         "get_peft_model, restarted": Operation(
             again, lambda model, _: get(model, config=None, method=lorainit.EVA(rho=1))
         ),
+        "get_peft_model, in place": Operation(
+            in_place, lambda model, _: get(model, config=None, method=lorainit.EVA(rho=1))
+        ),
         "get_peft_model, measured": Operation(
-            tiny.llama(),
+            tiny.llama().train(),
             lambda model, _: get(
                 model, method=lorainit.Natural(), config=tiny.config(r=2, target_modules=["q_proj"])
             ),
@@ -138,6 +153,7 @@ def operations(folder: Path) -> dict[str, Operation]:
             lambda _, place: command(
                 f"init --method lora-one --data {read / 'pairs.jsonl'} --rank 4", place / "i"
             ),
+            ignored=("rng", "python"),
         ),
         "collect": Operation(
             None,

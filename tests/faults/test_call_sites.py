@@ -21,8 +21,8 @@ from tests.faults.states import differences, state_of
 
 NAMES = (
     "collect_statistics", "collect_statistics, experts", "get_peft_model, new", "get_peft_model, second",
-    "get_peft_model, restarted", "get_peft_model, measured", "load_adapter", "save", "load",
-    "save_adapter", "export", "init", "collect",
+    "get_peft_model, restarted", "get_peft_model, in place", "get_peft_model, measured",
+    "load_adapter", "save", "load", "save_adapter", "export", "init", "collect",
 )  # fmt: skip
 
 

@@ -152,6 +152,27 @@ def targets() -> list[Row]:
     ]
 
 
+def given_targets() -> list[Row]:
+    """The same with decoder inputs, for a model that makes none of labels."""
+    rows = targets()
+    for row in rows:
+        start = torch.full((1, 1), 2)
+        row["decoder_input_ids"] = torch.cat([start, row["labels"][:, :-1]], 1)
+    return rows
+
+
+def spoken() -> list[Row]:
+    """Frames of sound, and fewer labels than the encoder makes steps."""
+    generator = torch.Generator().manual_seed(3)
+    found = []
+    for frames, labels in ((60, 3), (48, 2), (72, 4), (40, 2)):
+        values = torch.randn(1, frames, 16, generator=generator)
+        wanted = torch.randint(1, 20, (1, labels), generator=generator)
+        mask = torch.ones(1, frames, dtype=torch.long)
+        found.append({"input_features": values, "attention_mask": mask, "labels": wanted})
+    return found
+
+
 def transcripts() -> list[Row]:
     """Samples of sound, and fewer labels than frames."""
     generator = torch.Generator().manual_seed(3)
@@ -233,6 +254,44 @@ def pegasus_x() -> nn.Module:
     )
 
 
+def fsmt() -> nn.Module:
+    """Its encoder and decoder are no models by themselves, and have the length first."""
+    return hf.FSMTForConditionalGeneration(
+        hf.FSMTConfig(
+            langs=["en", "de"],
+            src_vocab_size=VOCABULARY,
+            tgt_vocab_size=VOCABULARY,
+            d_model=16,
+            encoder_layers=1,
+            decoder_layers=1,
+            encoder_attention_heads=2,
+            decoder_attention_heads=2,
+            encoder_ffn_dim=24,
+            decoder_ffn_dim=24,
+            max_position_embeddings=64,
+            pad_token_id=0,
+        )
+    )
+
+
+def parakeet() -> nn.Module:
+    """An encoder that makes one step of eight frames."""
+    encoder = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+        "num_mel_bins": 16,
+        "subsampling_conv_channels": 8,
+        "conv_kernel_size": 3,
+    }
+    return hf.ParakeetForCTC(
+        hf.ParakeetCTCConfig(
+            vocab_size=20, encoder_config=encoder, pad_token_id=0, ctc_zero_infinity=True
+        )
+    )
+
+
 def ctc() -> nn.Module:
     return hf.Wav2Vec2ForCTC(
         hf.Wav2Vec2Config(
@@ -299,9 +358,8 @@ KINDS: dict[str, Kind] = {
         ),
         targets,
         own=True,
-        # Its streams of n-grams lie beside one another.
+        # Its own relative positions depend on the padding.
         batched=False,
-        warns=True,
     ),
     "bert spans": Kind(
         lambda: hf.BertForQuestionAnswering(hf.BertConfig(**_SIZES)),
@@ -334,7 +392,8 @@ KINDS: dict[str, Kind] = {
     "t5": Kind(lambda: hf.T5ForConditionalGeneration(hf.T5Config(**_T5)), targets),
     "longformer tags": Kind(lambda: longformer("TokenClassification"), tags, pads_to=32),
     "led": Kind(led, targets, pads_to=32),
-    # Some of its layers read global tokens, which are no positions of the batch.
-    "pegasus_x": Kind(pegasus_x, targets, pads_to=16, warns=True),
+    # Some of its layers read global tokens, too.
+    "pegasus_x": Kind(pegasus_x, targets, pads_to=16),
+    "fsmt": Kind(fsmt, given_targets),
     "gemma3": Kind(gemma3, images_in_text),
 }

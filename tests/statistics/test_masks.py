@@ -11,8 +11,20 @@ import torch
 from torch import Tensor, nn
 
 import lorainit
+from lorainit.statistics.positions.calls import KnownMasks
+from lorainit.statistics.positions.counted import positions_of
 from tests.statistics import models
-from tests.statistics.kinds import KINDS, gemma3, images_in_text, led, made, pegasus_x, together
+from tests.statistics.kinds import (
+    KINDS,
+    gemma3,
+    images_in_text,
+    led,
+    made,
+    parakeet,
+    pegasus_x,
+    spoken,
+    together,
+)
 from tests.statistics.models import all_linear, pad, sequences
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -176,15 +188,77 @@ def test_padding_of_the_models_own(build: Callable[[], nn.Module], masked: bool)
     assert found[first].positions == batch["input_ids"].numel() == 18
 
 
-def test_padding_inside_of_a_layer_is_said(caplog: pytest.LogCaptureFixture) -> None:
-    """Blocks that are staggered pad once more where no mask is seen."""
+def test_staggered_blocks(caplog: pytest.LogCaptureFixture) -> None:
+    """Blocks that pad once more, by half a block on both sides: what they read of the tokens alone."""
 
     def staggered() -> nn.Module:
         model = pegasus_x()
         model.model.encoder.layers[0].stagger_blocks_this_layer = True
         return model
 
+    model, rows = made(staggered), KINDS["pegasus_x"].rows()
+    name = "model.encoder.layers.0.self_attn.out_proj"
+    read: list[Tensor] = []
+    layer = model.get_submodule(name)
+    handle = layer.register_forward_hook(lambda _, args, out: read.append(args[0].detach()[0]))
+    for row in rows:
+        model(**row)
+    handle.remove()
+    # Its global tokens give nothing to the loss.
+    read = [x for x in read if len(x) == 32]
+    assert len(read) == len(rows)
+    own = torch.cat(
+        [x[8 : 8 + row["input_ids"].shape[1]] for x, row in zip(read, rows, strict=True)]
+    )
     with caplog.at_level(logging.WARNING, logger="lorainit"):
-        collected(made(staggered), [together(KINDS["pegasus_x"].rows())])
-    assert "do not lie like the attention mask" in caplog.text
-    assert "self_attn" in caplog.text
+        found = collected(model, [together(rows)])[name]
+    assert "do not lie like" not in caplog.text
+    assert found.positions == len(own)
+    expected = own.mT @ own
+    torch.testing.assert_close(found.input_second_moment_sum, expected, rtol=1e-4, atol=1e-4)
+    # The negative control: with the padding it is another.
+    every = torch.cat(read)
+    assert (every.mT @ every - expected).norm() > 1e-3 * expected.norm()
+
+
+def test_steps_that_an_encoder_makes_of_sound(caplog: pytest.LogCaptureFixture) -> None:
+    """One of eight frames: as many in a batch as alone, in and before the encoder's blocks."""
+    model, rows = made(parakeet), spoken()
+    names = ("encoder.subsampling.linear", "encoder.layers.0.self_attn.q_proj")
+    alone = collected(model, rows)
+    with caplog.at_level(logging.WARNING, logger="lorainit"):
+        found = collected(model, [together(rows)])
+    assert "do not lie like" not in caplog.text
+    for name in names:
+        assert found[name].positions == alone[name].positions < 4 * 9
+        moments = (some[name].input_second_moment_sum for some in (found, alone))
+        torch.testing.assert_close(*moments, rtol=1e-4, atol=1e-4)
+
+
+def test_a_mask_that_came_to_lie_where_another_was() -> None:
+    """Masks are known by where they are, as long as they are there."""
+    masks = KnownMasks()
+    mask = torch.ones(2, 3)
+    kept = masks.keep(mask, mask.shape, positions_of(mask, mask.device))
+    assert masks.get(mask, mask.shape) is kept
+    assert masks.get(mask, torch.Size((3, 2))) is None
+    again = torch.empty(0).set_(mask.untyped_storage(), 0, (2, 3))
+    assert masks.get(again, again.shape) is kept
+    del mask
+    assert masks.get(again, again.shape) is None
+
+
+@pytest.mark.parametrize(
+    ("leading", "expected"),
+    [
+        ((2, 3, 4), [0, 1, 2, 3, 4, 5, 6, 7, 12, 13, 14, 15]),  # heads after the positions
+        ((2, 4, 3), [0, 1, 3, 4, 6, 7, 9, 10, 12, 15, 18, 21]),  # before them
+        ((2, 3, 3), None),  # either
+        ((3, 2, 4), None),
+    ],
+)
+def test_a_dimension_beside_positions(leading: tuple[int, ...], expected: list[int] | None) -> None:
+    mask = positions_of(torch.tensor([[1, 1, 0], [1, 0, 0]]), torch.device("cpu"))
+    indices, known = mask.indices_for(torch.Size(leading))
+    assert known == (expected is not None)
+    assert (None if indices is None else indices.tolist()) == expected

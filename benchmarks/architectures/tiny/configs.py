@@ -69,12 +69,12 @@ def tiny(
     """
     instance = kind() if instance is None else instance
     changes = {**EXCEPTIONS.get(getattr(kind, "model_type", ""), {}), **(changes or {})}
-    latent = getattr(instance, "kv_lora_rank", None) is not None
-    if latent and getattr(instance, "num_key_value_heads", None) is not None:
+    fields = dict(_fields(kind, instance))
+    if None not in (fields.get("kv_lora_rank"), fields.get("num_key_value_heads")):
         changes.setdefault("num_key_value_heads", 4)
     chosen: dict[str, Any] = {}
     token = 3
-    for name, value in _fields(kind, instance):
+    for name, value in fields.items():
         if name in _LEFT and name not in changes:
             continue
         if isinstance(value, PreTrainedConfig):

@@ -123,6 +123,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "topk_group": 1,
         "num_experts_per_tok": 2,
     },
+    "pegasus_x": {"block_size": 4, "num_global_tokens": 3},
     "xlstm": {"hidden_size": 64, "num_heads": 4, "qk_dim_factor": 1.0},
     "reformer": {
         "axial_pos_embds_dim": [8, 24],

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Collection, Iterator
+from contextlib import ExitStack
+from typing import Any
 
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
@@ -18,6 +20,7 @@ from lorainit.adapters.patterns import scale_ranks
 from lorainit.adapters.stacks import is_stack
 from lorainit.errors import AdapterError
 from lorainit.models.convolution import Convolution
+from lorainit.models.undo import surely
 
 
 def configurations(model: nn.Module) -> dict[str, LoraConfig]:
@@ -44,21 +47,22 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
     layers = [
         m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)
     ]
-    enabled = [m for m in layers if not m.disable_adapters]
-    try:
+    own = not isinstance(model, PeftModel)
+    enabled = [m for m in layers if own and not m.disable_adapters]
+    with ExitStack() as stack:
+        stack.callback(surely, _enable, enabled, flags)
         if isinstance(model, PeftModel):
-            with model.disable_adapter():
-                yield
-        else:
-            for module in enabled:
-                module.enable_adapters(False)
-            yield
-    finally:
-        if not isinstance(model, PeftModel):
-            for module in enabled:
-                module.enable_adapters(True)
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+            stack.enter_context(model.disable_adapter())
+        for module in enabled:
+            module.enable_adapters(False)
+        yield
+
+
+def _enable(modules: list[Any], flags: list[tuple[nn.Parameter, bool]]) -> None:
+    for module in modules:
+        module.enable_adapters(True)
+    for parameter, flag in flags:
+        parameter.requires_grad_(flag)
 
 
 def adapter_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:

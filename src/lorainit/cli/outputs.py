@@ -74,7 +74,12 @@ def check_folder(output: str, model: str) -> None:
 def _check_writable(folder: Path, output: str) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        Aside(folder).discard()
+        aside = Aside(folder)
+        try:
+            aside.discard()
+        finally:
+            # Again, for an interrupt before it was gone.
+            aside.discard()
     except OSError as error:
         raise OSError(
             f"--output {output} cannot be written ({error.strerror}). Give another place."

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch.utils.hooks import RemovableHandle
 
+from lorainit.models.undo import surely
+
 
 def add_hook(
     stack: ExitStack,
@@ -27,15 +29,10 @@ def add_hook(
         **options: for `register`.
     """
     made: list[RemovableHandle] = []
-    stack.callback(_remove, made)
+    stack.callback(surely, _remove, made)
     made.append(register(hook, **options))
 
 
 def _remove(made: list[RemovableHandle]) -> None:
     for handle in made:
-        try:
-            handle.remove()
-        except BaseException:
-            # An interrupt, perhaps before its first line.
-            handle.remove()
-            raise
+        handle.remove()

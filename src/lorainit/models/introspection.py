@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import nn
@@ -62,11 +64,33 @@ def is_transformers_model(module: nn.Module) -> bool:
     return any(parent.__name__ == "PreTrainedModel" for parent in type(module).__mro__)
 
 
+def is_part(module: nn.Module) -> bool:
+    """Whether a module is a model by itself, or, as some encoders, is given token ids and their mask."""
+    if is_transformers_model(module):
+        return True
+    names = argument_names(module)
+    return "input_ids" in names and any(name.endswith("mask") for name in names)
+
+
 def blocks_with_masks(model: nn.Module) -> Iterator[nn.Module]:
-    """Blocks of layers that are given a mask."""
+    """Blocks of layers that are given a mask, and what inside of them is given one."""
+    seen: set[int] = set()
     for container in model.modules():
         for block in container if isinstance(container, nn.ModuleList) else ():
-            if next(block.children(), None) is None or is_transformers_model(block):
-                continue
-            if "attention_mask" in inspect.signature(block.forward).parameters:
-                yield block
+            for module in () if is_transformers_model(block) else block.modules():
+                leaf = next(module.children(), None) is None
+                if leaf or id(module) in seen or is_transformers_model(module):
+                    continue
+                if "attention_mask" in argument_names(module):
+                    seen.add(id(module))
+                    yield module
+
+
+def argument_names(module: nn.Module) -> frozenset[str]:
+    """Names of the arguments of a module's forward."""
+    return _names(getattr(module.forward, "__func__", module.forward))
+
+
+@lru_cache(maxsize=4096)
+def _names(function: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lorainit.models.hooks import add_hook
+from lorainit.models.undo import surely
 from lorainit.parallel.sharding import reshard
 
 P = ParamSpec("P")
@@ -67,11 +68,9 @@ def one_at_a_time(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def unchanged_rng(device: torch.device) -> Iterator[None]:
     """Restore the generators of torch (on the CPU and the model's device), NumPy and Python."""
-    restore = _random_state(device)
-    try:
+    with ExitStack() as stack:
+        stack.callback(surely, _random_state(device))
         yield
-    finally:
-        restore()
 
 
 @contextmanager
@@ -168,8 +167,8 @@ def measuring(model: nn.Module, *, checkpoints: bool = True) -> Iterator[None]:
         and ("dropout" in key or "drop_prob" in key or "layerdrop" in key)
     ]
     with ExitStack() as stack:
-        stack.callback(_put_back_buffers, _buffers_of(model))
-        stack.callback(_put_back, required, modes, rates)
+        stack.callback(surely, _put_back_buffers, _buffers_of(model))
+        stack.callback(surely, _put_back, required, modes, rates)
         stack.callback(reshard, model)
         if "torch._dynamo" in sys.modules:
             # Nothing can be compiled where it was not loaded.

@@ -41,7 +41,8 @@ from lorainit.statistics.collect.passes import (
 from lorainit.statistics.loss.batch_loss import batch_loss, run_forward
 from lorainit.statistics.loss.nonfinite import without_bad
 from lorainit.statistics.loss.vocabulary import tokens_named
-from lorainit.statistics.positions.model_calls import InputPositions, ModelCalls
+from lorainit.statistics.positions.calls import InputPositions
+from lorainit.statistics.positions.model_calls import ModelCalls
 from lorainit.statistics.positions.noted import NotedPositions
 from lorainit.statistics.settings import Subject
 

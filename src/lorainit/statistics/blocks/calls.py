@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from lorainit.statistics.collect.hooks import HookState
-from lorainit.statistics.positions.model_calls import InputPositions
+from lorainit.statistics.positions.calls import InputPositions
 
 
 class NotByBlocksError(Exception):

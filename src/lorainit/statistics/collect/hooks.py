@@ -25,7 +25,8 @@ from lorainit.models.forms import Form, form_of
 from lorainit.models.hooks import add_hook
 from lorainit.statistics.collect.accumulators import InputSums, LayerSums
 from lorainit.statistics.positions.after_convolution import after_convolution
-from lorainit.statistics.positions.model_calls import InputPositions, ModelCalls
+from lorainit.statistics.positions.calls import InputPositions
+from lorainit.statistics.positions.model_calls import ModelCalls
 from lorainit.statistics.positions.noted import NotedPositions
 from lorainit.types import GRADIENT_STATISTICS, GradientDtype
 

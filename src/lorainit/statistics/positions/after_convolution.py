@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from lorainit.models.convolution import Convolution
+from lorainit.statistics.positions.calls import InputPositions
 from lorainit.statistics.positions.counted import CountedPositions, positions_of
-from lorainit.statistics.positions.model_calls import InputPositions
 
 
 def after_convolution(

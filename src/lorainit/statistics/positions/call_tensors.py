@@ -55,16 +55,18 @@ def address(tensor: Tensor) -> int:
         return id(tensor)
 
 
-def is_length_first(x: Tensor, rows: int) -> bool:
-    """Whether an input is ``(length, rows, ...)``: a view, by its strides, of what has the rows first."""
+def is_length_first(x: Tensor, rows: int, length: int) -> bool:
+    """Whether an input is ``(length, rows, ...)``: by its shape, or as a view of what has the rows first."""
     if x.dim() != 3 or x.shape[1] != rows:
         return False
-    return x.shape[0] > 1 if rows == 1 else x.stride(0) < x.stride(1)
+    if rows == 1:
+        return x.shape[0] > 1
+    return (x.shape[0] == length != rows) or x.stride(0) < x.stride(1)
 
 
-def is_longer(x: Tensor, shape: tuple[int, ...]) -> bool:
-    """Whether an input has the rows of `shape`, and more positions."""
-    return x.dim() == 3 and x.shape[0] == shape[0] and x.shape[1] > shape[1]
+def has_rows(x: Tensor, rows: int) -> bool:
+    """Whether an input is ``(rows, positions, ...)``."""
+    return x.dim() == 3 and x.shape[0] == rows
 
 
 def same_memory(one: Tensor | None, other: Tensor | None) -> bool:

@@ -20,8 +20,8 @@ from lorainit.errors import DataError
 from lorainit.statistics.loss.batch_loss import label_kind
 from lorainit.types import IGNORED
 
-Lengths = Callable[[Tensor], Tensor | None]
-"""How many steps a model makes of inputs so long."""
+Lengths = Callable[[Tensor, int], Tensor | None]
+"""How many steps a model makes of inputs so long, given that it makes so many of the last; None: no telling."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class CountedPositions:
     lengths: Tensor | None = None
     shorter: Lengths | None = None
     fewer: dict[int, CountedPositions | None] = field(default_factory=dict, repr=False)
+    _spreads: dict[torch.Size, CountedPositions] = field(default_factory=dict, repr=False)
 
     def matches(self, leading: torch.Size) -> bool:
         """Whether an input with these leading dimensions lies like this mask."""
@@ -53,10 +54,22 @@ class CountedPositions:
         return tuple(dims[-2:]) == self.shape or len(dims) <= 1 or 1 in self.shape
 
     def lying_like(self, leading: torch.Size) -> CountedPositions | None:
-        """This mask, or that of the fewer steps that the model makes of it, if one fits the input."""
+        """This mask, or one made of it, if one fits the input.
+
+        That of the fewer steps that the model makes of it; or of inputs with one more dimension beside
+        rows and positions, such as heads.
+        """
         if self.matches(leading):
             return self
-        rows = self.shape[0]
+        rows, length = self.shape
+        if (
+            len(leading) == 3
+            and leading[0] == rows
+            and (leading[1] == length) != (leading[2] == length)
+        ):
+            if leading not in self._spreads:
+                self._spreads[leading] = self._spread(leading)
+            return self._spreads[leading]
         if leading.numel() % rows:
             return None
         steps = leading.numel() // rows
@@ -102,12 +115,29 @@ class CountedPositions:
             indices = (indices % length * rows + indices // length).sort().values
         return CountedPositions((length, rows), indices)
 
+    def beside(self, streams: int) -> CountedPositions:
+        """The same of inputs that hold so many copies of the positions, one copy after the other."""
+        rows, length = self.shape
+        return self._spread(torch.Size((rows, streams, length)))
+
+    def _spread(self, leading: torch.Size) -> CountedPositions:
+        """The same over a third dimension, before or after that of the positions."""
+        rows, length = self.shape
+        shape = (rows, leading[1] * leading[2])
+        if self.indices is None:
+            return CountedPositions(shape, None)
+        kept = torch.zeros(rows * length, dtype=torch.bool, device=self.indices.device)
+        kept[self.indices] = True
+        axis = 2 if leading[1] == length else 1
+        flat = kept.reshape(rows, length).unsqueeze(axis).expand(leading).reshape(-1)
+        return CountedPositions(shape, flat.nonzero().squeeze(1))
+
     def _of_steps(self, steps: int) -> CountedPositions | None:
         assert self.lengths is not None
         assert self.shorter is not None
         length = self.shape[1]
-        both = self.shorter(torch.cat([self.lengths, self.lengths.new_tensor([length])]))
-        if both is None or int(both[-1]) != steps:
+        both = self.shorter(torch.cat([self.lengths, self.lengths.new_tensor([length])]), steps)
+        if both is None:
             return None
         kept = torch.arange(steps, device=both.device) < both[:-1, None]
         place = torch.device("cpu") if self.indices is None else self.indices.device
@@ -180,8 +210,9 @@ def attends_to_itself(mask: Tensor) -> Tensor:
 def attended_keys(mask: object, rows: int, length: int) -> Tensor | None:
     """``(rows, length)`` booleans of a mask that a block was given, whichever of its forms it has.
 
-    ``(rows, length)`` or ``(rows, 1, 1, length)`` of keys, or of who attends to whom; floating masks are
-    added to the scores, where what is far below zero is not attended to. None where it is no such mask.
+    ``(rows, length)`` or ``(rows, 1, 1, length)`` of keys, or of who attends to whom: of keys alone, as
+    in cross-attention, those count that anything attends to. Floating masks are added to the scores,
+    where what is far below zero is not attended to. None where it is no such mask.
     """
     if not isinstance(mask, Tensor) or mask.shape[:1] != (rows,) or mask.shape[-1] != length:
         return None
@@ -189,6 +220,8 @@ def attended_keys(mask: object, rows: int, length: int) -> Tensor | None:
         mask = mask[:, :1]
     if mask.dim() == 4 and mask.shape[2] == length:
         return attends_to_itself(mask)
+    if mask.dim() == 4 and mask.shape[2] > 1:
+        mask = mask.amax(2) if mask.is_floating_point() else mask.any(2)
     if mask.numel() != rows * length:
         return None
     keys = mask.reshape(rows, length)
@@ -197,18 +230,33 @@ def attended_keys(mask: object, rows: int, length: int) -> Tensor | None:
     return keys != 0
 
 
-def steps_of(base: nn.Module, lengths: Tensor) -> Tensor | None:
-    """How many steps a speech model makes of inputs so long, by the helper that some part of it has."""
+_STEPS = ("_get_feat_extract_output_lengths", "_get_subsampling_output_length")
+
+
+def steps_of(base: nn.Module, lengths: Tensor, last: int) -> Tensor | None:
+    """How many steps a speech model makes of inputs so long, by the helper that some part of it has.
+
+    Args:
+        base: the model.
+        lengths: ``(inputs,)`` integers.
+        last: how many it makes of the last input: helpers that say otherwise are another model's.
+    """
     for part in base.modules():
-        helper = getattr(part, "_get_feat_extract_output_lengths", None)
-        if not callable(helper):
-            continue
-        try:
-            return _last(helper(lengths))
-        except (TypeError, ValueError):
-            # Some count one length at a time.
-            return torch.tensor([int(helper(n)) for n in lengths.tolist()], device=lengths.device)
+        for helper in (getattr(part, name, None) for name in _STEPS):
+            if callable(helper):
+                found = _steps(helper, lengths)
+                if found is not None and int(found[-1]) == last:
+                    return found
     return None
+
+
+def _steps(helper: Callable[..., object], lengths: Tensor) -> Tensor | None:
+    try:
+        return _last(helper(lengths))
+    except (TypeError, ValueError):
+        # Some count one length at a time.
+        counts: list[Any] = [helper(n) for n in lengths.tolist()]
+        return torch.tensor([int(n) for n in counts], device=lengths.device)
 
 
 def _last(found: object) -> Tensor | None:

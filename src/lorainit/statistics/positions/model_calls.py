@@ -12,7 +12,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -20,73 +19,29 @@ import torch
 from torch import Tensor, nn
 
 from lorainit.models.hooks import add_hook
-from lorainit.models.introspection import blocks_with_masks, innermost_model, is_transformers_model
+from lorainit.models.introspection import blocks_with_masks, innermost_model, is_part
 from lorainit.statistics.positions.call_tensors import (
     address,
     arguments_of,
     is_length_first,
-    is_longer,
     output_tensors,
     same_memory,
     tensor_pairs,
 )
+from lorainit.statistics.positions.calls import Call, InputPositions, KnownMasks, Output
 from lorainit.statistics.positions.counted import (
     CountedPositions,
-    attended_keys,
     attends_to_itself,
     label_positions,
     positions_of,
     steps_of,
     up_to_the_last_label,
 )
+from lorainit.statistics.positions.other_lengths import of_other_length
 from lorainit.types import TokenMask
 
 _TEXT = ("input_ids", "inputs_embeds")
 _MASKS = ("attention_mask", "pixel_attention_mask", "input_features_mask", "mask")
-
-
-@dataclass(frozen=True)
-class InputPositions:
-    """Which positions of one input count.
-
-    Attributes:
-        mask: None where all do.
-        known: whether it is known where padding is, if there is any.
-    """
-
-    mask: CountedPositions | None = None
-    known: bool = True
-
-
-@dataclass(frozen=True, eq=False)
-class _Output:
-    """What a part gave: a tensor, where its positions count, and how many there are."""
-
-    tensor: weakref.ref[Tensor]
-    found: InputPositions
-    count: int
-
-
-@dataclass(eq=False)
-class _Call:
-    """A part of the model that is running.
-
-    Attributes:
-        arguments: of its forward, by name.
-        tokens: what the mask is of: its token ids or their embeddings, or else its first tensor.
-        shape: ``(rows, length)`` of ids or embeddings; None of images and sound.
-        found: which of these positions count.
-        last: what the newest part inside of it gave.
-        blocks: blocks of layers that are running, each with its arguments.
-    """
-
-    module: nn.Module
-    arguments: dict[str, Any]
-    tokens: Tensor | None
-    shape: tuple[int, ...] | None
-    found: InputPositions = InputPositions()
-    last: _Output | None = None
-    blocks: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
 
 
 class ModelCalls:
@@ -101,9 +56,9 @@ class ModelCalls:
         self._labels: CountedPositions | None = None
         self._hosts: dict[int, Tensor] = {}
         self._padded = False
-        self._masks: dict[tuple[int, torch.Size], CountedPositions] = {}
-        self._running: list[_Call] = []
-        self._outputs: dict[int, _Output] = {}
+        self._masks = KnownMasks()
+        self._running: list[Call] = []
+        self._outputs: dict[int, Output] = {}
         self._discarded: dict[str, list[InputPositions]] = {}
 
     def begin_batch(self, batch: Mapping[str, Any], moved: Mapping[str, Any]) -> None:
@@ -139,7 +94,7 @@ class ModelCalls:
         with ExitStack() as stack:
             stack.callback(self._running.clear)
             stack.callback(self._outputs.clear)
-            inner = (m for m in self.base.modules() if m is self.base or is_transformers_model(m))
+            inner = (m for m in self.base.modules() if m is self.base or is_part(m))
             for modules, enter, leave in (
                 (inner, self._enter, self._leave),
                 (blocks_with_masks(self.base), self._enter_block, self._leave_block),
@@ -156,11 +111,12 @@ class ModelCalls:
             discarded = self._discarded.get(name)
             return discarded.pop() if discarded else self._of_batch()
         call = self._running[-1]
-        turned = call.shape is not None and is_length_first(x, call.shape[0])
-        rows_first = x.transpose(0, 1) if turned else x
         found = self._in_call(call, x)
-        if found is call.found and call.shape is not None and is_longer(rows_first, call.shape):
-            found = self._with_own_padding(call, rows_first)
+        shape = call.shape if found.mask is None else found.mask.shape
+        turned = shape is not None and is_length_first(x, shape[0], shape[1])
+        if found is call.found:
+            rows_first = x.transpose(0, 1) if turned else x
+            found = of_other_length(call, rows_first, self._masks, self.device)
         if turned and found.mask is not None:
             found = InputPositions(found.mask.length_first, found.known)
         return found
@@ -170,7 +126,7 @@ class ModelCalls:
         if self._running:
             self._discarded.setdefault(name, []).append(self.of_input(name, x))
 
-    def _in_call(self, call: _Call, x: Tensor) -> InputPositions:
+    def _in_call(self, call: Call, x: Tensor) -> InputPositions:
         output = self._output_of(x)
         if output is not None:
             return output.found
@@ -185,31 +141,10 @@ class ModelCalls:
         fewer = count <= call.last.count and text.lying_like(x.shape[:-1]) is None
         return call.last.found if share or fewer else call.found
 
-    def _output_of(self, x: Tensor) -> _Output | None:
+    def _output_of(self, x: Tensor) -> Output | None:
         """The part's output that a tensor is, or is a view of."""
         output = self._outputs.get(address(x))
         return output if output is not None and output.tensor() is not None else None
-
-    def _with_own_padding(self, call: _Call, x: Tensor) -> InputPositions:
-        """The model made more positions than it was given: the mask that it gives its blocks tells."""
-        masked = call.found.mask is not None and call.found.mask.indices is not None
-        if not call.blocks:
-            return InputPositions(call.found.mask, known=not masked)
-        block, args, kwargs = call.blocks[-1]
-        mask = arguments_of(block, args, kwargs).get("attention_mask")
-        if not isinstance(mask, Tensor):
-            return InputPositions(call.found.mask, known=not masked)
-        rows, length = x.shape[:2]
-        key = (address(mask), torch.Size((rows, length)))
-        if key not in self._masks:
-            kept = attended_keys(mask, rows, length)
-            if kept is None:
-                # Of another length: whether it masks anything says whether padding can be here.
-                own = attended_keys(mask, rows, mask.shape[-1])
-                masked = masked or own is None or not bool(own.all())
-                return InputPositions(call.found.mask, known=not masked)
-            self._masks[key] = positions_of(kept, self.device)
-        return InputPositions(self._masks[key])
 
     # --- calls of parts
 
@@ -220,7 +155,7 @@ class ModelCalls:
         if tokens is None:
             tokens = next((a for a in arguments.values() if isinstance(a, Tensor)), None)
         shape = None if text is None else tuple(text.shape[:2])
-        call = _Call(module, arguments, tokens, shape)
+        call = Call(module, arguments, tokens, shape)
         outer = self._running[-1] if self._running else None
         call.found = self._found(call, outer)
         self._note_source(call, outer)
@@ -240,11 +175,11 @@ class ModelCalls:
             return
         first = tensors[0]
         found = self._in_call(call, first)
-        last = _Output(weakref.ref(first), found, first.shape[:-1].numel())
+        last = Output(weakref.ref(first), found, first.shape[:-1].numel())
         self._running[-1].last = last
         for tensor in tensors:
             if self._output_of(tensor) is None:
-                self._outputs[address(tensor)] = _Output(weakref.ref(tensor), found, last.count)
+                self._outputs[address(tensor)] = Output(weakref.ref(tensor), found, last.count)
 
     def _enter_block(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -259,7 +194,7 @@ class ModelCalls:
 
     # --- masks
 
-    def _found(self, call: _Call, outer: _Call | None) -> InputPositions:
+    def _found(self, call: Call, outer: Call | None) -> InputPositions:
         """Which of a call's positions count."""
         arguments = call.arguments
         mask = next((m for n in _MASKS if (m := arguments.get(n)) is not None), None)
@@ -279,16 +214,16 @@ class ModelCalls:
             return InputPositions(self._labels)
         return InputPositions(None, known=not (outer is None and self._padded and mask is None))
 
-    def _of_mask(self, mask: Tensor, call: _Call) -> CountedPositions:
-        key = (address(mask), mask.shape)
-        if key not in self._masks:
+    def _of_mask(self, mask: Tensor, call: Call) -> CountedPositions:
+        found = self._masks.get(mask, mask.shape)
+        if found is None:
             shorter = partial(steps_of, self.base) if call.shape is None else None
-            self._masks[key] = positions_of(self._host(mask), self.device, shorter)
-        found = self._masks[key]
+            found = positions_of(self._host(mask), self.device, shorter)
+            self._masks.keep(mask, mask.shape, found)
         labels = self._labels
         return labels if labels is not None and labels.shape == found.shape else found
 
-    def _of_decoder(self, call: _Call) -> InputPositions:
+    def _of_decoder(self, call: Call) -> InputPositions:
         """A decoder without a mask: its ids are the labels, or the encoder's ids, shifted by one."""
         labels = [self._batch.get("labels"), *(c.arguments.get("labels") for c in self._running)]
         for some in labels:
@@ -310,7 +245,7 @@ class ModelCalls:
         ends = isinstance(padding, int) and ids.shape[1] > 1 and bool((ids[:, -1] == padding).any())
         return InputPositions(None, known=not ends)
 
-    def _note_source(self, call: _Call, outer: _Call | None) -> None:
+    def _note_source(self, call: Call, outer: Call | None) -> None:
         """A decoder's own argument says what the encoder's positions are, if no output of a part does."""
         source = call.arguments.get("encoder_hidden_states")
         if not isinstance(source, Tensor) or self._output_of(source) is not None:
@@ -321,7 +256,7 @@ class ModelCalls:
         else:
             found = InputPositions() if outer is None or outer.last is None else outer.last.found
         count = source.shape[:-1].numel()
-        self._outputs[address(source)] = _Output(weakref.ref(source), found, count)
+        self._outputs[address(source)] = Output(weakref.ref(source), found, count)
 
     def _of_batch(self) -> InputPositions:
         """A layer that runs in no part of the model: the batch's own mask, if it has one."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lorainit.statistics.positions.model_calls import InputPositions
+from lorainit.statistics.positions.calls import InputPositions
 
 
 class NotedPositions:
