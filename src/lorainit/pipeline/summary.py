@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from tqdm.auto import tqdm
 
+from lorainit.calibration.learning_rate import LearningRate
 from lorainit.pipeline.start import Start
 from lorainit.types import Method
 
@@ -50,6 +51,7 @@ def summary(
     filled_up: Mapping[str, str] | None = None,
     skipped: Sequence[str] = (),
     heads: str = "",
+    rate: LearningRate | str | None = None,
 ) -> str:
     """One line: how large the start is, and what was left out and why.
 
@@ -60,6 +62,7 @@ def summary(
         filled_up: layers smaller than the rank, with both ranks.
         skipped: parameters of experts that the configuration does not target.
         heads: what is said of heads beside the adapter.
+        rate: what is suggested, or why nothing is.
     """
     line, sizes = f"{type(method).__name__}: ", start.sizes
     if start.refusal is not None:
@@ -76,6 +79,10 @@ def summary(
         line += f", calibration loss {start.search.start_loss:.4g} to {start.search.loss:.4g}"
     if heads:
         line += f"; {heads}"
+    if isinstance(rate, LearningRate):
+        line += f". Suggested: {rate}"
+    elif rate is not None:
+        line += f". {rate.rstrip('.')}"
     if left_out:
         line += f". Left at PEFT's start: {_shown(left_out)}"
     if filled_up:
