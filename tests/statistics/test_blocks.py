@@ -393,3 +393,40 @@ def test_losses_of_routers_are_seen_to_be_others() -> None:
         collected_by_blocks(
             model, layers_of(model), kind.rows(), NEEDS, loss_fn=OwnLoss("sequence")
         )
+
+
+@pytest.mark.parametrize("head", [False, True])
+def test_blocks_that_give_an_object_of_their_own_are_left_to_passes(head: bool) -> None:
+    """Also where the head is a target, so that the loss has a graph without them."""
+
+    class Held:
+        def __init__(self, hidden: Tensor) -> None:
+            self.hidden = hidden
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(5, 5)
+
+        def forward(self, held: Held) -> Held:
+            return Held(torch.tanh(self.linear(held.hidden)))
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(Block() for _ in range(2))
+            self.head = nn.Linear(5, 3)
+
+        def forward(self, x: Tensor, **_: Any) -> Tensor:
+            held = Held(x)
+            for layer in self.layers:
+                held = layer(held)
+            return self.head(held.hidden)
+
+    torch.manual_seed(0)
+    model = Model().double()
+    linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    modules = {n: m for n, m in linear.items() if head or n != "head"}
+    batches = [{"x": torch.randn(4, 5).double(), "labels": torch.arange(4) % 3}]
+    with pytest.raises(NotByBlocksError):
+        collected_by_blocks(model, modules, batches, NEEDS)

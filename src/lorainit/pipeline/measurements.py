@@ -99,7 +99,7 @@ class Measurements:
         settings = replace(settings, loss_fn=OwnLoss(settings.loss_reduction))
         return replace(self, settings=settings), sample.with_batches(one_by_one(sample.batches))
 
-    def planned(self, sample: Sample, workspace: int) -> PlannedCollection:
+    def planned(self, sample: Sample, workspace: int = 0) -> PlannedCollection:
         """How statistics of the base model are going to be collected, in one part or several.
 
         Args:
