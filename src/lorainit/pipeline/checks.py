@@ -281,6 +281,7 @@ def _check_layer(name: str, target: Target, layer: LayerStatistics, method: Meth
         ("gradient_sum", (spec.out_features, spec.in_features)),
         ("input_second_moment_sum", (spec.in_features, spec.in_features)),
         ("input_sum", (spec.in_features,)),
+        ("input_counts", (spec.in_features,)),
         ("output_second_moment_sum", (spec.out_features, spec.out_features)),
         ("output_second_moment_diagonal_sum", (spec.out_features,)),
     ):

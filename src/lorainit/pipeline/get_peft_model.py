@@ -249,6 +249,7 @@ def _started(
                         precision,
                         calibration_share,
                     )
+    start = start.without_anchored_words(targets.layers)
     if start.refusal is not None:
         # Ranks were perhaps redistributed for the start that is not taken.
         config = configured
