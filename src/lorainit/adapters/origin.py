@@ -39,8 +39,10 @@ class Origin:
         version: of this package.
         measured: where the length was measured: ``base_loss``, ``start_loss``, on the sequences held
             back, and the ``length``; where plain LoRA was taken in place of the start that was measured,
-            that one's loss as ``refused_loss``. Where a learning rate was suggested: ``learning_rate``,
-            its range ``learning_rate_low`` and ``learning_rate_high``, and ``one_step_rate``.
+            that one's loss as ``refused_loss``; and how many ``sequences`` they rest on, with the standard
+            error of their difference as ``gain_error``. Where a learning rate was suggested:
+            ``learning_rate``, its range ``learning_rate_low`` and ``learning_rate_high``, and
+            ``one_step_rate``.
         heads: where heads beside the adapter were fitted first: their names under ``fitted`` (none where
             they were left as they are), ``loss_before`` and ``loss_after`` on the sequences held back, the
             ``standard_error`` of the difference, the number of these ``sequences``, and the ``weight_decay``.

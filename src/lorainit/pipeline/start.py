@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -276,6 +277,14 @@ def _refusal(method: MeasuresLength, search: SearchResult) -> str | None:
             "loss that compares with a reference model inside the same forward, which the start moves "
             "along: compute the reference before (DPO: precompute_ref_log_probs=True), or hold a second "
             "model for it"
+        )
+    if search.unclear is not None:
+        found = search.unclear
+        few = f"with a standard error of {found.error:.2g}: not clearly"
+        return (
+            f"the measured start would lower the loss by {found.mean:.3g} on {found.sequences} held-back "
+            f"sequences, {few if math.isfinite(found.error) else 'too few to tell'}. Give more "
+            "data, or a larger calibration_share"
         )
     if not isinstance(method, RefusesStart):
         return None

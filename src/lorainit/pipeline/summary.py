@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from tqdm.auto import tqdm
 
+from lorainit.calibration import SearchResult
 from lorainit.calibration.learning_rate import LearningRate
 from lorainit.pipeline.start import Start
 from lorainit.types import Method
@@ -27,13 +28,24 @@ def measured_losses(start: Start) -> dict[str, float]:
             "base_loss": search.start_loss,
             "start_loss": search.start_loss,
             "length": 0.0,
-            "refused_loss": search.loss,
-        }
+            "refused_loss": search.loss
+            if search.unclear is None
+            else search.start_loss - search.unclear.mean,
+        } | _by_sequence(search)
     return {
         "base_loss": search.start_loss,
         "start_loss": search.loss,
         "length": search.length,
-    }
+    } | _by_sequence(search)
+
+
+def _by_sequence(search: SearchResult) -> dict[str, float]:
+    """On how many sequences the losses rest, and the standard error of their difference."""
+    found = search.gain_by_sequence or search.unclear
+    if found is None:
+        return {}
+    error = {"gain_error": found.error} if math.isfinite(found.error) else {}
+    return {"sequences": float(found.sequences)} | error
 
 
 def report_line(line: str, *, progress: bool) -> None:
@@ -77,6 +89,8 @@ def summary(
         line += "PEFT's own start"
     if start.search is not None and start.refusal is None:
         line += f", calibration loss {start.search.start_loss:.4g} to {start.search.loss:.4g}"
+        if (found := start.search.gain_by_sequence) is not None:
+            line += f" on {found.sequences} sequences"
     if heads:
         line += f"; {heads}"
     if isinstance(rate, LearningRate):
