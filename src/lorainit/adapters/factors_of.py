@@ -31,8 +31,11 @@ def factors_of(model: nn.Module, adapter_name: str) -> dict[str, Factors]:
     found: dict[str, Factors] = {}
     for name, layer in adapter_layers(model, adapter_name).items():
         if is_embedding(layer, adapter_name):
-            words = layer.lora_embedding_A[adapter_name], layer.lora_embedding_B[adapter_name]
-            found[name] = Factors(*(whole_of(t.detach()) for t in words))
+            a, b = (
+                whole_of(holder[adapter_name].detach())
+                for holder in (layer.lora_embedding_A, layer.lora_embedding_B)
+            )
+            found[name] = Factors(a, b)
             continue
         if not takes_factors(layer, adapter_name):
             continue
