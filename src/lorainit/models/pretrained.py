@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 
 from lorainit.errors import DataError
@@ -33,7 +34,8 @@ def load_whole(
             in the folder neither runs nor is asked about.
 
     Raises:
-        DataError: weights are missing, unexpected, of another shape, pickled, or cannot be read.
+        DataError: weights are missing, unexpected, of another shape, pickled, or cannot be read; or the
+            configuration makes no model.
     """
     arguments = {"trust_remote_code": False, "use_safetensors": True} | arguments
     _check_not_pickled(name, arguments)
@@ -46,6 +48,17 @@ def load_whole(
             f"the weights in '{name}' cannot be read ({error}). The file is damaged or cut off: copy or "
             "download the model again."
         ) from None
+    except torch.OutOfMemoryError:
+        raise
+    except (
+        ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError,
+    ) as error:  # fmt: skip
+        # Models and their configurations check themselves each in its own way.
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(
+            f"the model in '{name}' cannot be built from its config.json ({said[:200]}). Give the folder that "
+            "the model's save_pretrained wrote, complete."
+        ) from error
     check_whole(name, found, tuple(new_head))
     return model
 
