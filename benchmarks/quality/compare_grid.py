@@ -18,6 +18,7 @@ from benchmarks.quality.analysis.rate_grid import (
 )
 from benchmarks.quality.choose import chosen, rooms, table
 from benchmarks.quality.records import RESULTS, read_records
+from benchmarks.quality.stages import STANDARD_RANK
 
 
 def main() -> None:
@@ -26,7 +27,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--most", type=int, default=12, help="tasks that are compared on")
     arguments = parser.parse_args()
-    records = [r for r in read_records(arguments.records).values() if r["stage"] == "grid"]
+    records = [
+        r
+        for r in read_records(arguments.records).values()
+        if r["stage"] == "grid" and r["rank"] == STANDARD_RANK
+    ]
     for model in sorted({r["experiment"]["model"] for r in records}):
         mine = [r for r in records if r["experiment"]["model"] == model]
         found = rooms(mine)

@@ -4,8 +4,7 @@
     python -m benchmarks.studies.new_heads --table
 
 Every run is a line of ``new_heads.jsonl``. `Auto` is the one or the other by what Natural's measured start
-takes off the loss, which each record keeps, so it needs no runs of its own. What came out stands in
-docs/natural.md.
+takes off the loss, which each record keeps, so it needs no runs of its own. No records are kept yet.
 """
 
 from __future__ import annotations
@@ -32,7 +31,6 @@ from benchmarks.quality.records import append, read_records
 from benchmarks.quality.stacks import batch_rows_of
 from benchmarks.quality.training.trainer import Job
 from benchmarks.studies import RESULTS
-from lorainit.adapters.origin import origin_of
 
 MODEL = "all-minilm-l6-v2"
 
@@ -54,8 +52,7 @@ def started(
         fit_heads=fitted,
         progress=False,
     )
-    origin = origin_of(model, "default")
-    assert origin is not None
+    origin = model.peft_config["default"].origin
     try:
         found = start_of(model)
     finally:

@@ -17,7 +17,12 @@ if TYPE_CHECKING:
     from lorainit.adapters.serving import serving_objections
     from lorainit.methods import *  # noqa: F403
     from lorainit.methods import __all__ as _methods
-    from lorainit.pipeline import collect_statistics, get_peft_model
+    from lorainit.pipeline import (
+        LearningRate,
+        collect_statistics,
+        get_peft_model,
+        suggest_learning_rate,
+    )
     from lorainit.statistics import CollectSettings, Statistics
     from lorainit.types import Factors, LayerStatistics
 
@@ -26,6 +31,7 @@ if TYPE_CHECKING:
         "ExportReport",
         "Factors",
         "LayerStatistics",
+        "LearningRate",
         "Statistics",
         "__version__",
         "collect_statistics",
@@ -34,6 +40,7 @@ if TYPE_CHECKING:
         "load_adapter",
         "save_adapter",
         "serving_objections",
+        "suggest_learning_rate",
     ]
     __all__ += _methods  # type: ignore[has-type]
 
@@ -42,6 +49,7 @@ _HOMES = {
     "ExportReport": "adapters.export",
     "Factors": "types",
     "LayerStatistics": "types",
+    "LearningRate": "pipeline",
     "Statistics": "statistics",
     "collect_statistics": "pipeline",
     "export": "adapters.export",
@@ -49,6 +57,7 @@ _HOMES = {
     "load_adapter": "adapters.load",
     "save_adapter": "adapters.save",
     "serving_objections": "adapters.serving",
+    "suggest_learning_rate": "pipeline",
 }
 _MODULES = ("adapters", "calibration", "data", "errors", "linalg", "methods", "report", "types")
 

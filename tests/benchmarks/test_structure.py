@@ -24,6 +24,8 @@ PAGES = [
 RECORDS = {
     "methods_report/results/methods_report.json": "methods_report/__main__.py",
     "quality/results/records/*.jsonl": "quality/records.py",
+    "quality/results/one_step/*.jsonl": "quality/one_step.py",
+    "quality/results/suggested-rates.md": "quality/suggested.py",
     "quality/results/failures.jsonl": "quality/merge.py",
     "quality/results/tables.md": "quality/analyze.py",
     "quality/results/budgets-*.png": "quality/analyze.py",
@@ -37,6 +39,7 @@ RECORDS = {
     "scaling/results/scaling.json": "scaling/__main__.py",
     "speed/results/speed.jsonl": "speed/__main__.py",
     "speed/results/speed_cpu.jsonl": "speed/__main__.py",
+    "studies/results/convolution_pass.json": "studies/convolution_pass.py",
     "studies/results/natural_steps.jsonl": "studies/natural_steps/__main__.py",
     "studies/results/precision.jsonl": "studies/precision/__main__.py",
     "studies/results/row_sizes.jsonl": "studies/row_sizes.py",
@@ -50,8 +53,13 @@ RECORDS = {
 PUBLIC = {"adapters", "calibration", "data", "errors", "linalg", "methods", "report", "types"}
 INTERNAL = {
     "quantized/recover.py": "finds a model's target layers, to quantize them",
+    "common/models.py": "loads whole models alone, as the command line does",
+    "quality/models/registry.py": "loads whole models alone, as the command line does",
+    "quality/models/vit.py": "loads whole models alone, as the command line does",
+    "quality/suggested.py": "judges the law that is the package's own",
     "common/package_internals.py": "parts of a start, timed one by one",
     "quantized/bench.py": "what is checked is how the package reads a quantized weight",
+    "studies/new_heads.py": "fits heads before a start is made",
     "studies/precision/products.py": "counts products inside the iteration, and moves its goal",
     "studies/solver/__main__.py": "iterations at a tiny size",
     "studies/solver/operations.py": "times the package's own products and factorizations",

@@ -223,6 +223,22 @@ def test_train_and_compare(place: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert [loss for _, loss in curve.points] == losses
 
 
+def test_the_rate_of_the_start_is_what_it_is_trained_at(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("trl")
+    init = f"init --model @model --data @chats.jsonl --method eva --rank 4 --output {tmp_path}/s --json"
+    assert run(place, init) == 0
+    suggested = json.loads(capsys.readouterr().out)["learning_rate"]
+    assert 1e-6 < suggested < 1
+    rest = f"--data @chats.jsonl --max-steps 2 --adapter {tmp_path}/s --json --model @model"
+    assert run(place, f"train {rest} --output {tmp_path}/t") == 0
+    assert json.loads(capsys.readouterr().out)["learning_rate"] == suggested
+    # Control: a rate that is given is taken.
+    assert run(place, f"train {rest} --output {tmp_path}/u --learning-rate 3e-3") == 0
+    assert json.loads(capsys.readouterr().out)["learning_rate"] == 3e-3
+
+
 @pytest.mark.parametrize("data", ["pairs", "chats"])
 def test_compare_tunes_every_method(
     place: Path, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

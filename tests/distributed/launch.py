@@ -71,6 +71,10 @@ def _work(
     import torch
     import torch.distributed as dist
 
+    from lorainit.calibration.paired import Gain
+
+    # As in tests/conftest.py, which processes that are forked from a server do not see.
+    Gain.clear = True  # type: ignore[method-assign, assignment]
     torch.set_num_threads(1)
     torch.manual_seed(100 + rank)  # what depends on a process's own randomness shall be seen
     dist.init_process_group(

@@ -173,7 +173,7 @@ def _add(
     for loss in losses:
         (slope,) = torch.autograd.grad(loss, [weight], retain_graph=True, allow_unused=True)
         of_weight = torch.zeros_like(weight) if slope is None else slope
-        turned = isinstance(module, Conv1D)
+        turned = isinstance(module, Conv1D | nn.Embedding)
         entry.G = entry.G + (of_weight.mT if turned else of_weight.flatten(1))
         # Another sequence's rows are exactly zero: the gradients of single losses can be added.
         if not outputs:
@@ -186,6 +186,13 @@ def _add(
     for (x, _), g in zip(entry.calls, gradients, strict=True):
         if isinstance(module, nn.Conv1d | nn.Conv2d):
             x, g = patches(module, x), g.flatten(2).mT
+        if isinstance(module, nn.Embedding):
+            x = nn.functional.one_hot(x, module.num_embeddings).to(g)
+            if module.padding_idx is not None:
+                x[..., module.padding_idx] = 0
+            if len(x) < len(g):
+                x = x.expand(len(g), *x.shape[1:])
+            g = g * getattr(module, "embed_scale", 1.0)
         kept = (
             torch.ones(x.shape[:-1], dtype=torch.bool) if mask is None else mask.view(x.shape[:-1])
         )

@@ -20,6 +20,7 @@ from lorainit.adapters.layers import (
     check_not_merged,
     configurations,
     is_anchored,
+    is_embedding,
     name_in_patterns,
     takes_factors,
 )
@@ -29,6 +30,7 @@ from lorainit.adapters.pairs import (
     filled_up,
     materialize,
     prepare_pair,
+    put_embedding,
     put_pair,
 )
 from lorainit.adapters.patterns import scale_ranks, scaled, spell_out
@@ -103,6 +105,9 @@ def install(
     for place, pairs in given.items():
         layer = layers[place]
         for name in [name for name in pairs if name in small]:
+            if is_embedding(layer, adapter_name):
+                pairs[name] = filled_up(pairs[name], layer.r[adapter_name])
+                continue
             rank = trained_of(layer.lora_A[adapter_name]).shape[0] // experts_of(layer)
             pairs[name] = filled_up(pairs[name], rank)
         for name, pair in pairs.items():
@@ -129,6 +134,8 @@ def install(
         for name, layer in layers.items():
             if name not in prepared:
                 materialize(layer, adapter_name)
+            if is_embedding(layer, adapter_name) and given[name]:
+                put_embedding(layer, adapter_name, given[name][name])
     if was_anchored != anchored:
         _set_rank_scale(known[adapter_name], layers, adapter_name, 2.0 if anchored else 0.5)
     origin = Origin(
@@ -199,11 +206,15 @@ def anchor_loaded(model: PeftModel, adapter_name: str) -> None:
 
 
 def _check_shapes(name: str, layer: LoraLayer, adapter_name: str, pair: Factors) -> None:
-    if not takes_factors(layer, adapter_name):
+    embedding = is_embedding(layer, adapter_name)
+    if not takes_factors(layer, adapter_name) and not (embedding and not pair.anchored):
         raise AdapterError(
             f"layer '{name}' ({type(layer).__name__}) takes no factors: it is no linear layer."
         )
-    a, b = trained_of(layer.lora_A[adapter_name]), trained_of(layer.lora_B[adapter_name])
+    if embedding:
+        a, b = layer.lora_embedding_A[adapter_name], layer.lora_embedding_B[adapter_name]
+    else:
+        a, b = trained_of(layer.lora_A[adapter_name]), trained_of(layer.lora_B[adapter_name])
     given = tuple(pair.A.shape), tuple(pair.B.shape)
     if is_stack(layer):
         # Shapes alone: what is sharded cannot always be viewed.

@@ -95,6 +95,11 @@ def takes_factors(layer: LoraLayer, adapter_name: str) -> bool:
     return is_linear(layer, adapter_name) or is_stack(layer)
 
 
+def is_embedding(layer: LoraLayer, adapter_name: str) -> bool:
+    """Whether the adapter of this layer is a pair of an embedding's, which can be started without anchor."""
+    return adapter_name in layer.lora_embedding_A
+
+
 def is_anchored(layer: LoraLayer, adapter_name: str) -> bool:
     """Whether this adapter of the layer carries an anchor."""
     return adapter_name in layer.lora_A and isinstance(layer.lora_A[adapter_name], AnchoredFactor)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,10 @@ class Origin:
         version: of this package.
         measured: where the length was measured: ``base_loss``, ``start_loss``, on the sequences held
             back, and the ``length``; where plain LoRA was taken in place of the start that was measured,
-            that one's loss as ``refused_loss``.
+            that one's loss as ``refused_loss``; and how many ``sequences`` they rest on, with the standard
+            error of their difference as ``gain_error``. Where a learning rate was suggested:
+            ``learning_rate``, its range ``learning_rate_low`` and ``learning_rate_high``, and
+            ``one_step_rate``.
         heads: where heads beside the adapter were fitted first: their names under ``fitted`` (none where
             they were left as they are), ``loss_before`` and ``loss_after`` on the sequences held back, the
             ``standard_error`` of the difference, the number of these ``sequences``, and the ``weight_decay``.
@@ -88,6 +91,14 @@ def remember(model: nn.Module, adapter_name: str, origin: Origin) -> None:
         config.__class__ = StartedLoraConfig
     if isinstance(config, StartedLoraConfig):
         config.origin = origin
+
+
+def remember_measured(model: nn.Module, adapter_name: str, measured: Mapping[str, float]) -> None:
+    """Add to what was measured for an adapter; without effect where it has no origin."""
+    origin = getattr(model.peft_config[adapter_name], "origin", None)  # type: ignore[index, union-attr]
+    if origin is not None:
+        known = {**origin.measured, **measured}
+        remember(model, adapter_name, replace(origin, measured=known))
 
 
 def origin_of(model: PeftModel, adapter_name: str) -> Origin | None:

@@ -132,6 +132,14 @@ def put_pair(layer: LoraLayer, adapter_name: str, values: PairValues) -> None:
     _refresh_magnitude(layer, adapter_name)
 
 
+def put_embedding(layer: LoraLayer, adapter_name: str, pair: Factors) -> None:
+    """Write a pair into an embedding's own parameters: ``A`` ``(rank, words)``, ``B`` ``(out, rank)``."""
+    for holder, value in ((layer.lora_embedding_A, pair.A), (layer.lora_embedding_B, pair.B)):
+        held = holder[adapter_name]
+        held.copy_(placed_like(_like(value, held, layer), held))
+    _refresh_magnitude(layer, adapter_name)
+
+
 def _write_trained(factor: nn.Module, value: Tensor | None) -> None:
     if value is None:
         return
@@ -194,10 +202,14 @@ def _refresh_magnitude(layer: LoraLayer, adapter_name: str) -> None:
         return
     magnitude = layer.lora_magnitude_vector[adapter_name]
     flag = magnitude.weight.requires_grad
+    if adapter_name in layer.lora_embedding_A:
+        a, b = layer.lora_embedding_A[adapter_name], layer.lora_embedding_B[adapter_name]
+    else:
+        a, b = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
     magnitude.update_layer(
         base_layer=layer.get_base_layer(),
-        lora_A=layer.lora_A[adapter_name].weight,
-        lora_B=layer.lora_B[adapter_name].weight,
+        lora_A=a,
+        lora_B=b,
         scaling=layer.scaling[adapter_name],
     )
     magnitude.weight.requires_grad_(flag)

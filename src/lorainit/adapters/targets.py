@@ -28,7 +28,7 @@ from lorainit.types import LayerSpec
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """One layer that can be started from data: a linear layer, a convolution, or one expert of a stack.
+    """One layer that can be started from data: a linear layer, a convolution, an embedding, or an expert.
 
     Attributes:
         spec: its name, shape, rank and scaling.
@@ -142,7 +142,8 @@ def match_targets(model: nn.Module, peft_config: LoraConfig) -> Targets:
         if reason is not None:
             left_out[name] = reason
             continue
-        layers[name] = Target(spec, inner)
+        one_hot = isinstance(inner, nn.Embedding)
+        layers[name] = Target(replace(spec, one_hot=one_hot), inner)
     if not layers:
         raise TargetError(_nothing_matched(config, left_out))
     _check_experts(config, layers)
@@ -154,9 +155,13 @@ def _check_tied(base: nn.Module, config: LoraConfig, layers: dict[str, Target]) 
     """PEFT ties the factors of two tied layers, which a start of one of them would untie."""
     if not getattr(config, "ensure_weight_tying", False):
         return
-    embeddings = {id(m.weight) for m in base.modules() if isinstance(m, nn.Embedding)}
+    holders: dict[int, list[nn.Module]] = {}
+    for module in base.modules():
+        if isinstance(weight := module._parameters.get("weight"), nn.Parameter):
+            holders.setdefault(id(weight), []).append(module)
     for name, target in layers.items():
-        if id(getattr(target.module, "weight", None)) in embeddings:
+        shared = holders.get(id(getattr(target.module, "weight", None)), [])
+        if len(shared) > 1 and any(isinstance(m, nn.Embedding) for m in shared):
             raise TargetError(
                 f"layer '{name}' shares its weight with the embedding, and with ensure_weight_tying=True PEFT "
                 "makes their adapters share their factors too, which a start cannot be written into. Leave "
@@ -239,14 +244,17 @@ def converted(model: nn.Module, config: LoraConfig) -> None:
 def weight_shape(module: nn.Module) -> tuple[int, int] | None:
     """``(out, in)`` of a linear layer, however it stores its weight; None for anything else.
 
-    Of a convolution that is a linear layer over patches ``in`` is their width.
+    Of a convolution that is a linear layer over patches ``in`` is their width; of an embedding it is the
+    number of words.
     """
     if isinstance(module, nn.Conv1d | nn.Conv2d):
         return convolution_shape(module)
     if isinstance(module, Conv1D):
         rows, columns = module.weight.shape
         return int(columns), int(rows)
-    if isinstance(module, nn.Embedding | nn.MultiheadAttention | nn.Bilinear):
+    if isinstance(module, nn.Embedding):
+        return module.embedding_dim, module.num_embeddings
+    if isinstance(module, nn.MultiheadAttention | nn.Bilinear):
         return None
     out_features, in_features = (
         getattr(module, "out_features", None),

@@ -7,10 +7,12 @@ import functools
 import peft
 import torch
 from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from lorainit.errors import TargetError
 from lorainit.models.convolution import unserved
+from lorainit.models.embedding import unserved_embedding
 
 
 def why_left_out(name: str, module: nn.Module, rank: int) -> str | None:
@@ -26,6 +28,13 @@ def why_left_out(name: str, module: nn.Module, rank: int) -> str | None:
     """
     if isinstance(module, nn.Conv1d | nn.Conv2d):
         return _of_convolution(name, module, rank)
+    if isinstance(module, nn.Embedding):
+        scaled = hasattr(module, "embed_scale") and not hasattr(BaseTunerLayer, "_get_embed_scale")
+        if scaled and unserved_embedding(module) is None:
+            return (
+                f"this PEFT's adapter of a {type(module).__name__} does not scale as the layer does"
+            )
+        return unserved_embedding(module)
     if isinstance(module, nn.MultiheadAttention):
         return (
             "PEFT adds its MultiheadAttention adapter to the base weights in every forward and takes it off "

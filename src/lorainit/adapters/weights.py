@@ -27,7 +27,7 @@ def read_weight(module: nn.Module, name: str) -> Tensor:
         NonFiniteError: the weight has values that are not finite.
     """
     weight = _floating(module, name)
-    if isinstance(module, Conv1D):
+    if isinstance(module, Conv1D | nn.Embedding):
         weight = weight.mT
     expected = weight_shape(module)
     if isinstance(module, nn.Conv1d | nn.Conv2d):
@@ -95,10 +95,11 @@ def fingerprints(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
         shard = _entries_of_shard(module, index // columns, index % columns)
         if shard is None:
             try:
-                flat = read_weight(module, name).reshape(-1)
+                matrix = read_weight(module, name)
             except AdapterError:
                 continue
-            found[name] = flat[index.to(flat.device)].float().cpu()
+            places = (index // columns).to(matrix.device), (index % columns).to(matrix.device)
+            found[name] = matrix[places].float().cpu()
         else:
             sent.setdefault(shard[1], {})[name] = shard[0]
     for group, parts in sent.items():
@@ -128,7 +129,7 @@ def _entries_of_shard(
 
     if mesh.ndim != 1 or not isinstance(weight, DTensor) or weight.placements[0] != Shard(0):
         return None
-    if isinstance(module, Conv1D):
+    if isinstance(module, Conv1D | nn.Embedding):
         rows, columns = columns, rows
     with torch.no_grad():
         own = weight.to_local().flatten(1)

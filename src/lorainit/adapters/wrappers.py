@@ -45,12 +45,20 @@ def _refuse(model: nn.Module) -> None:
                 "with PeftModel.from_pretrained(model, folder, is_trainable=True). ZeRO-2 needs "
                 "nothing of this."
             )
-    if hasattr(next(model.parameters(), None), "device_mesh") and not _fully_sharded(model):
+    if _tensor_parallel(model):
         raise AdapterError(
             "the model's weights are split by tensor parallelism, where every process sees the same "
             "data. Load it without tp_plan: whole, with device_map='auto', or shard it with "
             "fully_shard."
         )
+
+
+def _tensor_parallel(model: nn.Module) -> bool:
+    """Whether any weight is split by a ``tp_plan``: a DTensor, or (transformers before) a part by itself."""
+    if any(getattr(module, "_hf_tp_plan", None) for module in model.modules()):
+        return True
+    split = any(hasattr(parameter, "device_mesh") for parameter in model.parameters())
+    return split and not _fully_sharded(model)
 
 
 def _fully_sharded(model: nn.Module) -> bool:

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from lorainit.adapters.targets import Target
 from lorainit.calibration.held_out_loss import HeldOutLoss
-from lorainit.calibration.line_search import SearchResult, search_length
+from lorainit.calibration.line_search import SearchResult, clear_result, search_length
+from lorainit.calibration.paired import SequenceLosses
 from lorainit.calibration.sizes import FIRST_SIZE, length_for, relative_sizes, weight_norms
 from lorainit.models.displacement import LowRank
 from lorainit.types import Factors
@@ -25,7 +26,8 @@ def calibrate_factors(
 ) -> tuple[dict[str, Factors], SearchResult]:
     """Any method's displaced start at the length, along its own direction, with the least loss.
 
-    A layer that would move by more than `trust_region` of its weight's norm stays at that size.
+    A layer that would move by more than `trust_region` of its weight's norm stays at that size. A length
+    whose gain is not clear over the sequences is not taken, see `clear_result`.
     """
     terms = {
         name: LowRank(pair.B * targets[name].spec.scaling, pair.A) for name, pair in factors.items()
@@ -39,13 +41,16 @@ def calibrate_factors(
             for name, size in sizes.items()
         }
 
+    measured: list[SequenceLosses] = []
+
+    def at_length(length: float) -> float:
+        value = loss_at({n: terms[n].scaled(x) for n, x in lengths(length).items()})
+        measured.append(loss_at.latest)
+        return value
+
     with loss.measuring() as loss_at:
-        result = search_length(
-            lambda length: loss_at({n: terms[n].scaled(x) for n, x in lengths(length).items()}),
-            first,
-            precision=0.3,
-            max_trials=16,
-        )
+        result = search_length(at_length, first, precision=0.3, max_trials=16)
+    result, _ = clear_result(result, measured[0], measured[1:])
     found = lengths(result.length)
     scaled = {n: Factors(f.A, f.B * found[n], f.anchored) for n, f in factors.items()}
     return scaled, result

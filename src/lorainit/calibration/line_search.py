@@ -10,8 +10,10 @@ loss at zero.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from lorainit.calibration.paired import Gain, SequenceLosses, clearest
 
 LossAt = Callable[[float], float]
 """The loss at a length; may be not finite, which counts as infinitely bad."""
@@ -28,12 +30,17 @@ class SearchResult:
         loss: at that length.
         start_loss: at length zero.
         trials: every ``(length, loss)`` measured, in order.
+        gain_by_sequence: what was taken lowers the loss by, with its standard error; None where that was
+            not asked, or nothing lowers it.
+        unclear: the largest gain there was, where it is not clear and so nothing was taken.
     """
 
     length: float
     loss: float
     start_loss: float
     trials: tuple[tuple[float, float], ...]
+    gain_by_sequence: Gain | None = None
+    unclear: Gain | None = None
 
     @property
     def is_share(self) -> bool:
@@ -52,6 +59,29 @@ class SearchResult:
         """Whether the loss is the same at every length: it compares with a reference that moves along."""
         # To the bit: what is flat and not constant moves by its rounding at least.
         return bool(self.trials) and all(loss == self.start_loss for _, loss in self.trials)
+
+
+def clear_result(
+    result: SearchResult, before: SequenceLosses, measured: Sequence[SequenceLosses]
+) -> tuple[SearchResult, int | None]:
+    """The result, at a trial whose gain is clear: its own, another one, or none.
+
+    Args:
+        result: of a search.
+        before: losses at its start, sequence by sequence.
+        measured: the same of its trials, in their order.
+
+    Returns:
+        The result, and the place of its trial; None for the start.
+    """
+    if result.length == 0:
+        return result, None
+    best = result.trials.index((result.length, result.loss))
+    place, found = clearest(before, measured, best)
+    if place is None:
+        return replace(result, length=0.0, loss=result.start_loss, unclear=found), None
+    length, loss = result.trials[place]
+    return replace(result, length=length, loss=loss, gain_by_sequence=found), place
 
 
 def search_length(

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from lorainit.adapters.targets import Target
-from lorainit.calibration import SearchResult, search_length
-from lorainit.calibration.held_out_loss import HeldOutLoss
+from lorainit.calibration.held_out_loss import DisplacedLoss, HeldOutLoss
+from lorainit.calibration.line_search import SearchResult, clear_result, search_length
+from lorainit.calibration.paired import SequenceLosses
 from lorainit.calibration.sizes import FIRST_SIZE, length_for, relative_sizes, weight_norms
 from lorainit.calibration.step_stack import ErrorOf, Pairs, StepStack
 from lorainit.models.displacement import LowRank
@@ -214,7 +215,8 @@ class RepeatedSteps:
             if self._owners[name] == collectives.world()[0]:
                 spec = target.spec
                 device = next((p.device for p in target.module.parameters()), None)
-                key = (spec.out_features, spec.in_features, spec.rank, device)
+                alone = name if spec.one_hot else ""
+                key = (spec.out_features, spec.in_features, spec.rank, device, alone)
                 groups.setdefault(key, []).append(target)
         return list(groups.values())
 
@@ -251,11 +253,16 @@ class RepeatedSteps:
     ) -> dict[str, LowRank]:
         return {n: LowRank(*p) for n, p in self._pairs(placed, torch.float32, width).items()}
 
-    def _search(self, loss: Callable[[Mapping[str, LowRank]], float]) -> tuple[SearchResult, int]:
-        """Length, and how many directions to use: as many as before, then more or fewer near by."""
+    def _search(self, loss: DisplacedLoss) -> tuple[SearchResult, int]:
+        """Length, and how many directions to use: as many as before, then more or fewer near by.
+
+        What is taken lowers the loss clearly over the sequences, see `clear_result`.
+        """
         counts = self._counts()
         base = loss(self.present())
+        before, measured = loss.latest, list[SequenceLosses]()
         trials: list[tuple[float, float]] = []
+        used: list[int] = []
         best = (0.0, base, self.directions or counts[min(1, len(counts) - 1)])
 
         def better(length: float, directions: int) -> bool:
@@ -263,12 +270,14 @@ class RepeatedSteps:
             nonlocal best
             value = loss(self._terms(lambda s: s.moved(length, directions)))
             trials.append((length, value))
+            used.append(directions)
+            measured.append(loss.latest)
             if not (math.isfinite(value) and value < best[1]):
                 return False
             best = (length, value, directions)
             return True
 
-        def measured(length: float) -> float:
+        def at_length(length: float) -> float:
             better(length, begin)
             return trials[-1][1]
 
@@ -276,7 +285,7 @@ class RepeatedSteps:
         # A later step's length is near the one before: a narrower scan will do.
         later = bool(self.searches)
         search_length(
-            measured,
+            at_length,
             self._first_length(begin),
             precision=1.0,
             max_trials=14,
@@ -298,8 +307,10 @@ class RepeatedSteps:
             length = best[0]
             for factor in (1.4, 1 / 1.4):
                 better(length * factor, best[2])
-        self.directions = best[2]
-        return SearchResult(best[0], best[1], base, tuple(trials)), best[2]
+        result = SearchResult(best[0], best[1], base, tuple(trials))
+        result, taken = clear_result(result, before, measured)
+        self.directions = best[2] if taken is None else used[taken]
+        return result, self.directions
 
     def _first_length(self, directions: int) -> float:
         if self.searches and self.searches[-1].length > 0:

@@ -13,6 +13,7 @@ from torch import Tensor
 from lorainit.adapters.targets import Target
 from lorainit.linalg.low_rank_sum import LowRankSum
 from lorainit.solve.ownership import after_out_of_memory
+from lorainit.solve.words import of_words, widened, words_of
 from lorainit.statistics import Statistics
 from lorainit.types import (
     ForgetsStatistics,
@@ -44,6 +45,7 @@ class StepStack:
         of_step: whether limits are of the step alone, since what is there before it is given back to a
             quantized base, and no way from a model that works.
         energies: of each layer, by the number of directions that a step may use; None: its statistics are kept.
+        words: of an embedding, those that `step` and `whole` are of; None: all inputs.
     """
 
     targets: list[Target]
@@ -52,6 +54,7 @@ class StepStack:
     limits: Tensor
     of_step: bool = False
     energies: Mapping[int, Sequence[RowEnergies]] | None = None
+    words: Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -96,15 +99,24 @@ class StepStack:
     ) -> StepStack:
         """The step from statistics taken at the present displacement."""
         layers = [statistics[t.name].only(method.needs).to(device=device) for t in targets]
+        # An embedding stands alone.
+        first = targets[0]
+        there = present[first.name][1] if present else None
+        words = words_of(first, layers[0], first.spec.rank, there)
+        layers = [of_words(layer, words) for layer in layers]
         found = method.step(LayerStatistics.stack(layers), targets[0].spec.rank)
         step = found.left, found.right
         bounds = step[0].new_tensor([limits[t.name] for t in targets])
         if not present:
-            return cls(targets, step, None, bounds)
+            return cls(targets, step, None, bounds, words=words)
         left, right = (torch.stack([present[t.name][i] for t in targets]) for i in (0, 1))
         left, right = left.to(step[0]), right.to(step[1])
+        if words is not None:
+            right = right.index_select(-1, words.to(right.device))
         both = torch.cat([left, step[0]], dim=-1), torch.cat([right, step[1]], dim=-2)
-        return cls(targets, step, LowRankSum.in_metric(found.metric, *both), bounds, of_step)
+        return cls(
+            targets, step, LowRankSum.in_metric(found.metric, *both), bounds, of_step, words=words
+        )
 
     @classmethod
     def all_measured(
@@ -150,6 +162,7 @@ class StepStack:
         for i, target in enumerate(self.targets):
             # One layer at a time, of those that wait on the host.
             layer = statistics[target.name].only(method.needs).to(device=left.device)
+            layer = of_words(layer, self.words)
             for count in counts:
                 used = left[i] * (torch.arange(left.shape[-1], device=left.device) < count)
                 found[count].append(method.row_energies(used, right[i], layer))
@@ -160,6 +173,11 @@ class StepStack:
 
         A layer that would move out of its trust region is scaled back to its edge.
         """
+        left, right = self._moved(length, directions)
+        return left, widened(right, self.words, self.targets[0].spec.in_features)
+
+    def _moved(self, length: float, directions: int) -> tuple[Tensor, Tensor]:
+        """The same of the words that are known, where these are an embedding's."""
         left, right = self.step
         used = torch.arange(left.shape[-1], device=left.device) < directions
         weights = (used * length).to(left)
@@ -200,7 +218,7 @@ class StepStack:
     ) -> tuple[Tensor, Tensor]:
         """The same as ``s B`` and ``A`` of the adapter; without statistics where they were forgotten."""
         pairs = []
-        moved = self.moved(length, directions)
+        moved = self._moved(length, directions)
         stretches = self._stretches(length, directions)
         for i, (target, left, right) in enumerate(zip(self.targets, *moved, strict=True)):
             scaling = target.spec.scaling
@@ -211,8 +229,9 @@ class StepStack:
                 a, b = method.factors_from(left, right, scaling, energies, stretches[i], seed)
             else:
                 assert statistics is not None
-                a, b = method.factors(left, right, scaling, statistics[target.name], seed)
-            pairs.append((scaling * b, a))
+                layer = of_words(statistics[target.name], self.words)
+                a, b = method.factors(left, right, scaling, layer, seed)
+            pairs.append((scaling * b, widened(a, self.words, target.spec.in_features)))
         return torch.stack([b for b, _ in pairs]), torch.stack([a for _, a in pairs])
 
 

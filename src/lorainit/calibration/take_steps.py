@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from lorainit.adapters.targets import Target
 from lorainit.calibration import SearchResult
 from lorainit.calibration.held_out_loss import HeldOutLoss
+from lorainit.calibration.paired import gain
 from lorainit.calibration.repeated_steps import RepeatedSteps
 from lorainit.models.displacement import LowRank
 from lorainit.statistics import Statistics
@@ -82,6 +83,11 @@ def take_steps(
     if number > 1:
         with held_out(number).measuring() as loss:
             base = loss(terms)
+            before = loss.latest
+            loss(steps.present())
+            whole = gain(before, loss.latest)
+        # What a later step brings was not clear perhaps: the ones before it were.
+        found = replace(found, gain_by_sequence=whole, unclear=None)
         if not found.loss < base:
             steps.go_back(begin)
             found = replace(found, loss=base, length=0.0)

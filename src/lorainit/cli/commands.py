@@ -138,7 +138,14 @@ def train(
     rslora: o.RsLora = False,
     dropout: o.Dropout = 0.0,
     target_modules: o.TargetModules = "all-linear",
-    learning_rate: Annotated[float, Option("at its highest", "training", above=0)] = 2e-4,
+    learning_rate: Annotated[
+        float | None,
+        Option(
+            "at its highest; default: the one that was measured for the start, see 'lorainit init'",
+            "training",
+            above=0,
+        ),
+    ] = None,
     epochs: Annotated[float, Option("passes over the data", "training", above=0)] = 1.0,
     max_steps: Annotated[
         int, Option("stop after so many; -1: no limit", "training", least=-1)
@@ -166,7 +173,7 @@ def train(
     Example::
 
         lorainit train --model ./model --data train.jsonl --adapter start \
-            --learning-rate 2e-4 --epochs 1 --output trained
+            --epochs 1 --output trained
 
     Start and train in one go::
 

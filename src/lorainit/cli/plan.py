@@ -79,7 +79,7 @@ def _bytes(spec: LayerSpec, needs: frozenset[str]) -> int:
     rows, columns = spec.out_features, spec.in_features
     sizes = {
         "gradient": rows * columns,
-        "input_second_moment": columns * columns,
+        "input_second_moment": columns if spec.one_hot else columns * columns,
         "input_mean": columns,
         "output_second_moment": rows * rows,
         "output_second_moment_diagonal": 0 if "output_second_moment" in needs else rows,

@@ -94,7 +94,7 @@ def start_model(options: argparse.Namespace, method: Any) -> PeftModel:
     return get_peft_model(
         load_model(options), lora_config(options), method=method, data=load_data(options),
         statistics=statistics, reference_weights=getattr(options, "reference", None),
-        cap_rank=getattr(options, "cap_rank", False),
+        cap_rank=getattr(options, "cap_rank", False), suggest_rate=bool(options.data),
         **sample_arguments(options),
     )  # fmt: skip
 
@@ -106,6 +106,7 @@ def _result(
     origin = origin_of(model, "default")
     anchored = origin is not None and origin.anchored
     refused = None if origin is None else origin.measured.get("refused_loss")
+    rate = None if origin is None else origin.measured.get("learning_rate")
     result = {
         "output": options.output,
         "settings": settings_of(method),
@@ -114,6 +115,7 @@ def _result(
         "layers": len(sizes),
         "sizes": sizes,
         "plain": refused is not None,
+        "learning_rate": rate,
     }
     text = f"{options.output}: {len(sizes)} layers of rank {options.rank}, {options.method}"
     if origin is not None and refused is not None:
@@ -126,6 +128,8 @@ def _result(
             f"; saved at rank {result['saved_rank']}, since the frozen start is subtracted: "
             "outputs are the base model's"
         )
+    if rate is not None:
+        text += f"; suggested learning rate {rate:.2g}, which 'lorainit train' takes"
     text += (
         f"\nnext: lorainit train --model {options.model} --adapter {options.output} --data FILE "
         "--output FOLDER,\n      or lorainit.load_adapter(model, folder, is_trainable=True) in "

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from typing import Any
 
+from peft import PeftModel
 from torch.utils.data import Dataset
 
 from lorainit.adapters.load import load_adapter
+from lorainit.adapters.origin import origin_of
 from lorainit.adapters.save import adapter_files
 from lorainit.cli.loading import device_of, load_model, load_tokenizer
 from lorainit.cli.outputs import check_folder
 from lorainit.cli.plan import plan
-from lorainit.cli.shared import load_records, method_of, speaking
+from lorainit.cli.shared import load_data, load_records, method_of, sample_arguments, speaking
 from lorainit.cli.starting import start_model
 from lorainit.data import IGNORED, Example
-from lorainit.errors import MissingExtraError
+from lorainit.errors import DataError, MissingExtraError
+from lorainit.pipeline import suggest_learning_rate
+from lorainit.pipeline.rate import SEQUENCES
 from lorainit.report.curves import STATE_FILE
+
+logger = logging.getLogger("lorainit")
+
+_USUAL_RATE = 2e-4
+"""Where none can be measured: what most tools have as their default."""
 
 
 def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -42,9 +52,10 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         else:
             options.statistics = None
             model = start_model(options, method_of(options))
+        rate, whose = _rate(options, model)
         settings = trl.SFTConfig(
             output_dir=options.output,
-            learning_rate=options.learning_rate,
+            learning_rate=rate,
             num_train_epochs=options.epochs,
             max_steps=options.max_steps,
             warmup_steps=options.warmup_ratio,
@@ -75,11 +86,29 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
             # What 'lorainit report --curves' and people look for.
             trainer.state.save_to_json(str(aside / STATE_FILE))
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    result = {"output": options.output, "steps": trainer.state.global_step, "losses": losses}
-    text = f"{options.output}: {trainer.state.global_step} steps"
+    steps = trainer.state.global_step
+    result = {"output": options.output, "steps": steps, "losses": losses, "learning_rate": rate}
+    text = f"{options.output}: {steps} steps at learning rate {rate:.2g} ({whose})"
     if losses:
         text += f", loss {losses[0]:.4g} at first, {losses[-1]:.4g} at last"
     return result, text
+
+
+def _rate(options: argparse.Namespace, model: PeftModel) -> tuple[float, str]:
+    """The peak learning rate, and where it is from."""
+    if options.learning_rate is not None:
+        return options.learning_rate, "given"
+    origin = origin_of(model, "default")
+    if origin is not None and "learning_rate" in origin.measured:
+        return origin.measured["learning_rate"], "measured with the start"
+    data = load_data(options)
+    assert data is not None
+    arguments = sample_arguments(options) | {"max_sequences": SEQUENCES}
+    try:
+        return suggest_learning_rate(model, data, **arguments).value, "measured"
+    except DataError as error:
+        logger.warning("%s Trained at %g.", error, _USUAL_RATE)
+        return _USUAL_RATE, "no rate could be measured"
 
 
 def _plan(options: argparse.Namespace, records: int) -> tuple[dict[str, Any], str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
@@ -39,6 +40,19 @@ class Sample:
         rank, _ = collectives.world()
         units = collectives.gather_objects(sum(batch.units for batch in batches))
         return Sample(batches, self.population, int(sum(units[:rank])))
+
+    def first(self, sequences: int) -> Sample:
+        """About so many sequences over all processes, from every process as large a share of its own."""
+        everywhere = collectives.sum_counts([self.sequences])[0]
+        room = math.ceil(self.sequences * min(1.0, sequences / max(everywhere, 1.0)))
+        batches: list[Batch] = []
+        for batch in self.batches:
+            if room <= 0:
+                break
+            part = batch.take([unit < room for unit in range(batch.units)])
+            batches += part
+            room -= sum(piece.sequences for piece in part)
+        return self.with_batches(batches)
 
     def held_back(self, share: float, fold: int = 0) -> tuple[Sample, Sample]:
         """The sample without about `share` of its units, and these: every so many-th, whatever the batching.

@@ -11,7 +11,7 @@ from lorainit.errors import FactorizationError
 from lorainit.linalg.batched import double_precision, once
 from lorainit.linalg.checks import all_finite, check_finite
 from lorainit.linalg.streams import concurrent_streams
-from lorainit.types import DampingMode
+from lorainit.types import DampingMode, Diagonal
 
 _LOOP_FROM = 256
 _AT_ONCE = 2
@@ -61,12 +61,25 @@ def damped_cholesky(matrix: Tensor, damping: Tensor, what: str) -> Tensor:
         FactorizationError: not positive definite in float64 either.
     """
     check_finite(matrix, what)
+    if isinstance(matrix, Diagonal):
+        return _root_of_diagonal(matrix, double_precision(damping), what)
     for attempt in (damping, double_precision(damping)):
         factor, info = _cholesky(matrix.to(attempt.device), attempt)
         # What is not finite anywhere in a row is not finite on the diagonal either.
         if not bool(info.any()) and bool(all_finite(factor.diagonal(dim1=-2, dim2=-1))):
             return factor
-    raise FactorizationError(
+    raise _not_definite(what, damping)
+
+
+def _root_of_diagonal(matrix: Diagonal, damping: Tensor, what: str) -> Tensor:
+    values = double_precision(matrix.values) + damping.unsqueeze(-1)
+    if not bool((values > 0).all()):
+        raise _not_definite(what, damping)
+    return Diagonal(values.sqrt())  # type: ignore[return-value]
+
+
+def _not_definite(what: str, damping: Tensor) -> FactorizationError:
+    return FactorizationError(
         f"{what} is not positive definite with damping {float(damping.min()):.3g} added, in "
         "float64 either: the sample spans fewer directions than the layer has, and rounding in "
         "the collected sums exceeds that damping. Use damping_mode='relative' (the default), "
@@ -93,6 +106,8 @@ def damped_root(second: Tensor, damping: float, mode: DampingMode, what: str) ->
 
 def solve_triangular(triangle: Tensor, right: Tensor, *, upper: bool, left: bool = True) -> Tensor:
     """``torch.linalg.solve_triangular``, large matrices of a stack one by one on CUDA."""
+    if isinstance(triangle, Diagonal):
+        return right / (triangle.values.unsqueeze(-1) if left else triangle.values.unsqueeze(-2))
     if not (_one_by_one(triangle) and triangle.shape[:-2] == right.shape[:-2]):
         whole: Tensor = torch.linalg.solve_triangular(triangle, right, upper=upper, left=left)
         return whole

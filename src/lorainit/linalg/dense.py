@@ -8,10 +8,13 @@ from torch import Tensor
 from lorainit.errors import FactorizationError
 from lorainit.linalg.batched import double_precision
 from lorainit.linalg.signs import column_signs, fix_triplet_signs
+from lorainit.types import Diagonal
 
 
 def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """``torch.linalg.eigh``, again in float64 where float32 does not converge."""
+    if isinstance(matrix, Diagonal):
+        matrix = matrix.dense()
     for attempt in (matrix, double_precision(matrix)):
         try:
             values, vectors = torch.linalg.eigh(attempt)

@@ -21,6 +21,7 @@ from lorainit.linalg.split_precision import (
     split_columns,
     split_into,
 )
+from lorainit.types import Diagonal
 
 _BLOCK = 2048
 _BLOCK_CPU = 64
@@ -128,6 +129,28 @@ class Triangle:
             one = torch.ones_like(size)
             split_into(solved, one, known[0, :, first:end, :reach], known[1, :, first:end, :reach])
         return out.mul_(size / unit.float())
+
+
+class DiagonalTriangle:
+    """A `Diagonal` as a `Triangle`."""
+
+    def __init__(self, lower: Diagonal) -> None:
+        self.values = lower.values.unsqueeze(-1)
+
+    def solve(self, right: Tensor) -> Tensor:
+        """``L^-1 right``."""
+        return right.to(self.values.dtype) / self.values
+
+    solve_transposed = solve
+
+    def solve_quickly(self, right: Tensor) -> Tensor:
+        """``L^-1 right`` in float32."""
+        return (right / self.values).float()
+
+
+def triangle_of(lower: Tensor) -> Triangle | DiagonalTriangle:
+    """A factor ready for substitution, whichever form it has."""
+    return DiagonalTriangle(lower) if isinstance(lower, Diagonal) else Triangle(lower)
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:

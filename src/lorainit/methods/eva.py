@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lorainit import linalg
 from lorainit.methods._settings import require_number, require_types
-from lorainit.types import Factors, LayerStatistics
+from lorainit.types import Diagonal, Factors, LayerStatistics
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,8 @@ class EVA:
         if not self.centered:
             return second
         mean = linalg.check_finite(statistics.input_mean, "the input mean")
+        if isinstance(second, Diagonal):
+            return second.minus_outer(mean)
         # A mean is nobody else's tensor; layers that share an input share it too, and are served once.
         shared = second.dim() == 4 and second.stride(1) == 0
         own, means = (second[:, :1], mean[:, :1]) if shared else (second, mean)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lorainit import linalg
 from lorainit.linalg.split_precision import SplitMatrix, concatenate_columns, split_columns
-from lorainit.linalg.triangular import Triangle, gram_of_lower, lower_inverse
+from lorainit.linalg.triangular import Triangle, gram_of_lower, lower_inverse, triangle_of
 from lorainit.methods import _lora_da_options as options
 from lorainit.methods._settings import (
     ROW_NORM,
@@ -29,7 +29,6 @@ from lorainit.methods._settings import (
 from lorainit.types import DampingMode, Factors, LayerStatistics
 
 _Operator = Callable[[Tensor], Tensor]
-
 
 EACH = 1e-3
 """In float32 an eigenvector has converged when its residual is below this times its own eigenvalue
@@ -274,7 +273,7 @@ class LoraDA:
         """
         if self.beta == 0 or not linalg.iterates(fisher.z_factor):
             return None
-        triangle = Triangle(fisher.z_factor)
+        triangle = triangle_of(fisher.z_factor)
         # Units in which nothing over- or underflows in float32.
         unit, length = fisher.inverse_bound, fisher.length()
         h = fisher.scaled(length)
@@ -285,7 +284,8 @@ class LoraDA:
             return whole / unit[..., None, None]
 
         exactly = _Products(inverse, h.matmul, h.mT.matmul, ratio[..., None, None])
-        rough, coarse = (None, None) if exact else _with_fewer_digits(triangle, unit, h, ratio)
+        fewer = isinstance(triangle, Triangle) and not exact and (triangle, unit, h, ratio)
+        rough, coarse = _with_fewer_digits(*fewer) if fewer else (None, None)
         # Few inputs come near the damping: the variance term is far smaller than it allows, and the
         # longer the spectrum is thought to be, the higher is the polynomial.
         like, quickest = h.mT[..., :1], coarse or rough

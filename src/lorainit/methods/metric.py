@@ -13,7 +13,7 @@ from functools import cached_property
 from torch import Tensor
 
 from lorainit import linalg
-from lorainit.linalg.triangular import Triangle
+from lorainit.linalg.triangular import DiagonalTriangle, Triangle, triangle_of
 from lorainit.types import DampingMode, LayerStatistics
 
 
@@ -47,9 +47,9 @@ class KroneckerMetric:
         )
 
     @cached_property
-    def x_triangle(self) -> Triangle:
+    def x_triangle(self) -> Triangle | DiagonalTriangle:
         """``Lx``, ready for substitution."""
-        return Triangle(self.x_root)
+        return triangle_of(self.x_root)
 
     @cached_property
     def y_triangle(self) -> Triangle:

@@ -20,6 +20,9 @@ MAX_WIDTH = 2**15
 _AT_ONCE = 2**26
 """Numbers that are unfolded at a time."""
 
+_ALONE_FROM = 256
+"""From so many locations on a sample is unfolded by itself: its patches are then multiplied without a copy."""
+
 
 @dataclass(frozen=True)
 class Convolution:
@@ -107,7 +110,8 @@ class Convolution:
 
     def _at_once(self, x: Tensor) -> int:
         width = x.shape[1] * math.prod(self.kernel)
-        return max(1, _AT_ONCE // (width * math.prod(self.locations(tuple(x.shape[2:])))))
+        count = math.prod(self.locations(tuple(x.shape[2:])))
+        return 1 if count >= _ALONE_FROM else max(1, _AT_ONCE // (width * count))
 
     def low_rank(self, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
         """What adding ``left right`` to the weight adds to the output.

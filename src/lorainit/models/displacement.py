@@ -50,10 +50,10 @@ def displaced(modules: Mapping[str, nn.Module], terms: Mapping[str, LowRank]) ->
                 return None
             x = args[0] if args else kwargs.get("input", kwargs.get("x"))
             assert isinstance(x, Tensor)
-            right, left = term.right.to(x), term.left.to(x)
             form = form_of(module)
             if form is not None:
-                return output + form.low_rank(x, left, right)
+                return output + form.low_rank(x, term.left.to(output), term.right.to(output))
+            right, left = term.right.to(x), term.left.to(x)
             return output + F.linear(F.linear(x, right), left)
 
         return hook

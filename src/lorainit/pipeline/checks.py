@@ -42,6 +42,8 @@ def check_arguments(
     calibration_share: float,
     precision: str,
     reference_weights: object = None,
+    *,
+    suggest_rate: bool = False,
 ) -> None:
     """Raise unless the arguments of `get_peft_model` can be worked with."""
     taken = isinstance(adapter_name, str) and hasattr(nn.ModuleDict(), adapter_name)
@@ -73,6 +75,11 @@ def check_arguments(
             "Statistics.load(path) reads one from a file."
         )
     _check_reference(model, method, reference_weights, has_data=data is not None)
+    if suggest_rate and data is None:
+        raise MissingStatisticError(
+            "suggest_rate=True measures a learning rate on data, which is missing: pass data=..., batches of "
+            "the target task, also beside statistics=...."
+        )
     if method.needs and data is None and statistics is None:
         raise MissingStatisticError(
             f"{type(method).__name__} needs {', '.join(sorted(method.needs))}: pass data=..., batches of "
@@ -87,6 +94,17 @@ def check_arguments(
         raise DataError(
             f"data must be an iterable of batches, not a {type(data).__name__}. Give a DataLoader, or a "
             "list of dictionaries."
+        )
+
+
+def check_adapter_exists(model: nn.Module, adapter_name: str) -> None:
+    """Raise unless the model has a LoRA adapter of this name."""
+    known = configurations(model)
+    if not isinstance(known.get(adapter_name), LoraConfig):
+        there = ", ".join(f"'{n}'" for n, c in known.items() if isinstance(c, LoraConfig))
+        raise AdapterError(
+            f"the model has no LoRA adapter '{adapter_name}' to suggest a learning rate for; it has "
+            f"{there or 'none'}. Make it first, with lorainit.get_peft_model or PEFT's own."
         )
 
 
@@ -263,6 +281,7 @@ def _check_layer(name: str, target: Target, layer: LayerStatistics, method: Meth
         ("gradient_sum", (spec.out_features, spec.in_features)),
         ("input_second_moment_sum", (spec.in_features, spec.in_features)),
         ("input_sum", (spec.in_features,)),
+        ("input_counts", (spec.in_features,)),
         ("output_second_moment_sum", (spec.out_features, spec.out_features)),
         ("output_second_moment_diagonal_sum", (spec.out_features,)),
     ):

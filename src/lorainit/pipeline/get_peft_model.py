@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any, Unpack
 
 from peft import LoraConfig, PeftModel
@@ -11,6 +12,7 @@ from torch import nn
 
 from lorainit.adapters import install as installing
 from lorainit.adapters.create import create_adapter
+from lorainit.adapters.factors_of import factors_of
 from lorainit.adapters.heads import heads_of, written
 from lorainit.adapters.layers import (
     adapters_disabled,
@@ -18,12 +20,14 @@ from lorainit.adapters.layers import (
     configurations,
     left_at_default,
 )
+from lorainit.adapters.origin import remember_measured
 from lorainit.adapters.patterns import with_ranks
 from lorainit.adapters.reference import ReferenceWeights
 from lorainit.adapters.restore import restored_on_error
 from lorainit.adapters.targets import Targets, match_targets, skipped_experts
 from lorainit.adapters.tensor_sources import TensorSource
 from lorainit.adapters.wrappers import adapter_tensors, unwrapped
+from lorainit.calibration.learning_rate import LearningRate
 from lorainit.methods.auto import Auto
 from lorainit.models.state import (
     one_at_a_time,
@@ -43,6 +47,7 @@ from lorainit.pipeline.checks import (
 from lorainit.pipeline.facts import facts_of, facts_of_start
 from lorainit.pipeline.heads import StartedHeads, start_heads
 from lorainit.pipeline.measurements import Measurements
+from lorainit.pipeline.rate import RATE_NEEDS, rate_if_any
 from lorainit.pipeline.start import Precision, Start, find_start, needs_sample
 from lorainit.pipeline.summary import measured_losses, report_line, summary
 from lorainit.statistics.settings import (
@@ -70,6 +75,7 @@ def get_peft_model(
     fit_heads: bool = True,
     precision: Precision = "fast",
     autocast_adapter_dtype: bool = True,
+    suggest_rate: bool = False,
     settings: CollectSettings | None = None,
     **options: Unpack[CollectOptions],
 ) -> PeftModel:
@@ -103,6 +109,8 @@ def get_peft_model(
         precision: ``"fast"``: solve in float32 (float64 where that fails), to residuals of a thousandth or
             less; ``"exact"``: in float64, to 1e-10.
         autocast_adapter_dtype: as in PEFT: adapters of half-precision models are kept in float32.
+        suggest_rate: measure a learning rate for the adapter on 64 sequences of `data`, as
+            `suggest_learning_rate` does; the log says it, and the adapter's side file keeps it.
         settings: how statistics are collected, see `CollectSettings`.
         **options: its fields, as keywords: ``token_mask``, ``loss_reduction``, ``max_sequences``,
             ``loss_fn``, ``on_nonfinite``, ``on_unused``, ``max_memory``, ``gradient_dtype``, ``progress``.
@@ -130,6 +138,7 @@ def get_peft_model(
                 calibration_share,
                 precision,
                 reference_weights,
+                suggest_rate=suggest_rate,
             )
             check_not_merged(model)
             existing = adapter_name in configurations(model)
@@ -150,6 +159,7 @@ def get_peft_model(
                 fit_heads=fit_heads,
                 precision=precision,
                 autocast_adapter_dtype=autocast_adapter_dtype,
+                suggest_rate=suggest_rate,
             )
         return _started(
             model,
@@ -167,6 +177,7 @@ def get_peft_model(
             fit_heads=fit_heads,
             precision=precision,
             autocast_adapter_dtype=autocast_adapter_dtype,
+            suggest_rate=suggest_rate,
         )
 
 
@@ -187,6 +198,7 @@ def _started(
     fit_heads: bool,
     precision: Precision,
     autocast_adapter_dtype: bool,
+    suggest_rate: bool,
 ) -> PeftModel:
     """The work, once every argument is checked; the model is as it was if it fails anywhere."""
     if statistics is not None:
@@ -216,12 +228,15 @@ def _started(
         heads = StartedHeads(
             heads_of(model, config, adapter_name, targets.layers, existing=existing)
         )
-    start = Start()
-    if heads.heads or not default:
+    start, sample = Start(), None
+    if heads.heads or suggest_rate or not default:
         with adapters_disabled(model), measurements.unchanged_rng():
-            sample = None
-            if heads.heads or sampled:
-                measurements, sample = measurements.with_own_loss(measurements.sample(data))
+            if heads.heads or suggest_rate or sampled:
+                drawing = measurements
+                if suggest_rate:
+                    drawing = replace(measurements, needs=needs | RATE_NEEDS)
+                drawn, sample = drawing.with_own_loss(drawing.sample(data))
+                measurements = replace(drawn, needs=needs)
             if heads.heads and sample is not None:
                 heads = start_heads(heads.heads, measurements, sample, calibration_share)
             if not default:
@@ -234,6 +249,7 @@ def _started(
                         precision,
                         calibration_share,
                     )
+    start = start.without_anchored_words(targets.layers)
     if start.refusal is not None:
         # Ranks were perhaps redistributed for the start that is not taken.
         config = configured
@@ -259,6 +275,12 @@ def _started(
             )
         # PEFT's own random start of the layers left at it, too.
         collectives.broadcast(adapter_tensors(wrapped, adapter_name), 0)
+        rate = None
+        if suggest_rate and sample is not None:
+            with adapters_disabled(wrapped), heads.in_use(), measurements.unchanged_rng():
+                rate = rate_if_any(measurements, sample, factors_of(wrapped, adapter_name))
+            if isinstance(rate, LearningRate):
+                remember_measured(wrapped, adapter_name, rate.measured())
         # Until the last line is out, on every process.
         with collectives.shared_errors(), written(wrapped, adapter_name, heads.heads, heads.values):
             if start.refusal is not None and not existing:
@@ -268,6 +290,6 @@ def _started(
                 left_out |= left_at_default(wrapped, adapter_name, start.factors, left_out)
             started = {n: ranks for n, ranks in targets.filled_up.items() if n in start.sizes}
             skipped = skipped_experts(model, asked, targets)
-            line = summary(method, start, left_out, started, skipped, heads.line())
+            line = summary(method, start, left_out, started, skipped, heads.line(), rate)
             report_line(line, progress=settings.progress)
     return wrapped

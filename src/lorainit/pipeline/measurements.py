@@ -22,8 +22,8 @@ from lorainit.models.introspection import innermost_model, input_device
 from lorainit.models.state import unchanged_rng
 from lorainit.parallel import collectives
 from lorainit.pipeline.checks import unused_targets
+from lorainit.solve.directions import value_directions
 from lorainit.solve.importance import ranks_by_importance
-from lorainit.solve.layers import value_directions
 from lorainit.solve.ranks import allocate_ranks, rank_limits
 from lorainit.solve.stacks import solving_bytes
 from lorainit.statistics.collection import PlannedCollection, collect_layers, plan_collection

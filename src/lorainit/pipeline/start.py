@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -64,6 +65,19 @@ class Start:
     unused: dict[str, str] = field(default_factory=dict)
     search: SearchResult | None = None
     refusal: str | None = None
+
+    def without_anchored_words(self, targets: Mapping[str, Target]) -> Start:
+        """The same, embeddings left out whose factors want an anchor: PEFT's own cannot be given one."""
+        names = [n for n, f in self.factors.items() if targets[n].spec.one_hot and f.anchored]
+        if not names:
+            return self
+        reason = "an embedding's factors can get no anchor, which the method's start needs"
+        return replace(
+            self,
+            factors={n: f for n, f in self.factors.items() if n not in names},
+            sizes={n: size for n, size in self.sizes.items() if n not in names},
+            unused=self.unused | dict.fromkeys(names, reason),
+        )
 
 
 def needs_sample(method: Method, statistics: Statistics | None, *, has_data: bool) -> bool:
@@ -263,6 +277,14 @@ def _refusal(method: MeasuresLength, search: SearchResult) -> str | None:
             "loss that compares with a reference model inside the same forward, which the start moves "
             "along: compute the reference before (DPO: precompute_ref_log_probs=True), or hold a second "
             "model for it"
+        )
+    if search.unclear is not None:
+        found = search.unclear
+        few = f"with a standard error of {found.error:.2g}: not clearly"
+        return (
+            f"the measured start would lower the loss by {found.mean:.3g} on {found.sequences} held-back "
+            f"sequences, {few if math.isfinite(found.error) else 'too few to tell'}. Give more "
+            "data, or a larger calibration_share"
         )
     if not isinstance(method, RefusesStart):
         return None

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 
 from tqdm.auto import tqdm
 
+from lorainit.calibration import SearchResult
+from lorainit.calibration.learning_rate import LearningRate
 from lorainit.pipeline.start import Start
 from lorainit.types import Method
 
@@ -26,13 +28,24 @@ def measured_losses(start: Start) -> dict[str, float]:
             "base_loss": search.start_loss,
             "start_loss": search.start_loss,
             "length": 0.0,
-            "refused_loss": search.loss,
-        }
+            "refused_loss": search.loss
+            if search.unclear is None
+            else search.start_loss - search.unclear.mean,
+        } | _by_sequence(search)
     return {
         "base_loss": search.start_loss,
         "start_loss": search.loss,
         "length": search.length,
-    }
+    } | _by_sequence(search)
+
+
+def _by_sequence(search: SearchResult) -> dict[str, float]:
+    """On how many sequences the losses rest, and the standard error of their difference."""
+    found = search.gain_by_sequence or search.unclear
+    if found is None:
+        return {}
+    error = {"gain_error": found.error} if math.isfinite(found.error) else {}
+    return {"sequences": float(found.sequences)} | error
 
 
 def report_line(line: str, *, progress: bool) -> None:
@@ -50,6 +63,7 @@ def summary(
     filled_up: Mapping[str, str] | None = None,
     skipped: Sequence[str] = (),
     heads: str = "",
+    rate: LearningRate | str | None = None,
 ) -> str:
     """One line: how large the start is, and what was left out and why.
 
@@ -60,6 +74,7 @@ def summary(
         filled_up: layers smaller than the rank, with both ranks.
         skipped: parameters of experts that the configuration does not target.
         heads: what is said of heads beside the adapter.
+        rate: what is suggested, or why nothing is.
     """
     line, sizes = f"{type(method).__name__}: ", start.sizes
     if start.refusal is not None:
@@ -74,8 +89,14 @@ def summary(
         line += "PEFT's own start"
     if start.search is not None and start.refusal is None:
         line += f", calibration loss {start.search.start_loss:.4g} to {start.search.loss:.4g}"
+        if (found := start.search.gain_by_sequence) is not None:
+            line += f" on {found.sequences} sequences"
     if heads:
         line += f"; {heads}"
+    if isinstance(rate, LearningRate):
+        line += f". Suggested: {rate}"
+    elif rate is not None:
+        line += f". {rate.rstrip('.')}"
     if left_out:
         line += f". Left at PEFT's start: {_shown(left_out)}"
     if filled_up:

@@ -12,6 +12,7 @@ from lorainit.adapters.weights import part_of_gather, read_weight
 from lorainit.parallel import collectives
 from lorainit.parallel.exchange import Slot, broadcast_from_owners
 from lorainit.solve.ownership import layer_owners
+from lorainit.solve.words import narrowed
 from lorainit.statistics import Statistics
 from lorainit.types import RanksLayers
 
@@ -36,6 +37,7 @@ def ranks_by_importance(
                     continue
                 weight = read_weight(target.module, name)
                 layer = statistics[name].only(method.needs).to(device=weight.device)
+                (_,), (weight,), (layer,), _ = narrowed([target], [weight], [layer], 1)
                 found[name] = method.importance(weight, layer).cpu().double().reshape(1)
             except Exception as error:
                 # The others go on gathering, and this process with them.

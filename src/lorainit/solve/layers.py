@@ -20,15 +20,16 @@ from lorainit.linalg import double_precision
 from lorainit.parallel import collectives
 from lorainit.parallel.exchange import Slot, broadcast_from_owners
 from lorainit.solve.ownership import after_out_of_memory, device_of, layer_owners
-from lorainit.solve.stacks import input_key, rounds, stack_bytes, stacks_of
+from lorainit.solve.stacks import input_key, rounds
+from lorainit.solve.words import all_words, narrowed
 from lorainit.statistics import Statistics
 from lorainit.types import (
     OF_INPUT,
     Factors,
     LayerSpec,
     LayerStatistics,
+    LimitsRank,
     Method,
-    RanksDirections,
     ReadsWeight,
 )
 
@@ -88,8 +89,12 @@ def solve_layers(
                         ]
                     if method.needs & {"gradient", "output_second_moment"}:
                         silent += _without_gradient(chunk, layers)
-                    pairs = _solve_parts(chunk, weights, layers, method, precision)
-                    del layers
+                    part, held, layers, words = narrowed(
+                        chunk, weights, layers, _ranks_used(method)
+                    )
+                    pairs = _solve_parts(part, held, layers, method, precision)
+                    pairs = [all_words(*own) for own in zip(pairs, words, chunk, strict=True)]
+                    del layers, held
                     found = [
                         relative_size(pair, weight, target.spec.scaling)
                         for target, weight, pair in zip(chunk, weights, pairs, strict=True)
@@ -121,35 +126,9 @@ def solve_layers(
     return {name: solved[name] for name in targets}, {name: sizes[name] for name in targets}
 
 
-def value_directions(
-    targets: Mapping[str, Target],
-    statistics: Statistics,
-    method: RanksDirections,
-    limits: Mapping[str, int],
-    max_memory: int | None = None,
-) -> dict[str, Tensor]:
-    """What each layer's leading directions are worth, ``(limit,)`` by name, the same everywhere."""
-    rank, _ = collectives.world()
-    owners = layer_owners(targets, statistics)
-    found: dict[str, Tensor] = {}
-    by_limit: dict[int, dict[str, Target]] = {}
-    for name, target in targets.items():
-        if owners[name] == rank:
-            by_limit.setdefault(limits[name], {})[name] = target
-    budget = stack_bytes(targets, method, max_memory)
-    with torch.no_grad(), collectives.shared_errors():
-        for limit, members in by_limit.items():
-            for chunk in stacks_of(members, budget, method.needs):
-                layers = [
-                    _for_solving(statistics[t.name], method.needs, device_of(t), None)
-                    for t in chunk
-                ]
-                values = method.rank_values(LayerStatistics.stack(layers), limit)
-                # In one dtype, so that all know what is coming.
-                found |= {t.name: values[i].cpu().double() for i, t in enumerate(chunk)}
-    slots = [Slot(n, owners[n], (limits[n],), torch.float64) for n in targets]
-    broadcast_from_owners(found, slots, torch.device("cpu"))
-    return {name: found[name] for name in targets}
+def _ranks_used(method: Method) -> int:
+    """How many times the rank a method needs."""
+    return method.rank_factor if isinstance(method, LimitsRank) else 1
 
 
 def _without_gradient(chunk: Sequence[Target], layers: Sequence[LayerStatistics]) -> list[str]:

@@ -72,12 +72,14 @@ def stacks_of(
     for name, target in targets.items():
         spec = target.spec
         device = next((p.device for p in target.module.parameters()), None)
-        key = (spec.out_features, spec.in_features, spec.rank, spec.scaling, device)
+        # An embedding has words of its own.
+        alone = name if spec.one_hot else ""
+        key = (spec.out_features, spec.in_features, spec.rank, spec.scaling, device, alone)
         held = None if statistics is None else statistics.get(name)
         source = 0 if held is None else input_key(held)
         groups.setdefault(key, {}).setdefault(source, []).append(target)
-    for (rows, columns, *_), sources in groups.items():
-        sizes = statistic_bytes((rows, columns), needs - {"gradient"})
+    for (rows, columns, *_, alone), sources in groups.items():
+        sizes = statistic_bytes((rows, columns), needs - {"gradient"}, one_hot=bool(alone))
         once = sum(size for name, size in sizes.items() if name in OF_INPUT)
         each = 4 * matrices * rows * columns + sum(sizes.values()) - once
         by_number: dict[int, list[Target]] = {}
@@ -128,7 +130,11 @@ def solving_bytes(targets: Mapping[str, Target], needs: frozenset[str]) -> int:
     """What solving the largest layer alone takes beside its statistics, roughly."""
     return _WORKSPACE * max(
         (
-            sum(statistic_bytes((t.spec.out_features, t.spec.in_features), needs).values())
+            sum(
+                statistic_bytes(
+                    (t.spec.out_features, t.spec.in_features), needs, one_hot=t.spec.one_hot
+                ).values()
+            )
             for t in targets.values()
         ),
         default=0,
@@ -138,4 +144,6 @@ def solving_bytes(targets: Mapping[str, Target], needs: frozenset[str]) -> int:
 def input_key(layer: LayerStatistics) -> int:
     """Equal for layers that hold the very same second moment of their input."""
     moment = layer.input_second_moment_sum
+    if moment is None:
+        moment = layer.input_counts
     return id(layer) if moment is None else id(moment)

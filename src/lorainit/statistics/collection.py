@@ -107,7 +107,7 @@ class PlannedCollection:
         subject = replace(self.subject, modules=some)
         found = finish(run, subject, self.sample.population, whole=False)
         found.metadata["unused_reasons"] = unreached_reasons(
-            found.metadata["unused"], run.state.ran, subject, self.sample.batches
+            found.metadata["unused"], run.state, subject, self.sample.batches
         )
         return found
 
@@ -118,7 +118,7 @@ class PlannedCollection:
             run = run_batches(subject, self.sample.batches, self.plan.batch.rows)
             found = finish(run, subject, self.sample.population, whole=len(self.plan.passes) == 1)
             found.metadata["unused_reasons"] = unreached_reasons(
-                found.metadata["unused"], run.state.ran, subject, self.sample.batches
+                found.metadata["unused"], run.state, subject, self.sample.batches
             )
         return found
 

@@ -1,5 +1,6 @@
 """The data that travels between the rooms: statistics of a layer, factors, and what a method is."""
 
+from lorainit.types.diagonal import Diagonal
 from lorainit.types.factors import Factors, LayerSpec
 from lorainit.types.layer_statistics import LayerStatistics
 from lorainit.types.method import (
@@ -34,6 +35,7 @@ from lorainit.types.names import (
 )
 
 __all__ = [
+    "Diagonal",
     "GRADIENT_STATISTICS",
     "GivesBack",
     "IGNORED",

@@ -37,6 +37,7 @@ class LayerSpec:
         in_features: columns of its weight.
         rank: rank of the adapter on this layer.
         scaling: ``alpha / rank``, or ``alpha / sqrt(rank)`` under rsLoRA.
+        one_hot: its inputs are words (an embedding): what is known of them is one number a word.
     """
 
     name: str
@@ -44,3 +45,4 @@ class LayerSpec:
     in_features: int
     rank: int
     scaling: float
+    one_hot: bool = False

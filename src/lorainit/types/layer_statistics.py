@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lorainit.errors import MissingStatisticError
+from lorainit.types.diagonal import Diagonal
 from lorainit.types.names import LossReduction
 
 
@@ -29,6 +30,7 @@ class LayerStatistics:
         gradient_sum: ``(..., out, in)``, sum over sequences of ``d l_i / d W``.
         input_second_moment_sum: ``(..., in, in)``, sum over counted positions of ``x x^T``.
         input_sum: ``(..., in)``, sum over counted positions of ``x``.
+        input_counts: ``(..., in)``, of one-hot inputs, how often each was counted: all there is of both sums.
         output_second_moment_sum: ``(..., out, out)``, sum over counted positions of ``g g^T``.
         output_second_moment_diagonal_sum: ``(..., out)``, the diagonal of the same.
         sequences: sequences that had at least one label.
@@ -49,6 +51,7 @@ class LayerStatistics:
     gradient_sum: Tensor | None = None
     input_second_moment_sum: Tensor | None = None
     input_sum: Tensor | None = None
+    input_counts: Tensor | None = None
     output_second_moment_sum: Tensor | None = None
     output_second_moment_diagonal_sum: Tensor | None = None
     sequences: float | Tensor = 0.0
@@ -62,10 +65,11 @@ class LayerStatistics:
         "gradient_sum",
         "input_second_moment_sum",
         "input_sum",
+        "input_counts",
         "output_second_moment_sum",
         "output_second_moment_diagonal_sum",
     )
-    OF_INPUT: ClassVar[tuple[str, ...]] = ("input_second_moment_sum", "input_sum")
+    OF_INPUT: ClassVar[tuple[str, ...]] = ("input_second_moment_sum", "input_sum", "input_counts")
     COUNTS: ClassVar[tuple[str, ...]] = ("sequences", "label_tokens", "positions")
     _HELD: ClassVar[tuple[str, ...]] = (*TENSORS, "weight_error")
 
@@ -77,13 +81,20 @@ class LayerStatistics:
 
     @property
     def input_second_moment(self) -> Tensor:
-        """``(..., in, in)``: ``Sx``, mean over counted positions of ``x x^T``, uncentred."""
+        """``(..., in, in)``: ``Sx``, mean over counted positions of ``x x^T``, uncentred.
+
+        Of one-hot inputs it is a `Diagonal`, which methods work with as with a tensor.
+        """
+        if self.input_second_moment_sum is None and self.input_counts is not None:
+            return Diagonal(_mean(self.input_counts, self.positions, 1))  # type: ignore[return-value]
         total = self._require("input_second_moment_sum", "input_second_moment")
         return _mean(total, self.positions, 2)
 
     @property
     def input_mean(self) -> Tensor:
         """``(..., in)``: mean over counted positions of ``x``."""
+        if self.input_sum is None and self.input_counts is not None:
+            return _mean(self.input_counts, self.positions, 1)
         return _mean(self._require("input_sum", "input_mean"), self.positions, 1)
 
     @property
@@ -116,6 +127,8 @@ class LayerStatistics:
             )
             if field is not None
         }
+        if self.input_counts is not None:
+            have |= {"input_second_moment", "input_mean"}
         if "output_second_moment" in have:
             have.add("output_second_moment_diagonal")
         return frozenset(have)
@@ -158,6 +171,9 @@ class LayerStatistics:
                 self.input_second_moment_sum if "input_second_moment" in needs else None
             ),
             input_sum=self.input_sum if "input_mean" in needs else None,
+            input_counts=(
+                self.input_counts if needs & {"input_second_moment", "input_mean"} else None
+            ),
             output_second_moment_sum=full if keep_full else None,
             output_second_moment_diagonal_sum=diagonal if keep_diagonal else None,
         )

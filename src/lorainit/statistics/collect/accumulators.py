@@ -81,12 +81,35 @@ def add_squares(total: Tensor | None, values: Tensor) -> Tensor:
     return new if total is None else total.add_(new)
 
 
+def add_lookup(
+    total: Tensor | None, g: Tensor, words: Tensor, count: int, dtype: torch.dtype
+) -> Tensor:
+    """``total`` plus every row of ``(n, out)`` in the column of its word, ``(out, count)``.
+
+    Rows of a negative word are nobody's. A call is added up before it is rounded to `dtype`.
+    """
+    own = words >= 0
+    seen, places = torch.unique(words[own], return_inverse=True)
+    rows = g[own].to(sum_dtype(g.dtype))
+    part = rows.new_zeros(len(seen), g.shape[1]).index_add_(0, places, rows)
+    if total is None:
+        total = g.new_zeros(g.shape[1], count, dtype=dtype)
+    return total.index_add_(1, seen, part.mT.to(total.dtype))
+
+
+def add_counts(total: Tensor | None, words: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+    """``total`` plus how often each of `count` words occurs; negative ones are nobody's."""
+    new = torch.bincount(words[words >= 0], minlength=count).to(dtype)
+    return new if total is None else total.add_(new)
+
+
 @dataclass(eq=False)
 class InputSums:
     """Sums over the counted positions of one input, shared by all layers that read it."""
 
     second_moment: Tensor | None = None
     total: Tensor | None = None
+    counts: Tensor | None = None
     positions: int = 0
     finished: bool = False
 
@@ -95,6 +118,11 @@ class InputSums:
         if self.second_moment is not None and not self.finished:
             mirror(self.second_moment)
         self.finished = True
+
+    def add_words(self, words: Tensor, count: int, dtype: torch.dtype) -> None:
+        """Add ``(positions,)`` of `count` words."""
+        self.positions += len(words)
+        self.counts = add_counts(self.counts, words, count, sum_dtype(dtype))
 
     def add(self, x: Tensor, needs: frozenset[str]) -> None:
         """Add ``(positions, in)`` rows."""
@@ -109,6 +137,7 @@ class InputSums:
         return InputSums(
             None if self.second_moment is None else self.second_moment.clone(),
             None if self.total is None else self.total.clone(),
+            None if self.counts is None else self.counts.clone(),
             self.positions,
             self.finished,
         )
@@ -129,6 +158,11 @@ class LayerSums:
         """Add one call's ``sum_t g_t x_t^T`` from ``(all positions, out)`` and ``(.., in)``."""
         add = add_rounded_product if dtype == "bfloat16" else add_product
         self.gradient = add(self.gradient, g, x)
+
+    def add_words(self, g: Tensor, words: Tensor, count: int, dtype: GradientDtype) -> None:
+        """`add_gradient` of ``(all positions,)`` of `count` words."""
+        place = torch.bfloat16 if dtype == "bfloat16" else sum_dtype(g.dtype)
+        self.gradient = add_lookup(self.gradient, g, words, count, place)
 
     def add_output(self, g: Tensor, needs: frozenset[str]) -> None:
         """Add ``(counted positions, out)`` output gradients."""
@@ -162,6 +196,7 @@ class LayerSums:
             gradient_sum=self.gradient,
             input_second_moment_sum=self.inputs.second_moment,
             input_sum=self.inputs.total,
+            input_counts=self.inputs.counts,
             output_second_moment_sum=self.output_second_moment,
             output_second_moment_diagonal_sum=self.output_squares,
             sequences=sequences,

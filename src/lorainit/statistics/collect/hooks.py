@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lorainit.errors import DataError
 from lorainit.linalg import all_finite
 from lorainit.models.convolution import Convolution
+from lorainit.models.embedding import Lookup
 from lorainit.models.experts import ExpertLayer, routed
 from lorainit.models.forms import Form, form_of
 from lorainit.models.hooks import add_hook
@@ -28,7 +29,7 @@ from lorainit.statistics.positions.after_convolution import after_convolution
 from lorainit.statistics.positions.calls import InputPositions
 from lorainit.statistics.positions.model_calls import ModelCalls
 from lorainit.statistics.positions.noted import NotedPositions
-from lorainit.types import GRADIENT_STATISTICS, GradientDtype
+from lorainit.types import GRADIENT_STATISTICS, OF_INPUT, GradientDtype
 
 
 @dataclass(eq=False)
@@ -58,6 +59,8 @@ class HookState:
         counts: whether the batch counts at all; if not, it only keeps other processes company.
         unknown: shapes of inputs by layer, where the batch is padded and no mask says where.
         gradient_dtype: what gradients are added up in.
+        apart: layers of which nothing can be known sequence by sequence, with the reason.
+        dtype: what the model computes in.
         ran: names of the layers that were called, with a gradient or without.
         ran_in_batch: whether any was in the batch under way.
         deferred: the block under way runs again later: which positions its layers read is noted, no more.
@@ -73,6 +76,8 @@ class HookState:
     _met: set[str] = field(default_factory=set)
     unknown: dict[str, tuple[int, ...]] = field(default_factory=dict)
     gradient_dtype: GradientDtype = "float32"
+    apart: dict[str, str] = field(default_factory=dict)
+    dtype: torch.dtype = torch.float32
     ran: set[str] = field(default_factory=set)
     ran_in_batch: bool = False
     deferred: bool = False
@@ -175,7 +180,11 @@ class HookState:
                 None if t is None else t.reshape(-1, t.shape[-1]) for t in (some_x, some_g)
             )
             if "gradient" in self.needs and flat_g is not None and flat_x is not None:
-                layer.add_gradient(flat_g, flat_x.to(flat_g.device), self.gradient_dtype)
+                there = flat_x.to(flat_g.device)
+                if isinstance(form, Lookup):
+                    layer.add_words(flat_g, there.squeeze(1), form.words, self.gradient_dtype)
+                else:
+                    layer.add_gradient(flat_g, there, self.gradient_dtype)
             own = indices
             if form is not None and indices is not None:
                 either = flat_g if flat_x is None else flat_x
@@ -184,10 +193,28 @@ class HookState:
                 first += count
             if flat_g is not None:
                 layer.add_output(_rows(flat_g, own), self.needs)
-            if flat_x is not None and new:
+            if isinstance(form, Lookup):
+                if flat_x is not None and new and self.needs & OF_INPUT:
+                    read.sums.add_words(_rows(flat_x, own).squeeze(1), form.words, self.dtype)
+            elif flat_x is not None and new:
                 if read.sums.second_moment is not None:
                     flat_x = flat_x.to(read.sums.second_moment.device)
                 read.sums.add(_rows(flat_x, own), self.needs)
+
+    def by_rows(self, name: str, x: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
+        """Words and their rows, sequence by sequence: what is looked up once for all is repeated for each.
+
+        A table of positions, say, is; of any other lookup that is not one a sequence nothing can be known.
+        """
+        rows = self.calls.rows()
+        if rows is None or x.dim() == 0 or x.shape[0] == rows:
+            return x, output
+        if x.dim() == 2 and x.shape[0] == 1:
+            shape = rows, *output.shape[1:]
+            return x.expand(rows, -1), output.expand(shape) if self.backward else output
+        self.apart[name] = "it looks up what all sequences of a batch share"
+        self.layers[name] = LayerSums()
+        return x, output
 
     def tensors(self) -> list[Tensor]:
         """All sums so far, shared ones once."""
@@ -200,6 +227,7 @@ class HookState:
                 layer.output_squares,
                 layer.inputs.second_moment,
                 layer.inputs.total,
+                layer.inputs.counts,
             )
             if tensor is not None
         }
@@ -276,11 +304,16 @@ def hooks_on(state: HookState, modules: Mapping[str, nn.Module]) -> Iterator[Non
                 )
             state.ran.add(name)
             state.ran_in_batch = True
+            form = form_of(module)
+            if isinstance(form, Lookup):
+                x, output = state.by_rows(name, x, output)
+            if name in state.apart:
+                return None
             if state.deferred:
-                state.notes.setdefault(name, []).append(state.calls.of_input(name, x))
+                positions = state.calls.of_input(name, _by_positions(x, form))
+                state.notes.setdefault(name, []).append(positions)
                 return None
             rows = module.rows if isinstance(module, ExpertLayer) else None
-            form = form_of(module)
             if not state.backward:
                 with torch.autocast(x.device.type, enabled=False):
                     read = state.arrived(name, x, rows, form)

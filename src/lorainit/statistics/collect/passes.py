@@ -118,6 +118,7 @@ class _Pass:
             ModelCalls(subject.model, subject.settings.token_mask, subject.device),
             share_inputs,
             gradient_dtype=subject.settings.gradient_dtype,
+            dtype=model_dtype(subject.model),
         )
         self.checks = checks
         self.sequences: list[Tensor] = []

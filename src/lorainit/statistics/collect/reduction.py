@@ -20,7 +20,7 @@ from lorainit.parallel.exchange import (
 from lorainit.statistics.collect.accumulators import InputSums, LayerSums
 
 _LAYER_FIELDS = ("gradient", "output_second_moment", "output_squares")
-_INPUT_FIELDS = ("second_moment", "total")
+_INPUT_FIELDS = ("second_moment", "total", "counts")
 _FOLDED = frozenset({"output_second_moment", "second_moment"})
 
 _Described = dict[str, tuple[tuple[int, ...], torch.dtype]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -14,6 +14,7 @@ from lorainit.data.batch import Batch
 from lorainit.data.even_rounds import even_rounds
 from lorainit.parallel import collectives
 from lorainit.parallel.sharding import is_sharded
+from lorainit.statistics.collect.hooks import HookState
 from lorainit.statistics.loss.batch_loss import run_forward
 from lorainit.statistics.settings import Subject
 
@@ -22,19 +23,19 @@ WITHOUT_GRADIENT = "it ran without gradient"
 
 
 def unreached_reasons(
-    names: Sequence[str], ran: Collection[str], subject: Subject, batches: Sequence[Batch]
+    names: Sequence[str], state: HookState, subject: Subject, batches: Sequence[Batch]
 ) -> dict[str, str]:
     """Why each layer has no statistics, the same on every process.
 
     Args:
         names: of these layers, the same on every process.
-        ran: names of layers that were called on this process.
+        state: knows which were called on this process, and which it could not tell sequence by sequence.
         subject: the model, frozen and in eval mode, and its layers.
         batches: one row is run once more, to see who reads the weight of a layer that is never called.
     """
     if not names:
         return {}
-    called = {name for some in collectives.gather_objects(sorted(ran)) for name in some}
+    called = {name for some in collectives.gather_objects(sorted(state.ran)) for name in some}
     silent = {
         name: module
         for name, module in subject.modules.items()
@@ -46,6 +47,8 @@ def unreached_reasons(
         found[name] = WITHOUT_GRADIENT if name in called else NOT_REACHED
         if name in readers:
             found[name] = f"its weight is read directly by {readers[name]}"
+    for some in collectives.gather_objects(dict(state.apart)):
+        found |= {name: why for name, why in some.items() if name in found}
     return found
 
 

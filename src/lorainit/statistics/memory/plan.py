@@ -85,8 +85,17 @@ class Plan:
         )
 
 
+class OneHotShape(tuple[int, int]):
+    """``(out, words)`` of an embedding."""
+
+
 def statistic_bytes(
-    shape: tuple[int, int], needs: Collection[str], *, element: int = 4, gradient: int | None = None
+    shape: tuple[int, int],
+    needs: Collection[str],
+    *,
+    element: int = 4,
+    gradient: int | None = None,
+    one_hot: bool = False,
 ) -> dict[str, int]:
     """Bytes of each statistic of one ``(out, in)`` layer, by name.
 
@@ -95,11 +104,12 @@ def statistic_bytes(
         needs: names of the statistics.
         element: bytes of a number: 4, or 8 where the model computes in float64.
         gradient: bytes of a number of the gradient, where that is another.
+        one_hot: of words, whose second moment is one number each.
     """
     out, inner = shape
     sizes = {
         "gradient": out * inner,
-        "input_second_moment": inner * inner,
+        "input_second_moment": inner if one_hot or isinstance(shape, OneHotShape) else inner**2,
         "input_mean": inner,
         "output_second_moment": out * out,
         "output_second_moment_diagonal": out,

@@ -30,6 +30,7 @@ from lorainit.statistics.memory.block_plan import BlockPlan, make_block_plan
 from lorainit.statistics.memory.peak import held_bytes, peak_bytes
 from lorainit.statistics.memory.plan import (
     BatchSize,
+    OneHotShape,
     Plan,
     default_budget,
     is_easy,
@@ -226,6 +227,8 @@ def _shape(module: nn.Module) -> tuple[int, int] | None:
     """``(out, in)`` as the layer says it, whatever its weight is stored as."""
     if (shape := convolution_shape(module)) is not None:
         return shape
+    if isinstance(module, nn.Embedding):
+        return OneHotShape((module.embedding_dim, module.num_embeddings))
     for names in (("out_features", "in_features"), ("nf", "nx")):
         out, inner = (getattr(module, name, None) for name in names)
         if isinstance(out, int) and isinstance(inner, int):

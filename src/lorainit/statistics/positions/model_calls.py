@@ -104,6 +104,12 @@ class ModelCalls:
                     add_hook(stack, module.register_forward_hook, leave)
             yield
 
+    def rows(self) -> int | None:
+        """Sequences or samples of the part that is running; None where that is not known."""
+        tokens = self._running[-1].tokens if self._running else None
+        known = tokens is not None and (self._running[-1].shape is not None or tokens.dim() > 2)
+        return tokens.shape[0] if known and tokens is not None else None
+
     def of_input(self, name: str, x: Tensor) -> InputPositions:
         """Which positions of what layer `name` reads now count."""
         if not self._running:

@@ -25,6 +25,10 @@ class NotedPositions:
         """No hooks on the model's parts, which do not run."""
         yield
 
+    def rows(self) -> int | None:
+        """Not known: what the first forward could not tell apart is left out already."""
+        return None
+
     def of_input(self, name: str, x: Tensor) -> InputPositions:
         """Which positions of what layer `name` reads now count."""
         found = self._left.get(name)

@@ -26,6 +26,7 @@ _DIMENSIONS = {
     "gradient_sum": 2,
     "input_second_moment_sum": 2,
     "input_sum": 1,
+    "input_counts": 1,
     "output_second_moment_sum": 2,
     "output_second_moment_diagonal_sum": 1,
 }
@@ -106,6 +107,7 @@ def _read_layer(
         gradient_sum=_tensor(places, "gradient_sum", tensors),
         input_second_moment_sum=_tensor(places, "input_second_moment_sum", tensors),
         input_sum=_tensor(places, "input_sum", tensors),
+        input_counts=_tensor(places, "input_counts", tensors),
         output_second_moment_sum=_tensor(places, "output_second_moment_sum", tensors),
         output_second_moment_diagonal_sum=_tensor(
             places, "output_second_moment_diagonal_sum", tensors
@@ -155,6 +157,7 @@ def _check_widths(name: str, layer: LayerStatistics) -> None:
         ("gradient_sum", (0,), (1,)),
         ("input_second_moment_sum", (), (0, 1)),
         ("input_sum", (), (0,)),
+        ("input_counts", (), (0,)),
         ("output_second_moment_sum", (0, 1), ()),
         ("output_second_moment_diagonal_sum", (0,), ()),
     ):

@@ -30,6 +30,11 @@ def check_possible(name: str, layer: LayerStatistics) -> None:
         moment = getattr(layer, field)
         if moment is not None:
             _check_moment(f"layer '{name}': {field}", moment)
+    if layer.input_counts is not None:
+        if bool((layer.input_counts < 0).any()):
+            raise ValueError(f"layer '{name}': a negative count of words is impossible")
+        if float(layer.input_counts.double().sum()) > float(layer.positions) * (1 + _ROUNDING):
+            raise ValueError(f"layer '{name}': a count of more words than positions is impossible")
     diagonal = layer.output_second_moment_diagonal_sum
     if diagonal is not None and bool((diagonal < 0).any()):
         raise ValueError(f"layer '{name}': a negative sum of squares is impossible")

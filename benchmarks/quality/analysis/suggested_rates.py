@@ -1,0 +1,148 @@
+"""The suggested learning rate against the rates of the stage "grid": what is lost by not searching.
+
+Regret of a rate: validation loss there above that of the best rate, as a share of what training gains at all,
+``(loss - best) / (base - best)``; between two rates of the grid the loss is read off a straight line in the
+logarithm of the rate, beyond its ends at them.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from benchmarks.quality.analysis.markdown import table as markdown_table
+from benchmarks.quality.records import Record
+
+Key = tuple[str, str, int]
+"""Task, line and rank."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line on one task, with its losses over the grid and what is known before training.
+
+    Attributes:
+        key: task, line, rank.
+        base: loss without an adapter.
+        losses: mean validation loss over seeds, by rate.
+        one_step: best rate of one step of signs.
+    """
+
+    key: Key
+    base: float
+    losses: Mapping[float, float]
+    one_step: float
+
+    def regret(self, rate: float) -> float:
+        rates = sorted(self.losses)
+        rate = min(max(rate, rates[0]), rates[-1])
+        after = next(i for i, r in enumerate(rates) if r >= rate * (1 - 1e-9))
+        before = max(after - 1, 0)
+        width = math.log(rates[after] / rates[before])
+        share = math.log(rate / rates[before]) / width if width else 0.0
+        loss = (1 - share) * self.losses[rates[before]] + share * self.losses[rates[after]]
+        best = min(self.losses.values())
+        return (loss - best) / (self.base - best)
+
+
+def cases(grid: Iterable[Record], one_step: Iterable[Record], rates: int = 9) -> list[Case]:
+    """Every line with a whole grid and a suggestion."""
+    losses: dict[Key, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for record in grid:
+        loss = record["validation"]["loss"]
+        key = (record["task"], record["label"], record["rank"])
+        losses[key][record["learning_rate"]].append(math.inf if loss is None else loss)
+    found = []
+    for record in one_step:
+        key = (record["task"], record["label"], record["rank"])
+        mine = {rate: statistics.fmean(values) for rate, values in losses[key].items()}
+        if "suggestion" in record and len(mine) >= rates:
+            known = record["suggestion"]
+            found.append(Case(key, known["base_loss"], mine, known["one_step"]))
+    return sorted(found, key=lambda case: case.key)
+
+
+def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """Median, ninth decile (linear between neighbours) and largest."""
+    ordered = sorted(values)
+    place = 0.9 * (len(ordered) - 1)
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    decile = ordered[low] + (place - low) * (ordered[high] - ordered[low])
+    return statistics.median(ordered), decile, ordered[-1]
+
+
+def fit(members: Sequence[Case]) -> tuple[float, float]:
+    """The law ``c (one_step / 5e-4)^p`` of least ninth decile plus three medians of regret, on a grid."""
+
+    def badness(c: float, p: float) -> float:
+        median, decile, _ = quantiles([m.regret(c * (m.one_step / 5e-4) ** p) for m in members])
+        return decile + 3 * median
+
+    constants = [1e-4 * 10 ** (i / 20) for i in range(10, 31)]
+    powers = [i / 20 for i in range(0, 25)]
+    return min(((c, p) for c in constants for p in powers), key=lambda law: badness(*law))
+
+
+def table(members: Sequence[Case], law: Callable[[float], float]) -> str:
+    """Regret of the suggestion, of laws fitted without the task that they are judged on, of single rates."""
+    tasks = sorted({m.key[0] for m in members})
+    left_out: list[float] = []
+    for task in tasks:
+        c, p = fit([m for m in members if m.key[0] != task])
+        mine = [m for m in members if m.key[0] == task]
+        left_out += [m.regret(c * (m.one_step / 5e-4) ** p) for m in mine]
+    rows = [
+        ("suggested", [m.regret(law(m.one_step)) for m in members]),
+        ("law fitted without the task", left_out),
+        *(
+            (f"{rate:g} for all", [m.regret(rate) for m in members])
+            for rate in (1e-4, 2e-4, 4.5e-4, 1e-3, 2.2e-3)
+        ),
+    ]
+    best = min((1e-4 * 10 ** (i / 20) for i in range(41)), key=lambda r: _spread(members, r))
+    rows.append((f"{best:.2g}, the best single rate", [m.regret(best) for m in members]))
+    cells = [[name, *(f"{100 * x:.1f}%" for x in quantiles(values))] for name, values in rows]
+    return markdown_table(["rate", "regret: median", "nine in ten below", "largest"], cells)
+
+
+def _spread(members: Sequence[Case], rate: float) -> float:
+    median, decile, _ = quantiles([m.regret(rate) for m in members])
+    return decile + 3 * median
+
+
+def by_line(members: Sequence[Case], law: Callable[[float], float]) -> str:
+    """Suggested and best rates of every line, and the regret."""
+    groups: dict[tuple[str, int], list[Case]] = defaultdict(list)
+    for m in members:
+        groups[m.key[1], m.key[2]].append(m)
+    rows = []
+    for (line, rank), mine in sorted(groups.items()):
+        regrets = [m.regret(law(m.one_step)) for m in mine]
+        middle = statistics.geometric_mean
+        rows.append(
+            [
+                line,
+                str(rank),
+                str(len(mine)),
+                f"{middle([m.one_step for m in mine]):.1e}",
+                f"{middle([law(m.one_step) for m in mine]):.1e}",
+                f"{middle([min(m.losses, key=m.losses.__getitem__) for m in mine]):.1e}",
+                f"{100 * statistics.median(regrets):.1f}%",
+                f"{100 * max(regrets):.1f}%",
+            ]
+        )
+    head = [
+        "line",
+        "rank",
+        "tasks",
+        "one step",
+        "suggested",
+        "best of the grid",
+        "median regret",
+        "largest",
+    ]
+    return markdown_table(head, rows)

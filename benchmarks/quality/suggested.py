@@ -1,0 +1,39 @@
+"""Tables of the suggested learning rates: ``python -m benchmarks.quality.suggested``.
+
+Reads the records of the stage "grid" and of ``one_step``; writes ``suggested-rates.md`` beside them.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from benchmarks.quality.analysis.suggested_rates import by_line, cases, fit, table
+from benchmarks.quality.records import RESULTS, read_records
+from lorainit.calibration.learning_rate import suggested
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--records", type=Path, nargs="*", default=[RESULTS])
+    parser.add_argument("--one-step", type=Path, nargs="*", default=[RESULTS])
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    grid = [r for r in read_records(options.records).values() if r["stage"] == "grid"]
+    members = cases(grid, read_records(options.one_step, "one_step").values())
+    c, p = fit(members)
+    text = "\n\n".join(
+        [
+            "# The suggested learning rate against the whole grid",
+            f"{len(members)} lines on {len({m.key[0] for m in members})} tasks. Refitted on all, the law "
+            f"would be {c:.2g} (one step / 5e-4)^{p:.2g}.",
+            table(members, suggested),
+            by_line(members, suggested),
+        ]
+    )
+    (options.out / "suggested-rates.md").write_text(text + "\n", encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""A learning rate for factors, from a sample."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+
+from lorainit.calibration.learning_rate import LearningRate, find_learning_rate
+from lorainit.calibration.sign_step import SignStep
+from lorainit.data.sampling import Sample
+from lorainit.errors import DataError
+from lorainit.parallel import collectives
+from lorainit.pipeline.measurements import Measurements
+from lorainit.types import Factors
+
+RATE_NEEDS = frozenset({"gradient"})
+
+SEQUENCES = 64
+"""So many are looked at unless more are asked for: a rate is found to a factor, not to a digit."""
+
+_SHARE = 0.5
+"""Of the sequences: measured on; the others give the gradient."""
+
+
+def measured_rate(
+    measurements: Measurements, sample: Sample, factors: Mapping[str, Factors]
+) -> LearningRate:
+    """The rate for these factors; the adapters of the model are switched off.
+
+    Args:
+        measurements: of the model, at its base.
+        sample: of the data.
+        factors: by target name; targets without factors stay where they are.
+
+    Raises:
+        DataError: too few sequences, or no rate lowers the loss.
+    """
+    given, held = sample.held_back(_SHARE)
+    layers = measurements.targets.layers
+    steps: dict[str, SignStep] = {}
+    with torch.no_grad():
+        for part in replace(measurements, needs=RATE_NEEDS, gather=True).planned(given).parts():
+            for name in part.names:
+                if name in factors:
+                    scaling = layers[name].spec.scaling
+                    steps[name] = SignStep.of(factors[name], scaling, part[name].gradient)
+    sequences = int(collectives.sum_counts([held.sequences])[0])
+    return find_learning_rate(steps, measurements.held_out_loss(held), sequences)
+
+
+def rate_if_any(
+    measurements: Measurements, sample: Sample, factors: Mapping[str, Factors]
+) -> LearningRate | str:
+    """The rate from the first `SEQUENCES` of a sample, or why there is none: a start does not fail for it."""
+    try:
+        return measured_rate(measurements, sample.first(SEQUENCES), factors)
+    except DataError as error:
+        return str(error)

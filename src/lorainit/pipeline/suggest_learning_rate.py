@@ -1,0 +1,74 @@
+"""From a model with an adapter, and data, to a learning rate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Unpack
+
+from torch import nn
+
+from lorainit.adapters.factors_of import factors_of
+from lorainit.adapters.heads import heads_of
+from lorainit.adapters.layers import adapters_disabled, check_not_merged, true_config
+from lorainit.adapters.targets import match_targets
+from lorainit.adapters.wrappers import unwrapped
+from lorainit.calibration.learning_rate import LearningRate
+from lorainit.models.state import one_at_a_time, outside_autocast, unchanged_generators
+from lorainit.parallel.together import agreed, left_together
+from lorainit.pipeline.checks import check_adapter_exists
+from lorainit.pipeline.facts import facts_of
+from lorainit.pipeline.heads import StartedHeads
+from lorainit.pipeline.measurements import Measurements
+from lorainit.pipeline.rate import RATE_NEEDS, SEQUENCES, measured_rate
+from lorainit.statistics.settings import CollectOptions, CollectSettings, settings_with
+
+
+@outside_autocast
+def suggest_learning_rate(
+    model: nn.Module,
+    data: Iterable[Any],
+    *,
+    adapter_name: str = "default",
+    settings: CollectSettings | None = None,
+    **options: Unpack[CollectOptions],
+) -> LearningRate:
+    """A learning rate for the adapter that a model has, however it was started.
+
+    Half of the sequences give the gradient at the base model; on the others the loss is measured after one
+    step of its signs at several rates, by at most fifteen forward passes. The model is as it was afterwards.
+    A head that the adapter has a copy of is used as it is there.
+
+    Args:
+        model: a PeftModel, or a model whose adapter is its own.
+        data: batches of the target task, as `get_peft_model` takes them; 64 sequences are enough.
+        adapter_name: of the adapter that is to be trained.
+        settings: how the gradient is collected, see `CollectSettings`.
+        **options: its fields, as keywords. ``max_sequences`` is 64 unless it is said.
+
+    Returns:
+        The rate with its range; ``float()`` of it is the number. It is the peak rate for AdamW with a short
+        warmup and a decay to zero, as `transformers.Trainer` has them, for runs of about a hundred steps or
+        more at batches of 8 to 128; of other optimizers nothing is known.
+
+    Raises:
+        AdapterError: there is no such adapter, or it is merged.
+        DataError: too few sequences, or no rate lowers the loss.
+    """
+    with one_at_a_time(model), left_together(), unchanged_generators(data):
+        with agreed() as facts:
+            if settings is None and "max_sequences" not in options:
+                options["max_sequences"] = SEQUENCES
+            settings = settings_with(settings, options, "suggest_learning_rate")
+            model = unwrapped(model)
+            check_adapter_exists(model, adapter_name)
+            check_not_merged(model)
+            config = true_config(model, adapter_name)
+            targets = match_targets(model, config)
+            facts |= facts_of(config, settings, targets)
+            facts |= {"function": "suggest_learning_rate", "adapter_name": adapter_name}
+        measurements = Measurements(model, targets, RATE_NEEDS, settings)
+        heads = heads_of(model, config, adapter_name, targets.layers, existing=True)
+        in_use = StartedHeads(heads).in_use()
+        with adapters_disabled(model), in_use, measurements.unchanged_rng():
+            measurements, sample = measurements.with_own_loss(measurements.sample(data))
+            return measured_rate(measurements, sample, factors_of(model, adapter_name))
