@@ -13,13 +13,14 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
-from torch import nn
+from torch import Tensor, nn
 
-from lorainit.adapters.anchor import AnchoredFactor
+from lorainit.adapters.anchor import AnchoredFactor, trained_of
 from lorainit.adapters.patterns import scale_ranks
 from lorainit.adapters.stacks import is_stack
 from lorainit.errors import AdapterError
 from lorainit.models.convolution import Convolution
+from lorainit.models.reference_forward import reference_forward
 from lorainit.models.undo import surely
 
 
@@ -41,7 +42,9 @@ def configurations(model: nn.Module) -> dict[str, LoraConfig]:
 def adapters_disabled(model: nn.Module) -> Iterator[None]:
     """Compute what the base model computes; every flag is as it was afterwards.
 
-    PEFT's own context lets every active adapter learn afterwards, frozen before or not.
+    PEFT's own context lets every active adapter learn afterwards, frozen before or not. A loss that switches
+    adapters off, or another one on, for the forward pass of its reference finds them off and leaves them off;
+    that pass is a `reference_forward`.
     """
     flags = [(p, p.requires_grad) for p in model.parameters()]
     layers = [
@@ -53,6 +56,7 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
         stack.callback(surely, _enable, enabled, flags)
         if isinstance(model, PeftModel):
             stack.enter_context(model.disable_adapter())
+            stack.enter_context(_marked_references(model))
         for module in enabled:
             module.enable_adapters(False)
         yield
@@ -63,6 +67,30 @@ def _enable(modules: list[Any], flags: list[tuple[nn.Parameter, bool]]) -> None:
         module.enable_adapters(True)
     for parameter, flag in flags:
         parameter.requires_grad_(flag)
+
+
+@contextlib.contextmanager
+def _marked_references(model: PeftModel) -> Iterator[None]:
+    """While adapters are off: calls that switch them off, or to another one, begin a `reference_forward`."""
+    policy = model.active_adapter
+    marks = ExitStack()
+
+    def set_adapter(adapter_name: str, *args: object, **kwargs: object) -> None:
+        type(model).set_adapter(model, adapter_name, *args, **kwargs)
+        marks.close()
+        if adapter_name != policy:
+            marks.enter_context(reference_forward())
+
+    own = {"disable_adapter": reference_forward, "set_adapter": set_adapter}
+    held = {name: vars(model)[name] for name in own if name in vars(model)}
+    vars(model).update(own)
+    try:
+        yield
+    finally:
+        marks.close()
+        for name in own:
+            del vars(model)[name]
+        vars(model).update(held)
 
 
 def adapter_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
@@ -93,6 +121,27 @@ def takes_factors(layer: LoraLayer, adapter_name: str) -> bool:
     if adapter_name not in layer.lora_A:
         return False
     return is_linear(layer, adapter_name) or is_stack(layer)
+
+
+def matrices(layer: LoraLayer, adapter_name: str, *, trained: bool) -> tuple[Tensor, Tensor] | None:
+    """``A`` ``(rank, in)`` and ``B`` ``(out, rank)``, detached; None where the adapter is no plain pair.
+
+    Args:
+        layer: a LoRA layer.
+        adapter_name: of its adapter.
+        trained: of an anchored pair the trained half alone.
+    """
+    if is_embedding(layer, adapter_name):
+        pair = layer.lora_embedding_A[adapter_name], layer.lora_embedding_B[adapter_name]
+    elif is_linear(layer, adapter_name):
+        first, second = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
+        pair = first.weight, second.weight
+        if trained:
+            pair = trained_of(first), trained_of(second)
+    else:
+        return None
+    a, b = (t.detach().flatten(1) for t in pair)
+    return a, b
 
 
 def is_embedding(layer: LoraLayer, adapter_name: str) -> bool:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -94,6 +94,7 @@ class ModelCalls:
         with ExitStack() as stack:
             stack.callback(self._running.clear)
             stack.callback(self._outputs.clear)
+            stack.enter_context(self._with_direct_calls())
             inner = (m for m in self.base.modules() if m is self.base or is_part(m))
             for modules, enter, leave in (
                 (inner, self._enter, self._leave),
@@ -103,6 +104,29 @@ class ModelCalls:
                     add_hook(stack, module.register_forward_pre_hook, enter, with_kwargs=True)
                     add_hook(stack, module.register_forward_hook, leave)
             yield
+
+    @contextmanager
+    def _with_direct_calls(self) -> Iterator[None]:
+        """``model.forward(...)``, which PEFT and sentence-transformers call, runs the model's hooks too."""
+        base = self.base
+        if hasattr(base, "unshard"):
+            # Its hooks gather weights; whoever goes round them has done that.
+            yield
+            return
+        own, forward = vars(base).get("forward"), base.forward
+
+        @wraps(forward)
+        def called(*args: Any, **kwargs: Any) -> Any:
+            entered = bool(self._running) and self._running[-1].module is base
+            return forward(*args, **kwargs) if entered else base(*args, **kwargs)
+
+        vars(base)["forward"] = called
+        try:
+            yield
+        finally:
+            del vars(base)["forward"]
+            if own is not None:
+                vars(base)["forward"] = own
 
     def rows(self) -> int | None:
         """Sequences or samples of the part that is running; None where that is not known."""
@@ -232,10 +256,11 @@ class ModelCalls:
     def _of_decoder(self, call: Call) -> InputPositions:
         """A decoder without a mask: its ids are the labels, or the encoder's ids, shifted by one."""
         labels = [self._batch.get("labels"), *(c.arguments.get("labels") for c in self._running)]
+        shape = call.shape or (None if call.tokens is None else tuple(call.tokens.shape[:2]))
         for some in labels:
             if not isinstance(some, Tensor) or some.is_floating_point():
                 continue
-            if some.dim() == 2 and tuple(some.shape) == call.shape:
+            if some.dim() == 2 and tuple(some.shape) == shape:
                 kept = up_to_the_last_label(self._host(some))
                 return InputPositions(positions_of(kept, self.device))
         ids = call.arguments.get("input_ids")
