@@ -20,7 +20,8 @@ DRAWING = ROOT / "docs" / "images" / "rooms.svg"
 
 ROWS: tuple[tuple[str, ...], ...] = (
     ("cli",),
-    ("report",),
+    ("integrations",),
+    ("report", "trainers"),
     ("pipeline",),
     ("calibration",),
     ("solve",),
@@ -36,6 +37,8 @@ ROWS: tuple[tuple[str, ...], ...] = (
 WORDS = {
     "cli": "the commands",
     "report": "a page about statistics and starts",
+    "integrations": "a file a tool, when asked for",
+    "trainers": "start_trainer, on a trainer's own batches",
     "pipeline": "get_peft_model, collect_statistics",
     "calibration": "lengths and steps, measured",
     "solve": "many layers at once, ranks",

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         suggest_learning_rate,
     )
     from lorainit.statistics import CollectSettings, Statistics
+    from lorainit.trainers import start_trainer
     from lorainit.types import Factors, LayerStatistics
 
     __all__ = [
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
         "load_adapter",
         "save_adapter",
         "serving_objections",
+        "start_trainer",
         "suggest_learning_rate",
     ]
     __all__ += _methods  # type: ignore[has-type]
@@ -57,6 +59,7 @@ _HOMES = {
     "load_adapter": "adapters.load",
     "save_adapter": "adapters.save",
     "serving_objections": "adapters.serving",
+    "start_trainer": "trainers",
     "suggest_learning_rate": "pipeline",
 }
 _MODULES = ("adapters", "calibration", "data", "errors", "linalg", "methods", "report", "types")

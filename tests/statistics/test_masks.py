@@ -262,3 +262,77 @@ def test_a_dimension_beside_positions(leading: tuple[int, ...], expected: list[i
     indices, known = mask.indices_for(torch.Size(leading))
     assert known == (expected is not None)
     assert (None if indices is None else indices.tolist()) == expected
+
+
+def test_a_model_whose_forward_is_called_past_its_hooks() -> None:
+    """As sentence-transformers and PEFT call the model inside: its mask is read all the same."""
+    model = models.bert(head="MaskedLM")
+    rows = [row for row in models.batches(models.sequences(6), 6)]
+
+    def loss(model: Any, batch: Any) -> Tensor:
+        kept = {k: v for k, v in batch.items() if k != "labels"}
+        return model.forward(inputs := kept.pop("input_ids"), **kept).logits.flatten(1).sum(
+            1
+        ) / len(inputs)
+
+    def called(model: Any, batch: Any) -> Tensor:
+        kept = {k: v for k, v in batch.items() if k != "labels"}
+        return model(inputs := kept.pop("input_ids"), **kept).logits.flatten(1).sum(1) / len(inputs)
+
+    found, expected = (
+        lorainit.collect_statistics(
+            model,
+            models.all_linear(),
+            data=rows,
+            needs=["input_second_moment"],
+            loss_fn=fn,
+            progress=False,
+        )
+        for fn in (loss, called)
+    )
+    assert "forward" not in vars(model)
+    for name, layer in expected.items():
+        assert found[name].positions == layer.positions
+        torch.testing.assert_close(found[name].input_second_moment, layer.input_second_moment)
+
+
+def test_rows_of_one_mask_are_masks_of_their_own() -> None:
+    """A loss that runs a batch in parts, by rows or by halves: each part has its own padding."""
+    model = models.llama()
+    (batch,) = models.batches(models.sequences(6), 6)
+
+    def in_parts(size: int) -> Callable[..., Tensor]:
+        def loss(model: Any, batch: Any) -> Tensor:
+            parts = [
+                {key: value[first : first + size] for key, value in batch.items()}
+                for first in range(0, len(batch["labels"]), size)
+            ]
+            return torch.cat(
+                [
+                    model(part["input_ids"], attention_mask=part["attention_mask"])
+                    .logits.flatten(1)
+                    .square()
+                    .mean(1)
+                    for part in parts
+                ]
+            )
+
+        return loss
+
+    found = [
+        lorainit.collect_statistics(
+            model,
+            all_linear(),
+            data=[batch],
+            needs=["input_second_moment", "output_second_moment"],
+            loss_fn=in_parts(size),
+            progress=False,
+        )
+        for size in (1, 3, 6)
+    ]
+    for name, whole in found[-1].items():
+        assert whole.positions < batch["attention_mask"].numel()
+        for parts in found[:-1]:
+            assert parts[name].positions == whole.positions
+            for needed in ("input_second_moment", "output_second_moment"):
+                torch.testing.assert_close(getattr(parts[name], needed), getattr(whole, needed))

@@ -20,6 +20,7 @@ from lorainit.adapters.patterns import scale_ranks
 from lorainit.adapters.stacks import is_stack
 from lorainit.errors import AdapterError
 from lorainit.models.convolution import Convolution
+from lorainit.models.reference_forward import reference_forward
 from lorainit.models.undo import surely
 
 
@@ -41,7 +42,9 @@ def configurations(model: nn.Module) -> dict[str, LoraConfig]:
 def adapters_disabled(model: nn.Module) -> Iterator[None]:
     """Compute what the base model computes; every flag is as it was afterwards.
 
-    PEFT's own context lets every active adapter learn afterwards, frozen before or not.
+    PEFT's own context lets every active adapter learn afterwards, frozen before or not. A loss that switches
+    adapters off, or another one on, for the forward pass of its reference finds them off and leaves them off;
+    that pass is a `reference_forward`.
     """
     flags = [(p, p.requires_grad) for p in model.parameters()]
     layers = [
@@ -53,6 +56,7 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
         stack.callback(surely, _enable, enabled, flags)
         if isinstance(model, PeftModel):
             stack.enter_context(model.disable_adapter())
+            stack.enter_context(_marked_references(model))
         for module in enabled:
             module.enable_adapters(False)
         yield
@@ -63,6 +67,30 @@ def _enable(modules: list[Any], flags: list[tuple[nn.Parameter, bool]]) -> None:
         module.enable_adapters(True)
     for parameter, flag in flags:
         parameter.requires_grad_(flag)
+
+
+@contextlib.contextmanager
+def _marked_references(model: PeftModel) -> Iterator[None]:
+    """While adapters are off: calls that switch them off, or to another one, begin a `reference_forward`."""
+    policy = model.active_adapter
+    marks = ExitStack()
+
+    def set_adapter(adapter_name: str, *args: object, **kwargs: object) -> None:
+        type(model).set_adapter(model, adapter_name, *args, **kwargs)
+        marks.close()
+        if adapter_name != policy:
+            marks.enter_context(reference_forward())
+
+    own = {"disable_adapter": reference_forward, "set_adapter": set_adapter}
+    held = {name: vars(model)[name] for name in own if name in vars(model)}
+    vars(model).update(own)
+    try:
+        yield
+    finally:
+        marks.close()
+        for name in own:
+            del vars(model)[name]
+        vars(model).update(held)
 
 
 def adapter_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lorainit.models.experts import routed
 from lorainit.models.forms import form_of
 from lorainit.models.hooks import add_hook
+from lorainit.models.reference_forward import in_reference_forward
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,8 +38,8 @@ def displaced(modules: Mapping[str, nn.Module], terms: Mapping[str, LowRank]) ->
     """Layers compute ``W x + left (right x)`` inside the context.
 
     `terms` is looked up at every call, so whoever holds it may change the displacement meanwhile;
-    layers without a term compute what they always do. Hooks that are registered inside the context
-    see the displaced output.
+    layers without a term compute what they always do, and so do all in a `reference_forward`. Hooks that
+    are registered inside the context see the displaced output.
     """
 
     def make_hook(name: str) -> Any:
@@ -46,7 +47,7 @@ def displaced(modules: Mapping[str, nn.Module], terms: Mapping[str, LowRank]) ->
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
         ) -> Tensor | None:
             term = terms.get(name)
-            if term is None:
+            if term is None or in_reference_forward():
                 return None
             x = args[0] if args else kwargs.get("input", kwargs.get("x"))
             assert isinstance(x, Tensor)

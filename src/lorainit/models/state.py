@@ -58,7 +58,11 @@ def one_at_a_time(model: nn.Module) -> Iterator[None]:
     while isinstance(inner := getattr(base, "base_model", None), nn.Module) and hasattr(
         base, "peft_config"
     ):
-        base = getattr(inner, "model", inner)
+        inside: nn.Module = getattr(inner, "model", inner)
+        if inside is base:
+            # Some models of transformers are their own base model.
+            break
+        base = inside
     with _locks_lock:
         lock = _locks.setdefault(base, threading.RLock())
     with lock:

@@ -24,6 +24,7 @@ from lorainit.models.embedding import Lookup
 from lorainit.models.experts import ExpertLayer, routed
 from lorainit.models.forms import Form, form_of
 from lorainit.models.hooks import add_hook
+from lorainit.models.reference_forward import in_reference_forward
 from lorainit.statistics.collect.accumulators import InputSums, LayerSums
 from lorainit.statistics.positions.after_convolution import after_convolution
 from lorainit.statistics.positions.calls import InputPositions
@@ -295,6 +296,8 @@ def hooks_on(state: HookState, modules: Mapping[str, nn.Module]) -> Iterator[Non
         def hook(
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
         ) -> Any:
+            if in_reference_forward():
+                return None
             x = args[0] if args else kwargs.get("input", kwargs.get("x"))
             if not isinstance(x, Tensor) or not isinstance(output, Tensor):
                 raise DataError(

@@ -69,6 +69,15 @@ def has_rows(x: Tensor, rows: int) -> bool:
     return x.dim() == 3 and x.shape[0] == rows
 
 
+def entries(tensor: Tensor) -> tuple[object, ...]:
+    """Which entries of which memory a tensor is: two rows of a batch are not the same."""
+    try:
+        place = tensor.data_ptr()
+    except (NotImplementedError, RuntimeError):
+        place = id(tensor)
+    return place, tensor.shape, tensor.stride()
+
+
 def same_memory(one: Tensor | None, other: Tensor | None) -> bool:
     """Whether two tensors are the same, or views of one."""
     return one is not None and other is not None and address(one) == address(other)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorainit.statistics.positions.call_tensors import address
+from lorainit.statistics.positions.call_tensors import entries
 from lorainit.statistics.positions.counted import CountedPositions
 
 
@@ -61,18 +61,18 @@ class Call:
 class KnownMasks:
     """Positions of masks that were read before, by where they are and the shape that they are read in."""
 
-    _found: dict[tuple[int, torch.Size], tuple[weakref.ref[Tensor], CountedPositions]] = field(
+    _found: dict[tuple[object, torch.Size], tuple[weakref.ref[Tensor], CountedPositions]] = field(
         default_factory=dict
     )
 
     def get(self, mask: Tensor, shape: torch.Size) -> CountedPositions | None:
         """What is known of a mask that still exists: another may come to lie where it was."""
-        known, found = self._found.get((address(mask), shape), (None, None))
+        known, found = self._found.get((entries(mask), shape), (None, None))
         return found if known is not None and known() is not None else None
 
     def keep(self, mask: Tensor, shape: torch.Size, found: CountedPositions) -> CountedPositions:
         """Remember what a mask says."""
-        self._found[address(mask), shape] = (weakref.ref(mask), found)
+        self._found[entries(mask), shape] = (weakref.ref(mask), found)
         return found
 
     def clear(self) -> None:

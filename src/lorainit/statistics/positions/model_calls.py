@@ -12,7 +12,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -94,6 +94,7 @@ class ModelCalls:
         with ExitStack() as stack:
             stack.callback(self._running.clear)
             stack.callback(self._outputs.clear)
+            stack.enter_context(self._with_direct_calls())
             inner = (m for m in self.base.modules() if m is self.base or is_part(m))
             for modules, enter, leave in (
                 (inner, self._enter, self._leave),
@@ -103,6 +104,29 @@ class ModelCalls:
                     add_hook(stack, module.register_forward_pre_hook, enter, with_kwargs=True)
                     add_hook(stack, module.register_forward_hook, leave)
             yield
+
+    @contextmanager
+    def _with_direct_calls(self) -> Iterator[None]:
+        """``model.forward(...)``, which PEFT and sentence-transformers call, runs the model's hooks too."""
+        base = self.base
+        if hasattr(base, "unshard"):
+            # Its hooks gather weights; whoever goes round them has done that.
+            yield
+            return
+        own, forward = vars(base).get("forward"), base.forward
+
+        @wraps(forward)
+        def called(*args: Any, **kwargs: Any) -> Any:
+            entered = bool(self._running) and self._running[-1].module is base
+            return forward(*args, **kwargs) if entered else base(*args, **kwargs)
+
+        vars(base)["forward"] = called
+        try:
+            yield
+        finally:
+            del vars(base)["forward"]
+            if own is not None:
+                vars(base)["forward"] = own
 
     def rows(self) -> int | None:
         """Sequences or samples of the part that is running; None where that is not known."""

@@ -1,0 +1,94 @@
+"""A callback alone: a start after the optimizer is made, from the loader that training then reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import lorainit
+from lorainit.errors import AdapterError
+from lorainit.integrations.callback import StartAdapter
+from lorainit.integrations.fused_kernels import layers_called_one_by_one
+from tests.adapters import tiny
+from tests.trainers.test_optimizer import METHODS, build, trained
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_training_is_that_of_a_start_before_the_optimizer(kind: str, tmp_path: Path) -> None:
+    """All of the data is read, which must not turn the loader to its next epoch."""
+    early = build(tmp_path)
+    lorainit.start_trainer(early, METHODS[kind], progress=False)
+    late = build(tmp_path, callbacks=[StartAdapter(METHODS[kind], progress=False)])
+    losses = trained(late)
+    assert losses == trained(early)
+    assert losses != trained(build(tmp_path))
+
+
+def test_a_run_that_resumes_is_left_alone(tmp_path: Path) -> None:
+    calls: list[Any] = []
+
+    class Counting(lorainit.LoraDA):
+        def solve(self, *args: Any, **kwargs: Any) -> Any:
+            calls.append(args)
+            return super().solve(*args, **kwargs)
+
+    settings: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    callback = StartAdapter(Counting(), progress=False)
+
+    def run(resume: bool) -> None:
+        trainer = build(tmp_path, callbacks=[callback], **settings)
+        trainer.train(resume_from_checkpoint=resume)
+
+    run(False)
+    first = len(calls)
+    assert first > 0
+    run(True)
+    assert len(calls) == first
+
+
+def _fused(function: Any) -> Any:
+    function.__module__ = "axolotl.kernels.lora"
+    return function
+
+
+def test_fused_kernels_are_off_inside_and_back_afterwards() -> None:
+    """Kernels that are hung on the modules, as axolotl does: without the context no hook sees the layers."""
+    model = tiny.llama()
+    weights = [layer.mlp for layer in model.model.layers]
+
+    def reads_weights(mlp: Any) -> Any:
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            gate, up = x @ mlp.gate_proj.weight.T, x @ mlp.up_proj.weight.T
+            return (torch.nn.functional.silu(gate) * up) @ mlp.down_proj.weight.T
+
+        return _fused(forward)
+
+    kernels = [reads_weights(mlp) for mlp in weights]
+    for mlp, kernel in zip(weights, kernels, strict=True):
+        mlp.forward = kernel
+    arguments: dict[str, Any] = {"data": [tiny.batch()], "needs": ["gradient"], "progress": False}
+    with layers_called_one_by_one(model):
+        assert "forward" not in vars(weights[0])
+        found = lorainit.collect_statistics(model, tiny.config(), **arguments)
+    assert [vars(mlp)["forward"] for mlp in weights] == kernels
+    expected = lorainit.collect_statistics(tiny.llama(), tiny.config(), **arguments)
+    assert set(found) == set(expected)
+    for name in expected:
+        torch.testing.assert_close(found[name].gradient, expected[name].gradient)
+    past = lorainit.collect_statistics(model, tiny.config(), **arguments)
+    assert not any("mlp" in name for name in past)
+
+
+def test_a_kernel_of_unknown_form_is_refused() -> None:
+    model = tiny.llama()
+    model.model.layers[0].apply_in_proj_fused = _fused(lambda x: x)
+    with (
+        pytest.raises(AdapterError, match=r"layers\.0\.apply_in_proj_fused' is a fused kernel"),
+        layers_called_one_by_one(model),
+    ):
+        pass
