@@ -22,6 +22,7 @@ PAGES = [
 """What readers start from."""
 
 RECORDS = {
+    "architectures/results/architectures.jsonl": "architectures/tables.py",
     "methods_report/results/methods_report.json": "methods_report/__main__.py",
     "quality/results/records/*.jsonl": "quality/records.py",
     "quality/results/one_step/*.jsonl": "quality/one_step.py",
@@ -38,6 +39,7 @@ RECORDS = {
     "quality/results/rate-by-method-*.png": "quality/compare_grid.py",
     "scaling/results/scaling.json": "scaling/__main__.py",
     "speed/results/between_commits.jsonl": "speed/between_commits.py",
+    "speed/results/blocks.jsonl": "speed/__main__.py",
     "speed/results/speed.jsonl": "speed/__main__.py",
     "speed/results/speed_cpu.jsonl": "speed/__main__.py",
     "studies/results/convolution_pass.json": "studies/convolution_pass.py",
