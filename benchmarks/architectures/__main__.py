@@ -3,7 +3,8 @@
     python -m benchmarks.architectures --out sweep.jsonl --jobs 32        again to go on where it stopped
     python -m benchmarks.architectures --out some.jsonl --families CTC --names wav2vec2 wavlm
     python -m benchmarks.architectures --keep sweep.jsonl      records to results/architectures.jsonl,
-                                                               tables to docs/architectures.md
+                                                               the page docs/architectures.md; of an entry
+                                                               that is in several files the last counts
     python -m benchmarks.architectures --show sweep.jsonl      counts, and what does not start
 
 Of every entry of eleven mappings it is asked, in a process of its own: does the model run by itself, forward
@@ -46,9 +47,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=FAMILIES)
     parser.add_argument("--names", nargs="+", default=[], help="model types; default: all")
     parser.add_argument("--seconds", type=float, default=120, help="limit of an entry")
-    parser.add_argument("--gib", type=float, default=16, help="address space of an entry")
-    parser.add_argument("--keep", type=Path, help="keep records, and make the page of them")
-    parser.add_argument("--show", type=Path, help="print what records come to")
+    parser.add_argument("--gib", type=float, default=32, help="address space of an entry")
+    parser.add_argument(
+        "--keep", type=Path, nargs="+", help="keep records, and make the page of them"
+    )
+    parser.add_argument("--show", type=Path, nargs="+", help="print what records come to")
     options = parser.parse_args(arguments)
     if options.keep or options.show:
         from benchmarks.architectures import tables

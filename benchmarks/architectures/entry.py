@@ -46,12 +46,15 @@ def run_entry(family: str, name: str) -> dict[str, Any]:
     record: dict[str, Any] = {"family": family, "name": name}
     said = _Lines()
     logger = logging.getLogger("lorainit")
+    propagates, logger.propagate = logger.propagate, False
     logger.addHandler(said)
-    logger.propagate = False
     try:
         _stages(record, said)
-    except BaseException as error:
+    except Exception as error:
         record["harness"] = _described(error)
+    finally:
+        logger.removeHandler(said)
+        logger.propagate = propagates
     return record | {"outcome": outcome(record)}
 
 
@@ -145,14 +148,13 @@ def _numbers(
     unused = list(alone.metadata.get("unused", []))
     found["unused"] = {n: alone.metadata["unused_reasons"].get(n) for n in unused[:8]}
     other = copy.deepcopy(model)
-    for parameter in other.parameters():
-        parameter.requires_grad_(parameter.is_floating_point())
     # Nothing is learned by an adapter past whose layer the weight is read.
     past = {n for n in unused if "read directly" in alone.metadata["unused_reasons"].get(n, "")}
     truth = reference.reference(other, rows, [*alone, *(n for n in unused if n not in past)])
     found["truth"] = numbers.against_truth(alone, truth)
     if numbers.wrong(found["truth"]):
         found["chance"] = reproduce.depends_on_chance(model, rows[0])
+        found["frozen"] = reproduce.depends_on_what_is_frozen(model, rows[0])
     if data is rows:
         return
     try:

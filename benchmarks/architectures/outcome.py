@@ -49,7 +49,7 @@ def _of_numbers(found: Mapping[str, Any]) -> str:
     if "error" in found:
         return _of_start(found)
     if wrong(found["truth"]):
-        return OWN if found.get("chance") else WRONG
+        return OWN if found.get("chance") or found.get("frozen") else WRONG
     batched = wrong(found.get("batching", {}))
     if not batched:
         return STARTS
@@ -77,6 +77,10 @@ def reason(record: Mapping[str, Any]) -> str:
             alone = f" [also {found['reproduced']}]" if found["reproduced"] else ""
             reasons.append(f"{what}: {found['error']}{alone}")
         reasons += [f"{what}: {fault}" for fault in found.get("faults", ())]
+    if figures.get("frozen"):
+        reasons.append("autograd itself gives other gradients when all but linear layers is frozen")
+    if figures.get("chance"):
+        reasons.append("two runs of the model differ")
     for key in ("truth", "batching"):
         some = figures.get(key, {})
         reasons += [f"{key}: {name} {some[name]}" for name in wrong(some)]

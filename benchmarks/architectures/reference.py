@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,7 +41,8 @@ def reference(model: nn.Module, rows: Sequence[Row], names: Iterable[str]) -> Re
     """Run each row by itself, in eval mode, and add up.
 
     Args:
-        model: its parameters require gradients.
+        model: weights that its layers share are untied, and all but these layers' are frozen, as in PEFT:
+            there are models whose gradients depend on that.
         rows: batches of one, with labels.
         names: of linear layers, or of experts as ``module.parameter.index``.
     """
@@ -67,6 +69,8 @@ def reference(model: nn.Module, rows: Sequence[Row], names: Iterable[str]) -> Re
     linear = {name: module for name in names if (module := _module(model, name)) is not None}
     for name, module in linear.items():
         handles.append(module.register_forward_hook(watched(name), with_kwargs=True))
+    _untie(model, linear.values())
+    _train_alone(model, names)
     model.zero_grad(set_to_none=True)
     total = 0.0
     try:
@@ -82,6 +86,28 @@ def reference(model: nn.Module, rows: Sequence[Row], names: Iterable[str]) -> Re
     gradients = {name: _gradient(model, name) for name in names}
     model.zero_grad(set_to_none=True)
     return Reference(gradients, inputs, unpadded, outputs, total)
+
+
+def _train_alone(model: nn.Module, names: Iterable[str]) -> None:
+    """Weights of these layers require gradients, and no others."""
+    model.requires_grad_(False)
+    for name in names:
+        module = _module(model, name)
+        if module is None:
+            path = name.rpartition(".")[0]
+            owner, _, parameter = path.rpartition(".")
+            getattr(model.get_submodule(owner), parameter).requires_grad_(True)
+        elif module.weight.is_floating_point():
+            module.weight.requires_grad_(True)
+
+
+def _untie(model: nn.Module, layers: Iterable[nn.Module]) -> None:
+    """Give each layer a weight of its own: PEFT adapts two layers that share one by an adapter each."""
+    owners = Counter(id(p) for m in model.modules() for p in m._parameters.values())
+    for layer in layers:
+        weight = getattr(layer, "weight", None)
+        if isinstance(weight, nn.Parameter) and owners[id(weight)] > 1:
+            layer.weight = nn.Parameter(weight.detach().clone())
 
 
 def reads_no_data(model: nn.Module, row: Row, names: Iterable[str]) -> set[str]:

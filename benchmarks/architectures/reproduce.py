@@ -60,6 +60,25 @@ def depends_on_chance(model: nn.Module, row: Row) -> bool:
     return not torch.equal(first, logits_of(model, row)) or distance(loss, again) > TOLERANCE
 
 
+def depends_on_what_is_frozen(model: nn.Module, row: Row) -> bool:
+    """Whether autograd gives linear layers other gradients when all else is frozen, as PEFT does."""
+    some = copy.deepcopy(model)
+    weights = [m.weight for m in some.modules() if isinstance(m, nn.Linear)]
+    found = []
+    for trained in (list(some.parameters()), weights, weights[:1]):
+        some.requires_grad_(False)
+        for weight in trained:
+            weight.requires_grad_(weight.is_floating_point())
+        some.zero_grad(set_to_none=True)
+        own_loss(some, row).backward()
+        found.append([None if w.grad is None else w.grad.clone() for w in weights])
+    return any(
+        one is not None and other is not None and distance(other, one) > TOLERANCE
+        for others in found[1:]
+        for one, other in zip(found[0], others, strict=True)
+    )
+
+
 def gradients_are_finite(model: nn.Module, rows: list[Row]) -> bool:
     """By autograd of the model's own loss."""
     model.zero_grad(set_to_none=True)

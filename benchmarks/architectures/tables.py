@@ -26,30 +26,35 @@ from benchmarks.common import json_lines
 RESULTS = Path(__file__).parent / "results" / "architectures.jsonl"
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "architectures.md"
 Records = list[dict[str, Any]]
+_VERSIONS = ("transformers", "peft", "torch")
 
 
-def read(path: Path) -> tuple[dict[str, Any], Records]:
-    """Provenance, and every entry's newest record with its outcome."""
-    lines = json_lines.read(path)
-    made: dict[str, Any] = next((x["provenance"] for x in lines if "provenance" in x), {})
-    newest = {(x["family"], x["name"]): x for x in lines if "family" in x}
-    return made, [{**x, "outcome": outcome(x)} for x in newest.values()]
+def read(paths: Iterable[Path]) -> Records:
+    """Every entry's newest record, with its outcome and the versions that it was made with."""
+    newest: dict[tuple[str, str], dict[str, Any]] = {}
+    for path in paths:
+        made: dict[str, Any] = {}
+        for line in json_lines.read(path):
+            made = line.get("provenance", made)
+            if "family" in line:
+                versions = ", ".join(f"{k} {made[k]}" for k in _VERSIONS if k in made)
+                newest[line["family"], line["name"]] = {"made": versions, **line}
+    return [{**record, "outcome": outcome(record)} for record in newest.values()]
 
 
-def keep(path: Path) -> None:
+def keep(paths: Iterable[Path]) -> None:
     """Keep records in short, and write the page."""
-    made, records = read(path)
+    records = read(paths)
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.unlink(missing_ok=True)
-    json_lines.add({"provenance": made}, RESULTS)
     for record in records:
         json_lines.add(_short(record), RESULTS)
-    PAGE.write_text(page(made, records), encoding="utf-8")
+    PAGE.write_text(page(records), encoding="utf-8")
 
 
 def _short(record: dict[str, Any]) -> dict[str, Any]:
     """A record without what only a search for a fault needs."""
-    kept = ("family", "name", "class", "outcome", "seconds", "batched")
+    kept = ("family", "name", "class", "outcome", "targets", "batched", "made")
     short = {key: record[key] for key in kept if key in record}
     if record["outcome"] != STARTS:
         short["reason"] = reason(record)[:400]
@@ -92,9 +97,9 @@ def counts(records: Iterable[dict[str, Any]]) -> list[str]:
     return rows
 
 
-def summary(path: Path) -> str:
+def summary(paths: Iterable[Path]) -> str:
     """Counts, and every entry that does not start, with its reason."""
-    _, records = read(path)
+    records = read(paths)
     lines = counts(records)
     for kind in OUTCOMES:
         if kind != STARTS:
@@ -109,7 +114,7 @@ _HEAD = """# Architectures
 Every entry of eleven mappings of transformers, as a tiny model with random weights: does it start by
 the default method, LoRA-DA, FILet and EVA, with no argument but the data, and are the numbers right?
 `python -m benchmarks.architectures` asks this, each entry in a process of its own. Records:
-`benchmarks/architectures/results/architectures.jsonl` ({versions}; {date}).
+`benchmarks/architectures/results/architectures.jsonl` ({versions}).
 """
 _MEANING = """
 *Right* means: the mean gradient is that of autograd, of the loss that the model itself gives of each
@@ -129,14 +134,11 @@ _SECTIONS = (
 )
 
 
-def page(made: dict[str, Any], records: Records) -> str:
+def page(records: Records) -> str:
     """docs/architectures.md."""
-    versions = ", ".join(f"{k} {made[k]}" for k in ("transformers", "peft", "torch") if k in made)
-    parts = [
-        _HEAD.format(versions=versions, date=made.get("date", "")),
-        *counts(records),
-        _MEANING,
-    ]
+    made = Counter(record.get("made", "") for record in records)
+    versions = "; ".join(f"{count} entries with {words}" for words, count in made.most_common())
+    parts = [_HEAD.format(versions=versions), *counts(records), _MEANING]
     for kind, title in _SECTIONS:
         some = [r for r in records if r["outcome"] == kind]
         if some:

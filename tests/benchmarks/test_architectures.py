@@ -57,6 +57,7 @@ def figures(**changes: Any) -> dict[str, Any]:
         (figures(truth=OFF), WRONG),
         (figures(truth={"gradient": ["layer", float("nan")]}), WRONG),
         (figures(truth=OFF, chance=True), OWN),
+        (figures(truth=OFF, chance=False, frozen=True), OWN),
         (figures(batching=OFF, padding=1e-7), WRONG),
         (figures(batching=OFF, padding=0.1), STARTS),
         (figures(batching={"positions": ["layer", "9 for 8"]}, padding=0.1), WRONG),
@@ -90,7 +91,7 @@ def test_an_entry_runs_once_and_is_shown(tmp_path, monkeypatch) -> None:
     assert record["outcome"] == STARTS, record
     assert record["batched"]
     assert set(record["starts"]) == {"default", "LoRA-DA", "FILet", "EVA"}
-    assert "| CAUSAL_LM | 1 | 1 | 1 | 0 | 1 (100.0%) | 0 | 0 | 0 |" in tables.summary(out)
+    assert "| CAUSAL_LM | 1 | 1 | 1 | 0 | 1 (100.0%) | 0 | 0 | 0 |" in tables.summary([out])
 
 
 def test_an_entry_that_hangs_or_dies_is_recorded(monkeypatch) -> None:
@@ -111,9 +112,21 @@ def test_an_entry_that_hangs_or_dies_is_recorded(monkeypatch) -> None:
     assert {r["outcome"] for r in found} == {FOREIGN}
 
 
+def test_the_newest_record_of_an_entry_counts(tmp_path) -> None:
+    files = [tmp_path / "first.jsonl", tmp_path / "again.jsonl"]
+    for number, (path, record) in enumerate(
+        zip(files, (changed(starts={"EVA": ERROR}), GOOD), strict=True)
+    ):
+        json_lines.add({"provenance": {"torch": f"2.{number}"}}, path)
+        json_lines.add(record, path)
+    assert [r["outcome"] for r in tables.read(files)] == [STARTS]
+    assert [r["outcome"] for r in tables.read(files[::-1])] == [REFUSED]
+    assert "(1 entries with torch 2.1)" in tables.page(tables.read(files))
+
+
 def test_the_page_names_what_does_not_start() -> None:
     bad = changed(name="other", starts={"EVA": ERROR}) | {"outcome": REFUSED}
-    text = tables.page({"torch": "2"}, [GOOD | {"outcome": STARTS}, bad])
+    text = tables.page([GOOD | {"outcome": STARTS}, bad])
     assert "| all | 2 | 2 | 2 | 0 | 1 (50.0%) | 1 | 0 | 0 |" in text
     assert "| CTC `other` | EVA: ValueError: no |" in text
     json.dumps(bad)

@@ -22,6 +22,7 @@ PAGES = [
 """What readers start from."""
 
 RECORDS = {
+    "architectures/results/architectures.jsonl": "architectures/tables.py",
     "methods_report/results/methods_report.json": "methods_report/__main__.py",
     "quality/results/records/*.jsonl": "quality/records.py",
     "quality/results/one_step/*.jsonl": "quality/one_step.py",
@@ -59,7 +60,6 @@ INTERNAL = {
     "quality/suggested.py": "judges the law that is the package's own",
     "common/package_internals.py": "parts of a start, timed one by one",
     "quantized/bench.py": "what is checked is how the package reads a quantized weight",
-    "studies/new_heads.py": "fits heads before a start is made",
     "studies/precision/products.py": "counts products inside the iteration, and moves its goal",
     "studies/solver/__main__.py": "iterations at a tiny size",
     "studies/solver/operations.py": "times the package's own products and factorizations",

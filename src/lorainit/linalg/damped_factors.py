@@ -13,6 +13,8 @@ from lorainit.linalg.checks import all_finite, check_finite
 from lorainit.linalg.streams import concurrent_streams
 from lorainit.types import DampingMode, Diagonal
 
+_FLOOR = torch.finfo(torch.float32).tiny / torch.finfo(torch.float32).eps
+"""Squares below are rounded to whole steps of float32's smallest number, in whatever dtype they come here."""
 _LOOP_FROM = 256
 _AT_ONCE = 2
 """Factorizations on a CUDA device: more of them are no quicker."""
@@ -27,13 +29,12 @@ def damping_value(diagonal: Tensor, damping: float, mode: DampingMode) -> Tensor
         mode: ``"relative"``: ``damping`` times the diagonal's mean; ``"absolute"``: ``damping``.
 
     Returns:
-        ``(...)``. In relative mode never zero, so that a factor without any signal stays
+        ``(...)``. In relative mode never below `_FLOOR`, so that a factor without any signal stays
         invertible.
     """
     if mode == "absolute":
         return torch.full_like(diagonal[..., 0], damping)
-    floor = torch.finfo(diagonal.dtype).tiny / torch.finfo(diagonal.dtype).eps
-    return (damping * diagonal.mean(-1)).clamp_min(floor)
+    return (damping * diagonal.mean(-1)).clamp_min(_FLOOR)
 
 
 def add_to_diagonal(matrix: Tensor, value: Tensor) -> Tensor:

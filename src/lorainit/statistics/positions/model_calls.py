@@ -256,10 +256,11 @@ class ModelCalls:
     def _of_decoder(self, call: Call) -> InputPositions:
         """A decoder without a mask: its ids are the labels, or the encoder's ids, shifted by one."""
         labels = [self._batch.get("labels"), *(c.arguments.get("labels") for c in self._running)]
+        shape = call.shape or (None if call.tokens is None else tuple(call.tokens.shape[:2]))
         for some in labels:
             if not isinstance(some, Tensor) or some.is_floating_point():
                 continue
-            if some.dim() == 2 and tuple(some.shape) == call.shape:
+            if some.dim() == 2 and tuple(some.shape) == shape:
                 kept = up_to_the_last_label(self._host(some))
                 return InputPositions(positions_of(kept, self.device))
         ids = call.arguments.get("input_ids")
