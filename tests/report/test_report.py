@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig
 
 import lorainit
 from lorainit.adapters.layers import adapter_layers
 from lorainit.adapters.origin import origin_of
+from lorainit.adapters.targets import match_targets
 from lorainit.errors import DataError
 from lorainit.report import Curve, StartLoss, read_curves, report
 from lorainit.report.drawing import DRAWN_LAYERS, _scale, spectra
@@ -26,6 +28,7 @@ from lorainit.report.predicted_decrease import (
 )
 from lorainit.report.sizes import sizes_of
 from tests.adapters import tiny
+from tests.statistics.test_convolutions import TARGETS, images, losses, network
 
 
 @pytest.fixture(scope="module")
@@ -361,3 +364,42 @@ def test_browser_draws_it(page: Path, look: str, tmp_path: Path) -> None:
     colours = drawn.getcolors(1 << 24)
     teal = sum(n for n, (r, g, b) in colours if g > r + 40 and b > r + 40)
     assert teal > 2000, "no heat map was drawn"
+
+
+def test_a_page_of_convolutions_and_of_words(tmp_path: Path) -> None:
+    needs = lorainit.Natural.needs | lorainit.EVA().needs
+    config = tiny.config(target_modules=["embed_tokens", "q_proj"])
+    data = [tiny.batch(rows=12)]
+    words = lorainit.collect_statistics(
+        tiny.llama(), config, data=data, needs=needs, progress=False
+    )
+    model = tiny.start(tiny.llama(), lorainit.LoraDA(), config, data=data)
+    report(model, config, words, tmp_path / "words.html", progress=False)
+    assert "embed_tokens" in (tmp_path / "words.html").read_text()
+    layer = words["model.embed_tokens"]
+    known: dict[int, tuple[list[float], float]] = {}
+    target = match_targets(tiny.llama(), config).layers["model.embed_tokens"]
+    found = measure_layer(target, layer, {}, spectra=known)
+    dense = layer.input_second_moment.dense().double()  # type: ignore[attr-defined]
+    assert found.directions == pytest.approx(_directions(dense))
+    assert found.input_spectrum == pytest.approx(_spectrum(dense, len(found.input_spectrum)))
+    # What is drawn is what the adapter adds to the weight that is looked up.
+    size = sizes_of(model)["model.embed_tokens"]
+    embedding = model.base_model.model.model.embed_tokens
+    change = embedding.get_delta_weight("default")
+    assert size == pytest.approx(float(change.norm() / embedding.weight.norm()), rel=1e-4)
+
+    patches = LoraConfig(r=2, target_modules=TARGETS)
+    found_patches = lorainit.collect_statistics(
+        network(), patches, data=images(4, 4), needs=needs, loss_fn=losses, progress=False
+    )
+    started = lorainit.get_peft_model(
+        network(),
+        patches,
+        method=lorainit.FILet(),
+        data=images(4, 4),
+        loss_fn=losses,
+        progress=False,
+    )
+    report(started, patches, found_patches, tmp_path / "patches.html", progress=False)
+    assert set(sizes_of(started)) == set(TARGETS)

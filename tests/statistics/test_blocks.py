@@ -16,10 +16,14 @@ from lorainit.errors import NonFiniteError
 from lorainit.statistics.blocks.calls import NotByBlocksError
 from lorainit.statistics.loss.own_loss import OwnLoss
 from lorainit.types import STATISTICS, LayerStatistics
+from tests.adapters.tiny import batch as tiny_batch
+from tests.life.test_quantized_kinds import config as quantized_config
+from tests.life.test_quantized_kinds import quantized
 from tests.measuring import collected
 from tests.statistics import models
 from tests.statistics.by_blocks import collected_by_blocks, planned_by_blocks
-from tests.statistics.kinds import made
+from tests.statistics.kinds import KINDS as KINDS_BY_LOSS
+from tests.statistics.kinds import made, together
 
 NEEDS = frozenset(STATISTICS)
 Data = list[dict[str, Tensor]]
@@ -357,3 +361,72 @@ def test_offloaded_weights_travel_once_for_all_batches_of_a_block() -> None:
     assert all(p.is_meta for p in model.model.layers.parameters())
     with torch.no_grad():
         model(**batches[0])
+
+
+@pytest.mark.parametrize("kind", ["nf4", "llm.int8", "hqq4", "torchao-int8"])
+def test_quantized_bases(kind: str) -> None:
+    model = quantized(kind)
+    targets = match_targets(model, quantized_config()).layers
+    modules = {name: target.module for name, target in targets.items()}
+    data = [tiny_batch(), tiny_batch()]
+    truth = collected(model, modules, data, NEEDS)
+    assert_equal(collected_by_blocks(model, modules, data, NEEDS), truth, 1e-5)
+
+
+@pytest.mark.parametrize("name", ["gemma3", "bert spans", "t5 classes"])
+def test_other_kinds_of_models(name: str) -> None:
+    """A vision tower and a decoder; answer spans; an encoder-decoder with classes."""
+    kind = KINDS_BY_LOSS[name]
+    model = made(kind.build).double()
+    modules, rows = layers_of(model), [models.to_float64(row) for row in kind.rows()]
+    data = rows if kind.own else [together(rows[:2]), together(rows[2:])]
+    options: dict[str, Any] = {"loss_fn": OwnLoss("sequence")} if kind.own else {}
+    truth = collected(model, modules, data, NEEDS, **options)
+    assert_equal(collected_by_blocks(model, modules, data, NEEDS, **options), truth, 1e-8)
+
+
+def test_losses_of_routers_are_seen_to_be_others() -> None:
+    """They follow from what the routers inside the blocks give, not from the blocks' outputs."""
+    kind = KINDS_BY_LOSS["mixtral, router losses"]
+    model = made(kind.build).double()
+    with pytest.raises(NotByBlocksError, match="others"):
+        collected_by_blocks(
+            model, layers_of(model), kind.rows(), NEEDS, loss_fn=OwnLoss("sequence")
+        )
+
+
+@pytest.mark.parametrize("head", [False, True])
+def test_blocks_that_give_an_object_of_their_own_are_left_to_passes(head: bool) -> None:
+    """Also where the head is a target, so that the loss has a graph without them."""
+
+    class Held:
+        def __init__(self, hidden: Tensor) -> None:
+            self.hidden = hidden
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(5, 5)
+
+        def forward(self, held: Held) -> Held:
+            return Held(torch.tanh(self.linear(held.hidden)))
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(Block() for _ in range(2))
+            self.head = nn.Linear(5, 3)
+
+        def forward(self, x: Tensor, **_: Any) -> Tensor:
+            held = Held(x)
+            for layer in self.layers:
+                held = layer(held)
+            return self.head(held.hidden)
+
+    torch.manual_seed(0)
+    model = Model().double()
+    linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    modules = {n: m for n, m in linear.items() if head or n != "head"}
+    batches = [{"x": torch.randn(4, 5).double(), "labels": torch.arange(4) % 3}]
+    with pytest.raises(NotByBlocksError):
+        collected_by_blocks(model, modules, batches, NEEDS)

@@ -13,9 +13,9 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
-from torch import nn
+from torch import Tensor, nn
 
-from lorainit.adapters.anchor import AnchoredFactor
+from lorainit.adapters.anchor import AnchoredFactor, trained_of
 from lorainit.adapters.patterns import scale_ranks
 from lorainit.adapters.stacks import is_stack
 from lorainit.errors import AdapterError
@@ -121,6 +121,27 @@ def takes_factors(layer: LoraLayer, adapter_name: str) -> bool:
     if adapter_name not in layer.lora_A:
         return False
     return is_linear(layer, adapter_name) or is_stack(layer)
+
+
+def matrices(layer: LoraLayer, adapter_name: str, *, trained: bool) -> tuple[Tensor, Tensor] | None:
+    """``A`` ``(rank, in)`` and ``B`` ``(out, rank)``, detached; None where the adapter is no plain pair.
+
+    Args:
+        layer: a LoRA layer.
+        adapter_name: of its adapter.
+        trained: of an anchored pair the trained half alone.
+    """
+    if is_embedding(layer, adapter_name):
+        pair = layer.lora_embedding_A[adapter_name], layer.lora_embedding_B[adapter_name]
+    elif is_linear(layer, adapter_name):
+        first, second = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
+        pair = first.weight, second.weight
+        if trained:
+            pair = trained_of(first), trained_of(second)
+    else:
+        return None
+    a, b = (t.detach().flatten(1) for t in pair)
+    return a, b
 
 
 def is_embedding(layer: LoraLayer, adapter_name: str) -> bool:

@@ -159,13 +159,18 @@ class StepStack:
         assert self.whole is None
         left, right = self.step
         found: dict[int, list[RowEnergies]] = {count: [] for count in counts}
+        ranks = torch.tensor(counts, device=left.device).reshape(-1, 1, 1)
+        used = torch.arange(left.shape[-1], device=left.device) < ranks
         for i, target in enumerate(self.targets):
             # One layer at a time, of those that wait on the host.
             layer = statistics[target.name].only(method.needs).to(device=left.device)
             layer = of_words(layer, self.words)
-            for count in counts:
-                used = left[i] * (torch.arange(left.shape[-1], device=left.device) < count)
-                found[count].append(method.row_energies(used, right[i], layer))
+            # All numbers of directions at once.
+            energies = method.row_energies(
+                left[i] * used, right[i].expand(len(counts), -1, -1), layer
+            )
+            for count, own in zip(counts, energies.by_displacement(), strict=True):
+                found[count].append(own)
         return replace(self, energies=found)
 
     def moved(self, length: float, directions: int) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,6 @@ from lorainit.pipeline.checks import unused_targets
 from lorainit.solve.directions import value_directions
 from lorainit.solve.importance import ranks_by_importance
 from lorainit.solve.ranks import allocate_ranks, rank_limits
-from lorainit.solve.stacks import solving_bytes
 from lorainit.statistics.collection import PlannedCollection, collect_layers, plan_collection
 from lorainit.statistics.loss.own_loss import OwnLoss, needs_own_loss, one_by_one
 from lorainit.statistics.loss.togetherness import labelled_units, losses_together
@@ -100,10 +99,14 @@ class Measurements:
         settings = replace(settings, loss_fn=OwnLoss(settings.loss_reduction))
         return replace(self, settings=settings), sample.with_batches(one_by_one(sample.batches))
 
-    def planned(self, sample: Sample) -> PlannedCollection:
-        """How statistics of the base model are going to be collected, in one part or several."""
+    def planned(self, sample: Sample, workspace: int = 0) -> PlannedCollection:
+        """How statistics of the base model are going to be collected, in one part or several.
+
+        Args:
+            sample: of the data.
+            workspace: bytes that the solve of a part takes beside it.
+        """
         self._fingerprints()
-        workspace = solving_bytes(self.targets.layers, self.needs)
         return plan_collection(self.subject, sample, workspace)
 
     def statistics(

@@ -115,7 +115,8 @@ def find_start(
     if sample is not None and isinstance(method, MeasuresLength) and method.calibrated:
         return _measured(method, measurements, sample, statistics, precision, calibration_share)
     if sample is not None and not measurements.redistributes(method):
-        return _part_by_part(method, measurements, measurements.planned(sample), precision)
+        planned = measurements.planned(sample, _workspace(method, measurements, precision))
+        return _part_by_part(method, measurements, planned, precision)
     if sample is not None:
         statistics = measurements.statistics(sample)
     measurements = measurements.reallocated(method, statistics)
@@ -142,9 +143,10 @@ def _measured(
 
     # Too few sequences are an error before long work.
     first = parts(1)
-    planned = None
+    planned, workspace = None, 0
     if statistics is None and method.needs:
-        planned = measurements.planned(first[0])
+        workspace = _workspace(method, measurements, precision)
+        planned = measurements.planned(first[0], workspace)
         forgets = isinstance(method, ForgetsStatistics) or not isinstance(method, TakesSteps)
         whole = reference is not None or measurements.redistributes(method) or not forgets
         if whole or not planned.is_divided:
@@ -172,7 +174,7 @@ def _measured(
             lambda step: measurements.held_out_loss(parts(step)[1]),
             lambda step, at: measurements.statistics(parts(step)[0], at),
             first=statistics,
-            parts=None if planned is None else _solvable(planned, measurements, unused),
+            parts=None if planned is None else _solvable(planned, measurements, unused, workspace),
             max_memory=measurements.settings.budget,
             progress=measurements.settings.progress,
         )
@@ -193,15 +195,18 @@ def _measured(
     return Start(factors, _sizes(factors, served), unused, search)
 
 
+def _workspace(method: Method, measurements: Measurements, precision: Precision) -> int:
+    return solving_bytes(measurements.targets.layers, method, exact=precision == "exact")
+
+
 def _solvable(
-    planned: PlannedCollection, measurements: Measurements, unused: dict[str, str]
+    planned: PlannedCollection, measurements: Measurements, unused: dict[str, str], workspace: int
 ) -> Iterator[Statistics]:
     """Parts of a collection, some on the host where a solve would not fit beside them; fills `unused`."""
     budget, device = measurements.settings.budget, measurements.device
     for part in planned.parts():
         if budget is not None and device.type != "cpu":
-            room = budget - solving_bytes(measurements.targets.layers, measurements.needs)
-            part.relieve(device, held_bytes(measurements.model, device) - room)
+            part.relieve(device, held_bytes(measurements.model, device) + workspace - budget)
         unused |= unused_targets(part, measurements.targets)
         yield part
         # Nobody holds it while the next one is made.
@@ -215,7 +220,8 @@ def _part_by_part(
     factors: dict[str, Factors] = {}
     sizes: dict[str, float] = {}
     unused: dict[str, str] = {}
-    for part in _solvable(planned, measurements, unused):
+    workspace = _workspace(method, measurements, precision)
+    for part in _solvable(planned, measurements, unused, workspace):
         served = {name: measurements.targets.layers[name] for name in part.names}
         found = solve_layers(
             served,

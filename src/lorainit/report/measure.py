@@ -16,8 +16,10 @@ from lorainit.adapters.weights import read_weight
 from lorainit.errors import LorainitError
 from lorainit.methods.natural import Natural
 from lorainit.report.predicted_decrease import Displacement, PredictedDecrease, predicted_decrease
+from lorainit.solve.stacks import input_key
+from lorainit.solve.words import narrowed
 from lorainit.statistics import Statistics
-from lorainit.types import LayerStatistics, Method
+from lorainit.types import Diagonal, LayerStatistics, Method
 
 _KEPT_VALUES = 64
 
@@ -102,10 +104,14 @@ def measure_layer(
             found.energy = float(statistics.gradient.double().square().sum())
         if "input_second_moment" in have:
             known = {} if spectra is None else spectra
-            key = id(statistics.input_second_moment_sum)
+            key = input_key(statistics)
             if key not in known:
-                moment = _double(statistics.input_second_moment)
-                known[key] = _spectrum(moment, count), _directions(moment)
+                moment = statistics.input_second_moment
+                if isinstance(moment, Diagonal):
+                    known[key] = _of_values(_double(moment.values), count)
+                else:
+                    moment = _double(moment)
+                    known[key] = _spectrum(moment, count), _directions(moment)
             found.input_spectrum, found.directions = known[key]
         if "output_second_moment" in have:
             found.output_spectrum = _spectrum(_double(statistics.output_second_moment), count)
@@ -161,6 +167,13 @@ def _spectrum(matrix: Tensor, count: int) -> list[float]:
     return _shares(values, float(matrix.diagonal().sum()))
 
 
+def _of_values(values: Tensor, count: int) -> tuple[list[float], float]:
+    """`_spectrum` and `_directions` of a diagonal."""
+    total, square = float(values.sum()), float(values.square().sum())
+    leading = values.sort(descending=True).values[:count]
+    return _shares(leading, total), total**2 / max(square, 1e-30)
+
+
 def _directions(matrix: Tensor) -> float:
     """``(sum)^2 / sum of squares`` of the eigenvalues, by trace and Frobenius norm."""
     return float(matrix.diagonal().sum() ** 2 / matrix.square().sum().clamp_min(1e-30))
@@ -185,6 +198,8 @@ def _overlaps(
     """``|P1 P2|_F^2 / r``, the mean squared cosine between two row spaces."""
     spec = target.spec
     weight = read_weight(target.module, spec.name).cpu()
+    # Of an embedding the words that were seen.
+    (_,), (weight,), (statistics,), _ = narrowed([target], [weight], [statistics], 2)
     bases: dict[str, Tensor] = {}
     for name, method in methods.items():
         try:

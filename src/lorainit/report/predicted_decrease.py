@@ -15,7 +15,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from lorainit.adapters.layers import adapter_layers, is_linear
+from lorainit.adapters.layers import adapter_layers, matrices
 from lorainit.types import LayerStatistics
 
 
@@ -51,11 +51,12 @@ class PredictedDecrease:
 
 
 def displacements_of(model: PeftModel, adapter_name: str) -> dict[str, Displacement]:
-    """What the adapter adds to every linear layer, by the base model's module name."""
+    """What the adapter adds to every layer with a plain pair, by the base model's module name."""
     found = {}
     for name, layer in adapter_layers(model, adapter_name).items():
-        if is_linear(layer, adapter_name):
-            a, b = (f[adapter_name].weight.detach() for f in (layer.lora_A, layer.lora_B))
+        pair = matrices(layer, adapter_name, trained=False)
+        if pair is not None:
+            a, b = pair
             found[name] = Displacement(b * layer.scaling[adapter_name], a)
     return found
 

@@ -13,7 +13,7 @@ from lorainit.parallel import collectives
 from lorainit.solve.ownership import device_of
 from lorainit.statistics import Statistics
 from lorainit.statistics.memory.plan import statistic_bytes
-from lorainit.types import OF_INPUT, EstimatesWorkspace, LayerStatistics, Method
+from lorainit.types import OF_INPUT, EstimatesSolve, EstimatesWorkspace, LayerStatistics, Method
 
 _STACK_BYTES = 1 << 30
 
@@ -126,9 +126,12 @@ def stack_bytes(
     return -collectives.maximum(-(budget or _STACK_BYTES))
 
 
-def solving_bytes(targets: Mapping[str, Target], needs: frozenset[str]) -> int:
+def solving_bytes(targets: Mapping[str, Target], method: Method, *, exact: bool = False) -> int:
     """What solving the largest layer alone takes beside its statistics, roughly."""
-    return _WORKSPACE * max(
+    needs, times = method.needs, _WORKSPACE
+    if isinstance(method, EstimatesSolve) and not exact:
+        times = method.layer_workspace
+    return times * max(
         (
             sum(
                 statistic_bytes(

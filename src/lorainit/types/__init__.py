@@ -5,6 +5,7 @@ from lorainit.types.factors import Factors, LayerSpec
 from lorainit.types.layer_statistics import LayerStatistics
 from lorainit.types.method import (
     ChangesStart,
+    EstimatesSolve,
     EstimatesWorkspace,
     ForgetsStatistics,
     GivesBack,
@@ -50,6 +51,7 @@ __all__ = [
     "LayerStatistics",
     "LimitsRank",
     "LossReduction",
+    "EstimatesSolve",
     "ForgetsStatistics",
     "LowRankStep",
     "MeasuresLength",

@@ -119,6 +119,18 @@ class EstimatesWorkspace(Method, Protocol):
 
 
 @runtime_checkable
+class EstimatesSolve(Method, Protocol):
+    """A method that knows how much memory the solve of one layer takes, whatever dtypes it is in.
+
+    Where layers are solved block by block, so much is kept free for it.
+    """
+
+    @property
+    def layer_workspace(self) -> int:
+        """Bytes beside its statistics, as a multiple of these; not under ``precision="exact"``."""
+
+
+@runtime_checkable
 class MeasuresLength(Method, Protocol):
     """A method whose start gives a direction, and whose length is found on held-back sequences."""
 
@@ -230,6 +242,11 @@ class RowEnergies:
     outputs: Tensor
     columns: Tensor
 
+    def by_displacement(self) -> list[RowEnergies]:
+        """Those of each of several displacements of one layer, which the first dimension counts."""
+        parts = zip(self.inputs, self.outputs, self.columns, strict=True)
+        return [RowEnergies(one, self.default, other, third) for one, other, third in parts]
+
 
 @runtime_checkable
 class ForgetsStatistics(TakesSteps, Protocol):
@@ -239,7 +256,10 @@ class ForgetsStatistics(TakesSteps, Protocol):
     """
 
     def row_energies(self, left: Tensor, right: Tensor, statistics: LayerStatistics) -> RowEnergies:
-        """Of the displacement ``left @ right``, from the statistics that the step was taken from."""
+        """Of the displacement ``left @ right``, from the statistics that the step was taken from.
+
+        Of several displacements of one layer at once, where the factors have one dimension more.
+        """
 
     def factors_from(
         self,

@@ -11,7 +11,7 @@ from lorainit.statistics.blocks.calls import Chain
 from lorainit.statistics.memory.plan import FIXED_POSITIONS, BatchSize, Weigher, gib, packed
 from lorainit.statistics.memory.rehearsal import Rehearsal
 
-_SLACK = 50
+_SLACK = 100
 """One part in so many of a budget is left free where a solve works beside the blocks' inputs."""
 
 

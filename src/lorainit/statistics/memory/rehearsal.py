@@ -73,11 +73,12 @@ def rehearse(subject: Subject, row: Batch) -> Rehearsal:
         chain = _chain(subject, blocks, owners, seen)
         try:
             return Rehearsal(chain, _by_blocks(subject, row, chain, seen))
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, NotByBlocksError):
             raise
-        except RuntimeError as error:
-            # Blocks that write to their inputs, say.
-            raise NotByBlocksError(str(error).splitlines()[0]) from error
+        except Exception as error:
+            # Blocks that write to their inputs, say: the row has just run ordinarily, so passes will do.
+            said = (str(error).splitlines() or [""])[0]
+            raise NotByBlocksError(f"{type(error).__name__}: {said}") from error
 
 
 @dataclass(eq=False)
@@ -88,6 +89,7 @@ class _Seen:
     order: list[int] = field(default_factory=list)
     flags: dict[int, tuple[bool, ...]] = field(default_factory=dict)
     gradients: dict[tuple[nn.Module, int], Tensor] = field(default_factory=dict)
+    backward: bool = True
 
     def hooks(self, index: int, *, backward: bool) -> tuple[Callable[..., None], ...]:
         """Before and after a block's call."""
@@ -121,7 +123,7 @@ def _ordinary(subject: Subject, row: Batch, blocks: list[nn.Module]) -> _Seen:
     layers = {name: LayerSums() for name in subject.modules}
     state = HookState(collected_needs(subject), layers, calls)
     moved = row.to(subject.device)
-    seen = _Seen(blocks)
+    seen = _Seen(blocks, backward=state.backward)
     with hooks_on(state, subject.modules), ExitStack() as stack:
         for index, block in enumerate(blocks):
             enter, leave = seen.hooks(index, backward=state.backward)
@@ -185,6 +187,9 @@ def _by_blocks(subject: Subject, row: Batch, chain: Chain, seen: _Seen) -> Block
             known = {i: b.gradient for i, b in enumerate(call.outputs) if b is not None}
             found = {i: g for i, g in known.items() if g is not None}
         truth = {i: g for (m, i), g in seen.gradients.items() if m is chain.blocks[place]}
+        if seen.backward and chain.layers[place] and not truth:
+            # Or it gives its tensors in an object that only the model can open.
+            raise NotByBlocksError("a row does not reach all of its blocks")
         if found.keys() != truth.keys() or any(
             not _close(found[i], truth[i], tolerance) for i in found
         ):
@@ -208,7 +213,8 @@ def _by_blocks(subject: Subject, row: Batch, chain: Chain, seen: _Seen) -> Block
 
 def _close(found: Tensor, truth: Tensor, tolerance: float) -> bool:
     """Whether two gradients are the same to rounding; not if they are not finite."""
-    found, truth = found.cpu().double(), truth.double()
+    wide = torch.promote_types(found.dtype, torch.float32)
+    found, truth = found.to(wide), truth.to(found.device, wide)
     return bool((found - truth).norm() <= tolerance * truth.norm())
 
 
