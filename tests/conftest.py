@@ -22,8 +22,10 @@ def _seeded() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(autouse=True)
-def _every_gain_is_clear(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module", autouse=True)
+def _every_gain_is_clear(request: pytest.FixtureRequest) -> Iterator[None]:
     """Tiny data hold back a handful of sequences, of which no gain is clear: elsewhere nobody asks."""
-    if not request.module.__name__.endswith(ASKED):
-        monkeypatch.setattr(Gain, "clear", True)
+    with pytest.MonkeyPatch.context() as patch:
+        if not request.module.__name__.endswith(ASKED):
+            patch.setattr(Gain, "clear", True)
+        yield
