@@ -38,6 +38,7 @@ RECORDS = {
     "quality/results/grid-*.md": "quality/compare_grid.py",
     "quality/results/rate-by-method-*.png": "quality/compare_grid.py",
     "scaling/results/scaling.json": "scaling/__main__.py",
+    "speed/results/between_commits.jsonl": "speed/between_commits.py",
     "speed/results/blocks.jsonl": "speed/__main__.py",
     "speed/results/speed.jsonl": "speed/__main__.py",
     "speed/results/speed_cpu.jsonl": "speed/__main__.py",

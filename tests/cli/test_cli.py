@@ -252,7 +252,11 @@ def test_compare_tunes_every_method(
     result = json.loads((tmp_path / "c.json").read_text())
     for name, runs in result["runs"].items():
         # A larger rate is better here, so further ones are tried.
-        assert [run["rate"] for run in runs] == pytest.approx([1e-5, 1e-4, 1e-3, 1e-2])
+        suggested = result["suggested"][name]
+        assert suggested in [run["rate"] for run in runs]
+        assert f"{suggested:.2g}" in shown
+        rates = [run["rate"] for run in runs if run["rate"] != suggested]
+        assert rates == pytest.approx([1e-5, 1e-4, 1e-3, 1e-2])
         assert len({run["start_loss"] for run in runs}) == 1, "a run left something for the next"
         assert len({run["train_losses"][0] for run in runs}) == 1
         best = result["best"][name]

@@ -9,17 +9,20 @@ import accelerate
 import pytest
 import torch
 import transformers as hf
+from peft import LoraConfig
 from torch import Tensor, nn
 
+import lorainit
 from lorainit.adapters.targets import match_targets
 from lorainit.errors import NonFiniteError
 from lorainit.statistics.blocks.calls import NotByBlocksError
 from lorainit.statistics.loss.own_loss import OwnLoss
+from lorainit.statistics.memory.peak import held_bytes
 from lorainit.types import STATISTICS, LayerStatistics
 from tests.adapters.tiny import batch as tiny_batch
 from tests.life.test_quantized_kinds import config as quantized_config
 from tests.life.test_quantized_kinds import quantized
-from tests.measuring import collected
+from tests.measuring import collected, planned
 from tests.statistics import models
 from tests.statistics.by_blocks import collected_by_blocks, planned_by_blocks
 from tests.statistics.kinds import KINDS as KINDS_BY_LOSS
@@ -430,3 +433,19 @@ def test_blocks_that_give_an_object_of_their_own_are_left_to_passes(head: bool) 
     batches = [{"x": torch.randn(4, 5).double(), "labels": torch.arange(4) % 3}]
     with pytest.raises(NotByBlocksError):
         collected_by_blocks(model, modules, batches, NEEDS)
+
+
+def test_an_embedding_and_the_head_are_outside_of_the_blocks() -> None:
+    model, batches = models.llama(torch.float64), padded()
+    config = LoraConfig(r=2, target_modules=["embed_tokens", "q_proj", "down_proj", "lm_head"])
+    needs, within = NEEDS, held_bytes(model, torch.device("cpu")) + 130_000
+    truth, found = (
+        lorainit.collect_statistics(
+            model, config, data=batches, needs=needs, max_memory=budget, progress=False
+        )
+        for budget in (None, within)
+    )
+    modules = {name: target.module for name, target in match_targets(model, config).layers.items()}
+    assert planned(model, modules, batches, needs, max_memory=within).blocks is not None
+    assert truth["model.embed_tokens"].input_counts is not None
+    assert_equal(found, truth)

@@ -190,7 +190,7 @@ def compare(
     learning_rates: Annotated[
         Sequence[float],
         Option(
-            "to try, with commas; more are tried where the best is the outermost",
+            "to try beside the suggested one, with commas; more are tried where the best is the outermost",
             "training",
             "RATES",
             many=float,

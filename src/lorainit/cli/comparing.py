@@ -34,7 +34,8 @@ from lorainit.data import batches_of
 from lorainit.data.nested import to_device
 from lorainit.errors import DataError
 from lorainit.files.atomic import write_text
-from lorainit.pipeline import collect_statistics, get_peft_model
+from lorainit.pipeline import collect_statistics, get_peft_model, suggest_learning_rate
+from lorainit.pipeline.rate import SEQUENCES
 
 _POINTS = 4
 """How often the held-out loss is measured in a run, after its start."""
@@ -44,7 +45,7 @@ _MORE_RATES = 2
 
 
 def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """The table: start, best rate and held-out loss of every method."""
+    """The table: start, best rate and held-out loss of every method, and the same at the suggested rate."""
     names = known_methods(options.methods)
     rates = _checked(options.learning_rates)
     needs = frozenset().union(*(class_of(name)().needs for name in names))
@@ -98,6 +99,7 @@ def _runs(
             model, lora_config(options), data=data, needs=needs, **sample
         )
     table: dict[str, list[dict[str, Any]]] = {}
+    suggested: dict[str, float] = {}
     hidden = None if sample["progress"] else True
     bar = tqdm(
         total=len(names) * len(rates) * options.steps, desc="compare", unit="step", disable=hidden
@@ -114,7 +116,10 @@ def _runs(
                 data=data if name in alone else None, **{**sample, "progress": False},
             )  # fmt: skip
             seconds = time.perf_counter() - begin
-            table[name] = _tuned(options, name, rates, wrapped, data, held, bar)
+            rate = _suggestion(wrapped, data, sample)
+            if rate is not None:
+                suggested[name] = rate
+            table[name] = _tuned(options, name, rates, rate, wrapped, data, held, bar)
             for trial in table[name]:
                 trial["seconds"] = seconds
             model = wrapped.unload()
@@ -126,20 +131,33 @@ def _runs(
         "steps": options.steps,
         "held_out": options.held_out,
         "best": best,
+        "suggested": suggested,
         "runs": table,
     }
+
+
+def _suggestion(model: PeftModel, data: Any, sample: dict[str, Any]) -> float | None:
+    """The rate that is suggested for a start, to three digits; None where none can be."""
+    try:
+        found = suggest_learning_rate(
+            model, data, **{**sample, "max_sequences": SEQUENCES, "progress": False}
+        )
+    except DataError:
+        return None
+    return float(f"{found.value:.3g}")
 
 
 def _tuned(
     options: argparse.Namespace,
     name: str,
     rates: list[float],
+    suggested: float | None,
     model: PeftModel,
     data: Any,
     held: Any,
     bar: Any,
 ) -> list[dict[str, Any]]:
-    """One method at every rate, and at some beyond while the best is the outermost."""
+    """One method at every rate, at some beyond while the best is the outermost, and at the suggested one."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     start = [p.detach().clone() for p in trainable]
     start_loss = mean_loss(model, held)
@@ -166,16 +184,20 @@ def _tuned(
     for rate in rates:
         attempt(rate)
     for _ in range(_MORE_RATES if len(rates) > 1 else 0):
-        edge = _beyond(trials)
+        edge = _beyond(trials, None)
         if edge is None:
             break
         bar.total += options.steps
         attempt(edge)
+    if suggested is not None and all(trial["rate"] != suggested for trial in trials):
+        bar.total += options.steps
+        attempt(suggested)
     return trials
 
 
-def _beyond(trials: Sequence[dict[str, Any]]) -> float | None:
-    """The next rate outwards, where the best of those tried is the outermost."""
+def _beyond(trials: Sequence[dict[str, Any]], suggested: float | None) -> float | None:
+    """The next rate outwards, where the best of those tried is the outermost; the suggested one apart."""
+    trials = [trial for trial in trials if trial["rate"] != suggested]
     by_rate = [trial["rate"] for trial in trials]
     best = min(trials, key=lambda t: t["loss"])["rate"]
     if len(by_rate) < 2 or not math.isfinite(min(t["loss"] for t in trials)):
@@ -230,13 +252,16 @@ def _table(options: argparse.Namespace, result: dict[str, Any]) -> str:
     lines = [
         f"held-out loss of {options.held_out} records; the base model's is "
         f"{result['base_loss']:.4f}",
-        head + f"{'start, s':>10}",
+        head + f"{'start, s':>10}{'suggested':>11}{'at its end':>12}",
     ]
     for name in order:
         row = best[name]
         losses = "".join(f"{loss:>10.4f}" for _, loss in row["curve"])
-        lines.append(f"{name:<12}{row['rate']:>10.2g}{losses}{row['seconds']:>10.1f}")
-    edges = [name for name in order if _beyond(runs[name]) is not None]
+        rate = result["suggested"].get(name)
+        at = [trial["loss"] for trial in runs[name] if trial["rate"] == rate]
+        shown = f"{rate:>11.2g}{at[0]:>12.4f}" if at else f"{'none':>11}"
+        lines.append(f"{name:<12}{row['rate']:>10.2g}{losses}{row['seconds']:>10.1f}{shown}")
+    edges = [name for name in order if _beyond(runs[name], result["suggested"].get(name))]
     if edges:
         lines.append(
             f"best at the outermost rate tried: {', '.join(edges)}. Try further ones before you judge."

@@ -16,6 +16,7 @@ def advice(
     *,
     anchored: bool = False,
     loss: StartLoss | None = None,
+    rate: Mapping[str, float] | None = None,
 ) -> list[tuple[str, str]]:
     """Sentences with their weight: ``"warn"``, ``"note"`` or ``"good"``.
 
@@ -24,8 +25,18 @@ def advice(
         metadata: of the statistics.
         anchored: whether the adapter's start is subtracted, so that its size moves nothing at first.
         loss: before and after the start, where it was measured.
+        rate: what the adapter's record holds of a suggested learning rate.
     """
     found: list[tuple[str, str]] = []
+    if rate and "learning_rate" in rate:
+        found.append(
+            (
+                "note",
+                f"Train at a learning rate of {rate['learning_rate']:.2g}, measured for this start (AdamW with "
+                f"warmup and decay); from {rate['learning_rate_low']:.1g} to {rate['learning_rate_high']:.1g} "
+                "the end hardly differs.",
+            )
+        )
     found += _sample(layers, metadata)
     found += _rank(layers)
     if not anchored:

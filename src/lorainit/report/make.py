@@ -77,12 +77,14 @@ def report(
     sizes: Mapping[str, float] = {}
     displacements: Mapping[str, Displacement] = {}
     anchored = calibrated = False
+    rate: Mapping[str, float] = {}
     if isinstance(model, PeftModel) and adapter_name in model.peft_config:
         sizes = sizes_of(model, adapter_name)
         displacements = displacements_of(model, adapter_name)
         origin = origin_of(model, adapter_name)
         anchored = origin is not None and origin.anchored
         calibrated = origin is not None and origin.measured.get("length", 0) > 0
+        rate = {} if origin is None else origin.measured
         if loss is None and origin is not None:
             loss = measured_loss(origin.measured)
     measured = [t for name, t in targets.layers.items() if name in statistics]
@@ -107,7 +109,7 @@ def report(
     ]
     metadata: dict[str, Any] = {**statistics.metadata}
     facts = Facts(metadata, peft_config.r, anchored, calibrated, loss, list(served), list(curves))
-    said = advice(layers, metadata, anchored=anchored, loss=loss)
+    said = advice(layers, metadata, anchored=anchored, loss=loss, rate=rate)
     path = Path(output)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, render(layers, facts, said, title=title))

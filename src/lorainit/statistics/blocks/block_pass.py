@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from tqdm.auto import tqdm
 
 from lorainit.data.batch import Batch
+from lorainit.models.introspection import model_dtype
 from lorainit.models.resident import resident
 from lorainit.parallel import collectives
 from lorainit.statistics.blocks.calls import (
@@ -147,6 +148,7 @@ class BlockPass:
             # Whether all batches share would be known too late.
             share_inputs=False,
             gradient_dtype=subject.settings.gradient_dtype,
+            dtype=model_dtype(subject.model),
         )
         self._scale = loss_scale(subject.model)
 
@@ -222,6 +224,7 @@ class BlockPass:
             share_inputs,
             self.counted,
             gradient_dtype=self._state.gradient_dtype,
+            dtype=self._state.dtype,
         )
         with resident(block), hooks_on(state, modules), explained(state) as under_way:
             for part, (calls, notes) in zip(self.parts, self._batches, strict=True):
