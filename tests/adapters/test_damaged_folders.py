@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -164,3 +165,34 @@ def test_a_folder_that_is_not_damaged_loads(saved: Path, no_hub: None) -> None:
     assert differences(before, state_of(model))
     stock = lorainit.load_adapter(tiny.llama(), saved, anchored=False)
     torch.testing.assert_close(tiny.logits(wrapped), tiny.logits(stock))
+
+
+@pytest.mark.parametrize("init", ["olora", "pissa"])
+def test_a_damaged_adapter_whose_loading_moves_the_base_leaves_it(
+    init: str, tmp_path: Path
+) -> None:
+    """PEFT takes such starts out of the base weights; a whole one, the control, does move them."""
+    saved = get_peft_model(tiny.llama(), tiny.config(init_lora_weights=init))
+    saved.save_pretrained(tmp_path)
+    base = tiny.llama()
+    lorainit.load_adapter(base, tmp_path)
+    moved = differences(tiny.base_weights(tiny.llama()), tiny.base_weights(base))
+    assert moved
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    weights.pop(min(weights))
+    save_file(weights, tmp_path / "adapter_model.safetensors", {"format": "pt"})
+    base = tiny.llama()
+    before = state_of(base)
+    with pytest.raises(lorainit.errors.AdapterError, match="tensors are missing"):
+        lorainit.load_adapter(base, tmp_path)
+    assert not differences(before, state_of(base))
+
+
+def test_a_configuration_that_needs_another_package_is_one_error(tmp_path: Path) -> None:
+    lorainit.save_adapter(tiny.start(tiny.llama(), lorainit.PiSSA()), tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"megatron_config": {"a": 1}}))
+    with pytest.raises(
+        lorainit.errors.AdapterError, match="does not fit this model, or is damaged"
+    ):
+        lorainit.load_adapter(tiny.llama(), tmp_path)

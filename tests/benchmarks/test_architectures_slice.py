@@ -28,7 +28,7 @@ SLICE = [
     ("SEQ_TO_SEQ_CAUSAL_LM", "fsmt"),  # the length in front
     ("IMAGE_CLASSIFICATION", "siglip"),  # layers that nothing reaches
     ("SPEECH_SEQ_2_SEQ", "speecht5"),  # a decoder whose ids have another name
-    ("CTC", "wavlm"),  # fewer steps than samples, heads beside positions
+    ("CTC", "wav2vec2"),  # fewer steps than samples
     ("IMAGE_TEXT_TO_TEXT", "qwen2_vl"),  # patches by a grid
     ("IMAGE_TEXT_TO_TEXT", "gemma3"),  # a mask for the text alone
 ]

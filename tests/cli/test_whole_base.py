@@ -12,11 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import BertConfig, BertForSequenceClassification, BertModel
+from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassification, BertModel
 
 from lorainit.cli import main
 from lorainit.errors import DataError
 from lorainit.models.pretrained import load_whole
+from tests.adapters import tiny
 
 LAYER = "model.layers.0.mlp.up_proj.weight"
 
@@ -164,3 +165,25 @@ def test_a_new_head_is_allowed_by_name_alone(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"lacks the weight 'classifier\.bias' \(2 such\)"):
         load_whole(BertForSequenceClassification, str(tmp_path))
     load_whole(BertForSequenceClassification, str(tmp_path), new_head=("classifier.",))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"num_hidden_layers": 10**300}, "asks for 10000000000000000000 layers"),
+        ({"vocab_size": 10**300}, "cannot be built from its config.json"),
+        ({"rope_theta": "odd"}, "cannot be built from its config.json"),
+    ],
+    ids=["layers", "vocabulary", "text"],
+)
+def test_a_config_that_makes_no_model_is_one_line(
+    change: dict[str, object], said: str, tmp_path: Path
+) -> None:
+    tiny.llama().save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    table = json.loads(file.read_text())
+    if "rope_theta" in change:
+        change = {"rope_parameters": table.get("rope_parameters", {}) | change}
+    file.write_text(json.dumps(table | change))
+    with pytest.raises(DataError, match=said):
+        load_whole(AutoModelForCausalLM, str(tmp_path))

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lorainit.files.aside import is_aside
 from tests.faults.call_sites import Injected, InjectedInterrupt, Site, calls, raising
 from tests.faults.operations import Operation
 from tests.faults.states import content_of, differences, left_aside, state_of
@@ -83,6 +84,9 @@ class Disturbed:
             # What an interrupt leaves aside goes at the next save.
             broken += left_aside(self.place)
         if broken:
+            for path in self.place.rglob("*"):
+                if is_aside(path.name):
+                    path.unlink()
             self._settle(before)
             self._work()
             self._settle(before)

@@ -76,7 +76,16 @@ def operations(folder: Path) -> dict[str, Operation]:
     def command(line: str, place: Path) -> None:
         """A command; Ctrl-C, which it turns into an exit code, is one again."""
         code = main(
-            [*line.split(), "--model", str(read / "model"), "--output", str(place), "--quiet"]
+            [
+                *line.split(),
+                "--model",
+                str(read / "model"),
+                "--output",
+                str(place),
+                "--quiet",
+                "--device",
+                "cpu",
+            ]
         )
         if code == INTERRUPTED:
             raise KeyboardInterrupt

@@ -101,7 +101,18 @@ def saves(made: Path) -> dict[str, Save]:
         def run(folder: Path) -> None:
             words = line.format(read_by_commands / "pairs.jsonl").split()
             model = str(read_by_commands / "model")
-            code = main([*words, "--model", model, "--output", str(folder / output), "--quiet"])
+            code = main(
+                [
+                    *words,
+                    "--model",
+                    model,
+                    "--output",
+                    str(folder / output),
+                    "--quiet",
+                    "--device",
+                    "cpu",
+                ]
+            )
             assert code in (0, 1, 130), code
 
         return run

@@ -6,6 +6,7 @@ import errno
 import os
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -83,6 +84,47 @@ def test_files_written_in_place_are_found_mixed(every: dict[str, Save], tmp_path
         assert file_operations.dying(case.work, case.folder, number)
         found.append(content(case.folder) in (case.old, case.new))
     assert not all(found)
+
+
+@pytest.mark.parametrize("name", [n for n in SAVES if n.startswith(("page", "statistics"))])
+@pytest.mark.parametrize("where", ["in", "after"])
+def test_an_interrupt_right_after_the_last_renaming_takes_nothing_away(
+    where: str, name: str, every: dict[str, Save], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The old file is gone by then: the new one must stay, with all its shards."""
+    case = Case.of(every[name], tmp_path)
+    number = sum(is_new(aside) for aside in renamings(case, monkeypatch))
+    case.afresh()
+    left = [number]
+    function = os.replace if where == "in" else Aside.put
+
+    def last(*given: Any, **named: Any) -> None:
+        function(*given, **named)
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(*((os, "replace") if where == "in" else (Aside, "put")), last)
+    with pytest.raises(KeyboardInterrupt):
+        case.work()
+    monkeypatch.undo()
+    # What counts until the other one is removed, the file or the index, may be the old one.
+    assert check_after(case, died=False) in ("old", "new")
+
+
+def renamings(case: Case, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    found: list[str] = []
+    replace = os.replace
+    monkeypatch.setattr(
+        os, "replace", lambda *given: (found.append(str(given[0])), replace(*given))
+    )
+    case.work()
+    monkeypatch.undo()
+    return found
+
+
+def is_new(path: str) -> bool:
+    return is_aside(Path(path).name)
 
 
 def test_files_that_are_not_ours_are_left_alone(tmp_path: Path) -> None:

@@ -28,8 +28,8 @@ def one_error(path: Path) -> Iterator[None]:
     except (LorainitError, MemoryError, torch.OutOfMemoryError):
         raise
     except (
-        AttributeError, IndexError, KeyError, OSError, RecursionError, RuntimeError, TypeError, ValueError,
-        SafetensorError,
+        AttributeError, ImportError, IndexError, KeyError, OSError, RecursionError, RuntimeError, TypeError,
+        ValueError, SafetensorError,
     ) as error:  # fmt: skip
         said = " ".join(str(error).split()) or type(error).__name__
         raise AdapterError(

@@ -18,7 +18,7 @@ from lorainit.adapters.folder_checks import (
 )
 from lorainit.adapters.install import anchor_loaded, undone_on_error
 from lorainit.adapters.origin import SIDE_FILE, Origin, read_origin, remember
-from lorainit.adapters.restore import restored_on_error
+from lorainit.adapters.restore import displaced_base_restored_on_error, restored_on_error
 from lorainit.errors import AdapterError
 from lorainit.models.state import one_at_a_time, unchanged_rng_on_error
 
@@ -70,6 +70,7 @@ def load_adapter(
         with (
             one_at_a_time(model),
             unchanged_rng_on_error(device),
+            displaced_base_restored_on_error(model, config),
             restored_on_error(model, adapter_name),
             undone_on_error(model, adapter_name),
         ):

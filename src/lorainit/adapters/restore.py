@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -40,6 +41,28 @@ def restored_on_error(model: nn.Module, adapter_name: str) -> Iterator[None]:
             table.update(before)
         for step in undo:
             step()
+        raise
+
+
+@contextlib.contextmanager
+def displaced_base_restored_on_error(model: nn.Module, config: LoraConfig) -> Iterator[None]:
+    """If the block fails, the weights are as before that PEFT changes when it loads such an adapter.
+
+    PEFT's own PiSSA, OLoRA, CorDA, LoRA-GA and KaSA take their start out of the base weights when an adapter
+    is created, loaded ones included. Only for those are the targets' weights copied meanwhile.
+    """
+    copies: list[tuple[nn.Parameter, torch.Tensor]] = []
+    if isinstance(config.init_lora_weights, str) or getattr(config, "kasa_config", None):
+        for name, module in model.named_modules():
+            if check_target_module_exists(config, name):
+                copies += [(p, p.detach().clone()) for p in module.parameters()]
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for parameter, copy in copies:
+                if not torch.equal(parameter, copy):
+                    parameter.data.copy_(copy)
         raise
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from lorainit.errors import DataError
-from lorainit.models.pretrained import load_whole
+from lorainit.models.pretrained import check_layers, load_whole
 
 
 def device_of(options: argparse.Namespace) -> torch.device:
@@ -90,6 +90,7 @@ def _check_kind(options: argparse.Namespace) -> Any:
 
     name = options.model
     _check_folder(name)
+    check_layers(name)
     try:
         config = AutoConfig.from_pretrained(name, **_trust(options))
     except Exception as error:  # configurations check themselves each in its own way

@@ -53,14 +53,20 @@ class Aside:
                 raise
             self.file.close()
 
-    def put(self, target: Path) -> None:
-        """Let it take its place, over whatever file has that name."""
+    def put(self, target: Path, *, final: bool = True) -> None:
+        """Let it take its place, over whatever file has that name.
+
+        Args:
+            target: its place.
+            final: it stays there whatever comes; if not, `discard` still removes it.
+        """
         self.file.flush()
         os.replace(self.path, target)
-        self.path = target
+        if not final:
+            self.path = target
 
     def discard(self) -> None:
-        """Remove it wherever it is."""
+        """Remove it, unless it has its final place."""
         try:
             self.close()
         finally:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 
 from lorainit.errors import DataError
@@ -33,10 +35,12 @@ def load_whole(
             in the folder neither runs nor is asked about.
 
     Raises:
-        DataError: weights are missing, unexpected, of another shape, pickled, or cannot be read.
+        DataError: weights are missing, unexpected, of another shape, pickled, or cannot be read; or the
+            configuration makes no model.
     """
     arguments = {"trust_remote_code": False, "use_safetensors": True} | arguments
     _check_not_pickled(name, arguments)
+    check_layers(name)
     try:
         model, found = auto_class.from_pretrained(
             name, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
@@ -46,6 +50,17 @@ def load_whole(
             f"the weights in '{name}' cannot be read ({error}). The file is damaged or cut off: copy or "
             "download the model again."
         ) from None
+    except torch.OutOfMemoryError:
+        raise
+    except (
+        ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError,
+    ) as error:  # fmt: skip
+        # Models and their configurations check themselves each in its own way.
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(
+            f"the model in '{name}' cannot be built from its config.json ({said[:200]}). Give the folder that "
+            "the model's save_pretrained wrote, complete."
+        ) from error
     check_whole(name, found, tuple(new_head))
     return model
 
@@ -78,6 +93,30 @@ def check_whole(name: str, found: Mapping[str, Any], new_head: tuple[str, ...] =
             f"the weights in '{name}' do not fit the model ({str(errors[0])[:200]}). Give the folder "
             "that the model's save_pretrained wrote, complete."
         )
+
+
+_MOST_LAYERS = 10_000
+"""Above any model's; building more takes for ever before the first weight is missed."""
+
+
+def check_layers(name: str) -> None:
+    """Refuse a configuration, in a folder, of more layers than any model has.
+
+    Raises:
+        DataError: with the number.
+    """
+    try:
+        table = json.loads((Path(name) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        # A name on the hub; or transformers says what is wrong.
+        return
+    for key in ("num_hidden_layers", "num_layers", "n_layer", "n_layers"):
+        count = table.get(key) if isinstance(table, dict) else None
+        if isinstance(count, int | float) and count > _MOST_LAYERS:
+            raise DataError(
+                f"the config.json in '{name}' asks for {str(count)[:20]} layers ({key}): it is damaged. Give "
+                "the folder that the model's save_pretrained wrote."
+            )
 
 
 def _refuse(name: str, what: str, keys: list[str]) -> None:

@@ -89,8 +89,10 @@ def write(
         else:
             known = _put_shards(path, made, parts, header)
     except BaseException:
-        for aside in made:
-            aside.discard()
+        # From the moment that the index has its name, the shards are its own.
+        if len(made) <= len(parts) or made[-1].path.exists():
+            for aside in made:
+                aside.discard()
         raise
     _remove([old for old in before if old not in known])
     # Locked until the index names them, so that no other save takes them for left over.
@@ -106,14 +108,15 @@ def _put_shards(
     places: dict[str, str] = {}
     for number, (aside, part) in enumerate(zip(list(made), parts, strict=True), 1):
         name = f"{path.stem}-{token}-{number:05d}-of-{len(parts):05d}{path.suffix}"
-        aside.put(path.with_name(name))
+        aside.put(path.with_name(name), final=False)
         places |= {entry.key: name for entry in part}
     total = sum(entry.nbytes for part in parts for entry in part)
     index = {"metadata": {**header, "total_size": total}, "weight_map": places}
+    known = {aside.path for aside in made} | {index_of(path)}
     made.append(Aside(path.parent))
     made[-1].file.write(json.dumps(index).encode())
     made[-1].put(index_of(path))
-    return {aside.path for aside in made}
+    return known
 
 
 def index_of(path: Path) -> Path:
