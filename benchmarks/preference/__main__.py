@@ -90,10 +90,16 @@ def run(
         found: dict[str, Any] = {"suggestion": rate != SUGGESTED or used != before, "rate": used}
         if found["suggestion"]:
             trainer.train()
-            measured = trainer.evaluate()
+            trainer.evaluate()
             for split in ("validation", "test"):
-                for name in ("loss", "rewards/margins", "rewards/accuracies"):
-                    found[f"{split}_{name.rpartition('/')[2]}"] = measured[f"eval_{split}_{name}"]
+                # TRL logs its metrics beside each set's loss, and does not return them.
+                logs = trainer.state.log_history
+                entry = next(e for e in reversed(logs) if f"eval_{split}_loss" in e)
+                found[f"{split}_loss"] = entry[f"eval_{split}_loss"]
+                for name in ("margins", "accuracies"):
+                    found[f"{split}_{name}"] = next(
+                        value for key, value in entry.items() if key.endswith(f"rewards/{name}")
+                    )
     asked = (options.task, method, rate, seed, options.rank, options.steps, options.pairs)
     return dict(zip(KEY, asked, strict=True)) | found
 
