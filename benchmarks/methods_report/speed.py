@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import torch
 
@@ -29,15 +30,16 @@ def speed_case(layers: int, out: int, inner: int) -> tuple[torch.Tensor, LayerSt
 
     second_in, second_out = moment(inner), moment(out) * 1e-6
     noise = torch.randn(layers, out, inner, generator=rng)
-    return torch.randn(layers, out, inner, generator=rng) / inner**0.5, (
-        LayerStatistics.from_means(
-            gradient=second_out @ noise @ second_in * 1e3,
-            input_second_moment=second_in,
-            input_mean=second_in[:, 0] * 0.1,
-            output_second_moment=second_out,
-            population=256.0,
-        )
+    weight = torch.randn(layers, out, inner, generator=rng) / inner**0.5
+    found = LayerStatistics.from_means(
+        gradient=second_out @ noise @ second_in * 1e3,
+        input_second_moment=second_in,
+        input_mean=second_in[:, 0] * 0.1,
+        output_second_moment=second_out,
+        population=256.0,
     )
+    # What methods for quantized bases give back: rounding, about evenly spread.
+    return weight, replace(found, weight_error=0.01 * torch.randn(weight.shape, generator=rng))
 
 
 def speed(layers: int) -> list[dict[str, object]]:
