@@ -124,9 +124,9 @@ BAD_INPUT: dict[str, tuple[Callable[[nn.Module], Any], type[Exception], list[str
         ["nothing_like_it", "match no module", "all-linear"],
     ),
     "targets that are not linear": (
-        wanting(config=LoraConfig(target_modules=["embed_tokens"])),
+        wanting(config=LoraConfig(target_modules=["input_layernorm"])),
         errors.TargetError,
-        ["model.embed_tokens", "Embedding is not a linear layer"],
+        ["input_layernorm", "is not a linear layer"],
     ),
     "rank above the layer's own": (
         wanting(config=LoraConfig(r=9, target_modules="all-linear"), on_unused="raise"),
