@@ -109,6 +109,35 @@ def test_unet(kind: str, own: bool, tmp_path: Path, caplog: pytest.LogCaptureFix
     torch.testing.assert_close(noise_of(again.eval(), batch), wanted, **CLOSE)
 
 
+def started_and_reloaded(
+    model: Any,
+    fresh: Any,
+    targets: list[str],
+    method: Any,
+    rank: int,
+    batch: dict[str, Tensor],
+    folder: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> Tensor:
+    """Every target is started, and stock PEFT loads what is saved onto `fresh`; the logits at the start."""
+    with caplog.at_level("INFO", logger="lorainit"):
+        started = lorainit.get_peft_model(
+            model,
+            LoraConfig(r=rank, target_modules=targets),
+            method=method,
+            data=[batch],
+            progress=False,
+        )
+    assert f"{len(targets)} layers started" in caplog.text
+    assert "Left at PEFT's start" not in caplog.text
+    first: Tensor = started(**batch).logits.detach()
+    wanted = moved(started)(**batch).logits.detach()
+    started.save_pretrained(folder)
+    again = PeftModel.from_pretrained(fresh, folder)
+    torch.testing.assert_close(again(**batch).logits, wanted, **CLOSE)
+    return first
+
+
 # --- sound --------------------------------------------------------------------------------------
 
 
@@ -126,21 +155,9 @@ def test_whisper(kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
     labels = torch.randint(3, models.VOCABULARY, (4, 6))
     batch = {"input_features": torch.randn(4, 8, 20), "labels": labels}
     before = model(**batch).logits.detach()
-    with caplog.at_level("INFO", logger="lorainit"):
-        started = lorainit.get_peft_model(
-            model,
-            LoraConfig(r=2, target_modules=targets),
-            method=METHODS[kind],
-            data=[batch],
-            progress=False,
-        )
-    assert f"{len(targets)} layers started" in caplog.text
-    assert "Left at PEFT's start" not in caplog.text
-    assert torch.equal(started(**batch).logits, before) == (kind == "anchored")
-    wanted = moved(started)(**batch).logits.detach()
-    started.save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(models.whisper(), tmp_path)
-    torch.testing.assert_close(again(**batch).logits, wanted, **CLOSE)
+    fresh = models.whisper()
+    first = started_and_reloaded(model, fresh, targets, METHODS[kind], 2, batch, tmp_path, caplog)
+    assert torch.equal(first, before) == (kind == "anchored")
 
 
 def test_a_network_of_sound(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -150,20 +167,8 @@ def test_a_network_of_sound(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
     targets = [n for n in targets if "pos_conv" not in n]
     assert any("feature_extractor" in n for n in targets)
     batch = {"input_values": torch.randn(3, 64), "labels": torch.tensor([0, 2, 1])}
-    with caplog.at_level("INFO", logger="lorainit"):
-        started = lorainit.get_peft_model(
-            model,
-            LoraConfig(r=2, target_modules=targets),
-            method=lorainit.LoraDA(),
-            data=[batch],
-            progress=False,
-        )
-    assert f"{len(targets)} layers started" in caplog.text
-    assert "Left at PEFT's start" not in caplog.text
-    wanted = moved(started)(**batch).logits.detach()
-    started.save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(models.wav2vec2(), tmp_path)
-    torch.testing.assert_close(again(**batch).logits, wanted, **CLOSE)
+    fresh = models.wav2vec2()
+    started_and_reloaded(model, fresh, targets, lorainit.LoraDA(), 2, batch, tmp_path, caplog)
 
 
 # --- words --------------------------------------------------------------------------------------
@@ -182,17 +187,5 @@ def test_a_language_model_with_new_words(tmp_path: Path, caplog: pytest.LogCaptu
     batch["input_ids"][:, 1] = batch["labels"][:, 1] = tiny.VOCABULARY + 1
     model = with_new_words()
     targets = layers(model, nn.Linear, nn.Embedding)
-    with caplog.at_level("INFO", logger="lorainit"):
-        started = lorainit.get_peft_model(
-            model,
-            LoraConfig(r=4, target_modules=targets),
-            method=lorainit.LoraDA(),
-            data=[batch],
-            progress=False,
-        )
-    assert f"{len(targets)} layers started" in caplog.text
-    assert "Left at PEFT's start" not in caplog.text
-    wanted = moved(started)(**batch).logits.detach()
-    started.save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(with_new_words(), tmp_path)
-    torch.testing.assert_close(again(**batch).logits, wanted, **CLOSE)
+    fresh = with_new_words()
+    started_and_reloaded(model, fresh, targets, lorainit.LoraDA(), 4, batch, tmp_path, caplog)
