@@ -51,8 +51,10 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     needs = frozenset().union(*(class_of(name)().needs for name in names))
     with speaking(options):
         if options.dry_run:
-            runs = len(names) * len(rates)
-            return plan(options, needs, trained=runs * options.steps * options.batch_size)
+            # The suggested rate is tried too.
+            runs = len(names) * (len(rates) + 1)
+            trained = runs * options.steps * options.batch_size
+            return plan(options, needs, trained=trained, rates=len(names))
         if options.output:
             check_file(options.output, is_comparison)
         records = load_records(options)

@@ -12,7 +12,11 @@ from lorainit.adapters.targets import Targets, match_targets
 from lorainit.cli.loading import load_skeleton
 from lorainit.cli.shared import load_records, lora_config, size_in_words
 from lorainit.data import Records
+from lorainit.pipeline.rate import SEQUENCES
 from lorainit.types import GRADIENT_STATISTICS, LayerSpec
+
+_RATE_FORWARDS = 9
+"""Forward passes over half of its sequences that a suggested learning rate takes, about."""
 
 _SEARCH_FORWARDS = 20
 """Forward passes over the held-back sequences that the measurement of one step takes, about."""
@@ -25,6 +29,7 @@ def plan(
     steps: int = 1,
     searched: bool = False,
     trained: float | None = None,
+    rates: int = 0,
 ) -> tuple[dict[str, Any], str]:
     """What the command would do; the model's weights are not loaded.
 
@@ -34,6 +39,7 @@ def plan(
         steps: how often they are collected.
         searched: whether a length is measured by forward passes.
         trained: sequences that training takes, counted again whenever they are; None: no training.
+        rates: how many learning rates are suggested.
     """
     model = load_skeleton(options)
     targets = match_targets(model, lora_config(options))
@@ -43,6 +49,9 @@ def plan(
     collected = needs if records and not getattr(options, "statistics", None) else frozenset()
     parameters = sum(p.numel() for p in model.parameters())
     work = _work(targets, parameters, tokens, collected, steps, searched and records is not None)
+    # On at most so many sequences: half of them forward and backward, the others forward again and again.
+    rated = tokens * min(1.0, SEQUENCES / max(1, sequences))
+    work += rates * rated * parameters * (4.0 + 2.0 * _RATE_FORWARDS) / 2
     if trained is not None:
         # Forward and backward, the weights' own gradients left out.
         work += 4.0 * parameters * trained * tokens / max(1, sequences)

@@ -69,7 +69,13 @@ def _init(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     method = method_of(options)
     calibrated = bool(getattr(method, "calibrated", False))
     if options.dry_run:
-        return plan(options, method.needs, steps=getattr(method, "steps", 1), searched=calibrated)
+        return plan(
+            options,
+            method.needs,
+            steps=getattr(method, "steps", 1),
+            searched=calibrated,
+            rates=int(bool(options.data)),
+        )
     check_folder(options.output, options.model)
     if method.needs and not (options.data or options.statistics):
         raise MissingStatisticError(

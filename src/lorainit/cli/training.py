@@ -122,6 +122,7 @@ def _plan(options: argparse.Namespace, records: int) -> tuple[dict[str, Any], st
         steps=getattr(method, "steps", 1),
         searched=bool(getattr(method, "calibrated", False)),
         trained=trained,
+        rates=int(options.learning_rate is None),
     )
 
 
