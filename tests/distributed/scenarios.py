@@ -28,6 +28,7 @@ from lorainit.parallel import collectives, exchange
 from lorainit.parallel.sharding import is_sharded
 from lorainit.statistics.memory.peak import held_bytes
 from lorainit.types import STATISTICS
+from tests.adapters import tiny
 from tests.pipeline import classifiers
 from tests.statistics import models
 from tests.statistics.models import Batch, batches, sequences
@@ -658,6 +659,16 @@ class _Interrupted(lorainit.PiSSA):
 
 # The same name everywhere: what fails must not be found out before.
 _Interrupted.__name__ = _Calm.__name__
+
+
+def rate_of_a_start(rank: int, size: int, counts: Sequence[int]) -> lorainit.LearningRate:
+    """A learning rate from all processes' sequences, whoever has how many of them."""
+    ids = torch.randint(0, 6, (sum(counts), 1), generator=torch.Generator().manual_seed(3))
+    rows = [{"input_ids": row[None], "labels": row[None]} for row in ids + torch.arange(10)]
+    first = sum(counts[:rank])
+    torch.manual_seed(100)
+    model = tiny.start(tiny.llama(), lorainit.PiSSA())
+    return lorainit.suggest_learning_rate(model, rows[first : first + counts[rank]], progress=False)
 
 
 def fitted_heads(rank: int, size: int, counts: Sequence[int]) -> tuple[dict[str, Tensor], Any]:

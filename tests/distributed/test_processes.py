@@ -203,6 +203,20 @@ def test_anchor_over_a_factor_sharded_by_itself_is_refused(tmp_path: Path) -> No
         assert "by itself" in result.text
 
 
+def test_a_learning_rate_is_suggested_together(tmp_path: Path) -> None:
+    """The same on all processes, and what one process suggests of all their sequences."""
+    (alone,) = succeeded(launch(scenarios.rate_of_a_start, 1, tmp_path / "1", [16]))
+    # Control: of other sequences it is another.
+    (fewer,) = succeeded(launch(scenarios.rate_of_a_start, 1, tmp_path / "0", [8]))
+    assert fewer.base_loss != pytest.approx(alone.base_loss, rel=1e-4)
+    for counts in ([10, 6], [16, 0]):
+        first, second = succeeded(launch(scenarios.rate_of_a_start, 2, tmp_path / "2", counts))
+        assert first == second
+        assert first.sequences == alone.sequences == 8
+        assert first.base_loss == pytest.approx(alone.base_loss, rel=1e-5)
+        assert first.one_step == pytest.approx(alone.one_step, rel=1e-3)
+
+
 def test_a_new_head_is_fitted_together(tmp_path: Path) -> None:
     """One process's head, and start, to the arithmetic of sums; and the same bits on all."""
     ((alone, known),) = succeeded(launch(scenarios.fitted_heads, 1, tmp_path / "1", [60]))

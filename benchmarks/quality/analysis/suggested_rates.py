@@ -16,6 +16,9 @@ from dataclasses import dataclass
 from benchmarks.quality.analysis.markdown import table as markdown_table
 from benchmarks.quality.records import Record
 
+RANGE = 1.8
+"""From the suggestion to the ends of its range."""
+
 Key = tuple[str, str, int]
 """Task, line and rank."""
 
@@ -97,6 +100,10 @@ def table(members: Sequence[Case], law: Callable[[float], float]) -> str:
         left_out += [m.regret(c * (m.one_step / 5e-4) ** p) for m in mine]
     rows = [
         ("suggested", [m.regret(law(m.one_step)) for m in members]),
+        *(
+            (f"suggested, {name}", [m.regret(law(m.one_step) * factor) for m in members])
+            for name, factor in (("lower end", 1 / RANGE), ("upper end", RANGE))
+        ),
         ("law fitted without the task", left_out),
         *(
             (f"{rate:g} for all", [m.regret(rate) for m in members])

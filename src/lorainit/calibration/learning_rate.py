@@ -41,7 +41,7 @@ class LearningRate:
 
     Attributes:
         value: the suggestion.
-        low: the lower end of the range in which the loss at the end hardly differs.
+        low: the lower end of a range worth trying, see docs/learning_rate.md for what its ends cost.
         high: its upper end.
         one_step: the rate at which one step of signs lowers the held-out loss most.
         base_loss: on the held-back sequences, without the adapter.
@@ -150,7 +150,8 @@ def first_minimum(
     trials = {_FIRST * _GROWTH**k: loss for k, loss in losses.items()}
     if not losses[best] < start:
         return None, trials
-    # Below the least rate that was tried the step is short, and the loss nearly the start's.
+    # Below the least rate that was tried the step is short, and the loss nearly the start's; where the rate
+    # above diverges there is no parabola, and the minimum lies nearer to the rate below.
     left, middle, right = losses.get(best - 1, start), losses[best], losses.get(best + 1, math.inf)
     shift = 0.0
     if math.isfinite(left) and math.isfinite(right) and left + right > 2 * middle:

@@ -33,8 +33,8 @@ def advice(
             (
                 "note",
                 f"Train at a learning rate of {rate['learning_rate']:.2g}, measured for this start (AdamW with "
-                f"warmup and decay); from {rate['learning_rate_low']:.1g} to {rate['learning_rate_high']:.1g} "
-                "the end hardly differs.",
+                f"warmup and decay). To look further, try {rate['learning_rate_low']:.1g} and "
+                f"{rate['learning_rate_high']:.1g}.",
             )
         )
     found += _sample(layers, metadata)
