@@ -17,7 +17,7 @@ from lorainit.cli.outputs import check_folder
 from lorainit.cli.plan import plan
 from lorainit.cli.shared import load_data, load_records, method_of, sample_arguments, speaking
 from lorainit.cli.starting import start_model
-from lorainit.data import IGNORED, Example
+from lorainit.data import Example
 from lorainit.errors import DataError, MissingExtraError
 from lorainit.pipeline import suggest_learning_rate
 from lorainit.pipeline.rate import SEQUENCES
@@ -129,7 +129,7 @@ def _plan(options: argparse.Namespace, records: int) -> tuple[dict[str, Any], st
 def _rows(examples: Any) -> list[dict[str, list[int]]]:
     """Encoded here and not by TRL, so that training learns the tokens that the start was found by."""
     rows = [examples[i] for i in range(len(examples))]
-    kept = [e for e in rows if any(label != IGNORED for label in e.labels)]
+    kept = [e for e in rows if e.teaches]
     if not kept:
         raise ValueError(
             "no record has a token to learn: every label is masked. Look at the data, or raise "
