@@ -55,7 +55,11 @@ class StartedLoraModel(LoraModel):  # type: ignore[misc]
             AdapterError: a combination that would prune an anchored adapter's start apart from what is
                 to take it away again.
         """
-        if combination_type in _FACTOR_BY_FACTOR and len(adapters) > 1:
+        parameters = [
+            self.peft_config[n].target_parameters for n in adapters if n in self.peft_config
+        ]
+        # PEFT combines no adapters of parameters, and says so itself.
+        if combination_type in _FACTOR_BY_FACTOR and len(adapters) > 1 and not any(parameters):
             for name in adapters:
                 if _is_anchored(self.model, name):
                     raise AdapterError(
