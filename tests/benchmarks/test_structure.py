@@ -55,7 +55,7 @@ RECORDS = {
 
 PUBLIC = {"adapters", "calibration", "data", "errors", "linalg", "methods", "report", "types"}
 INTERNAL = {
-    "quantized/recover.py": "finds a model's target layers, to quantize them",
+    "quantized/quantizers.py": "finds a model's target layers, to quantize them",
     "common/models.py": "loads whole models alone, as the command line does",
     "quality/models/registry.py": "loads whole models alone, as the command line does",
     "quality/models/vit.py": "loads whole models alone, as the command line does",
