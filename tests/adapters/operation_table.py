@@ -115,7 +115,7 @@ TABLE: dict[str, Row] = {
         | {"expert": AsPeft("**wrong in PEFT, without an error**: experts' factors are mixed up")},
     ),
     "`hotswap_adapter`, compiled": Row(
-        do.hotswap_compiled, _TWO, other=_SWAPPED | {"expert": _PARAMETERS}
+        torches.hotswap_compiled, _TWO, other=_SWAPPED | {"expert": _PARAMETERS}
     ),
     "`save_pretrained`, PEFT's `from_pretrained`": Row(do.load_by_peft),
     "the same with `low_cpu_mem_usage=True`": Row(do.load_low_cpu_mem),

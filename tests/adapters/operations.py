@@ -13,7 +13,7 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.utils import merge_utils
-from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
+from peft.utils.hotswap import hotswap_adapter
 from torch import Tensor
 from torch.func import functional_call
 
@@ -157,22 +157,6 @@ def hotswap(case: Case, folder: Path) -> Found:
     case.model.save_pretrained(folder, selected_adapters=["second"])
     hotswap_adapter(case.model, folder / "second", "default")
     return [(out(case.model), case.dense("second"))]
-
-
-def hotswap_compiled(case: Case, folder: Path) -> Found:
-    """Of a layer that is compiled, in a model that PEFT takes for compiled; nothing is compiled again."""
-    case.model.save_pretrained(folder, selected_adapters=["second"])
-    case.model.delete_adapter("second")
-    rank = 2 * max(case.ranks)
-    prepare_model_for_compiled_hotswap(case.model, target_rank=rank, check_compiled="ignore")
-    layer, args, (first, second) = _layer(case, ("default", "second"))
-    torch._dynamo.reset()
-    layer.compile(backend="eager")
-    with torch.no_grad():
-        found = [(layer(*args), first)]
-        hotswap_adapter(torch.compile(case.model, backend="eager"), folder / "second", "default")
-        with torch.compiler.set_stance("fail_on_recompile"):
-            return [*found, (layer(*args), second)]
 
 
 # Saving and loading

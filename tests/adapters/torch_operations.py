@@ -15,6 +15,7 @@ from peft import (
     PeftModel,
 )
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
+from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from torch import Tensor
 from torch.func import functional_call
 
@@ -89,6 +90,22 @@ def compiled_layer(case: Case, folder: Path) -> Found:
     torch._dynamo.reset()
     with torch.no_grad():
         return [(torch.compile(module, backend="eager")(*args), expected)]
+
+
+def hotswap_compiled(case: Case, folder: Path) -> Found:
+    """Of a layer that is compiled, in a model that PEFT takes for compiled; nothing is compiled again."""
+    case.model.save_pretrained(folder, selected_adapters=["second"])
+    case.model.delete_adapter("second")
+    rank = 2 * max(case.ranks)
+    prepare_model_for_compiled_hotswap(case.model, target_rank=rank, check_compiled="ignore")
+    layer, args, (first, second) = _layer(case, ("default", "second"))
+    torch._dynamo.reset()
+    layer.compile(backend="eager")
+    with torch.no_grad():
+        found = [(layer(*args), first)]
+        hotswap_adapter(torch.compile(case.model, backend="eager"), folder / "second", "default")
+        with torch.compiler.set_stance("fail_on_recompile"):
+            return [*found, (layer(*args), second)]
 
 
 def exported_layer(case: Case, folder: Path) -> Found:
