@@ -81,6 +81,7 @@ def test_failures_are_told_apart(tmp_path: Path) -> None:
     assert names == {
         "rank": ["test_the_rank_is_written_into_it"],
         "numbers": ["test_zero_b_is_written_into_it"],
+        "remedy": [],
         "ours": ["test_class_of_the_factor"],
         "unanchored": [],
     }

@@ -6,7 +6,9 @@
 FOLDER is an unpacked archive or a checkout of PEFT, of the installed version; nothing is fetched. The test
 files are copied to a temporary folder and run once for each kind of `starts`: as they are, with anchored
 starts, and with unanchored ones; then what failed with an anchored start alone is run with the two
-controls. Models that the tests ask the hub for are made from their configurations (`hub`); a test that
+controls. Such a failure is a rank written into the test (it fails at twice PEFT's own rank), other numbers
+written into it (a plain adapter with the same numbers fails), an error of this project that names
+a remedy, or ours. Models that the tests ask the hub for are made from their configurations (`hub`); a test that
 needs more of the hub fails with PEFT's starts as well, and is left out. Counted are the tests that
 made an adapter whose start was replaced.
 """
@@ -90,11 +92,14 @@ def _compare(name: str, place: Path, options: Any) -> dict[str, dict[str, Any]]:
     plain, stock = (_run(name, kind, place, options, acted) for kind in ("unanchored", "stock"))
     good = {t for t in acted if stock.get(t, {}).get("outcome") == "passed"}
     only = {t for t in good if anchored[t]["outcome"] == "failed"}
-    twice = _run(name, "twice-the-rank", place, options, only)
-    same = _run(name, "same-numbers", place, options, only)
-    kinds: dict[str, Any] = {"rank": {}, "numbers": {}, "ours": {}}
+    twice, same = (
+        _run(name, kind, place, options, only) for kind in ("twice-the-rank", "same-numbers")
+    )
+    kinds: dict[str, Any] = {"rank": {}, "numbers": {}, "remedy": {}, "ours": {}}
     for test in sorted(only):
-        if twice.get(test, {}).get("outcome") == "failed":
+        if anchored[test]["message"].startswith("lorainit.errors."):
+            kinds["remedy"][test] = anchored[test]
+        elif twice.get(test, {}).get("outcome") == "failed":
             kinds["rank"][test] = anchored[test]
         elif same.get(test, {}).get("outcome") == "failed":
             kinds["numbers"][test] = anchored[test]
@@ -174,16 +179,16 @@ def _read(record: Path) -> dict[str, dict[str, Any]]:
 
 def _show(tables: dict[str, dict[str, Any]]) -> None:
     heads = "file | tests | stock passed, failed | anchored | unanchored | refused"
-    print(f"| {heads} | rank in the test | numbers in the test | ours |")
-    print("|---" * 9 + "|")
+    print(f"| {heads} | rank in the test | numbers in the test | error with a remedy | ours |")
+    print("|---" * 10 + "|")
     for name, rows in tables.items():
         n = rows["counts"]
         cells = [name, n["tests"], f"{n['stock']}, {n['stock failed']}", n["anchored"]]
         cells += [n["unanchored"], n["refused"]]
-        cells += [len(rows[kind]) for kind in ("rank", "numbers", "ours")]
+        cells += [len(rows[kind]) for kind in ("rank", "numbers", "remedy", "ours")]
         print("| " + " | ".join(map(str, cells)) + " |")
     for name, rows in tables.items():
-        for kind in ("ours", "numbers", "rank", "unanchored"):
+        for kind in ("ours", "remedy", "numbers", "rank", "unanchored"):
             for test, line in rows[kind].items():
                 print(
                     f"{kind}: {name}: {test.partition('::')[2]}: {line['where']}: {line['message']}"
