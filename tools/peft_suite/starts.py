@@ -5,7 +5,7 @@
 | `stock` | PEFT's | PEFT's |
 | `anchored` | PiSSA | PiSSA, and the trained halves moved as far as PEFT draws them |
 | `unanchored` | Vanilla (zero B) | a displaced start of the same size |
-| `same-numbers` | as `anchored`, then stored as a plain adapter of PEFT's, of rank 2r | the same |
+| `same-numbers` | as `anchored`, but a plain adapter of rank 2r, half of it without gradient | the same |
 | `twice-the-rank` | PEFT's, of rank 2r | the same |
 
 The controls tell what a failure comes from: `same-numbers` has none of this project's classes left, and
@@ -168,7 +168,10 @@ def _move(drawn: list[tuple[Any, Tensor]]) -> None:
 
 
 def as_plain(model: nn.Module, name: str) -> None:
-    """Store an anchored adapter as PEFT would store one of rank 2r, and forget where it came from."""
+    """Store an anchored adapter as PEFT would store one of rank 2r, and forget where it came from.
+
+    The half that was frozen gets no gradient.
+    """
     for layer in model.modules():
         if not isinstance(layer, LoraLayer):
             continue
@@ -176,8 +179,11 @@ def as_plain(model: nn.Module, name: str) -> None:
             for factor in [holder[name]] if name in holder else []:
                 if isinstance(factor, AnchoredFactor):
                     whole, held = factor.joined().detach(), factor.trained
+                    learns = factor.join(torch.ones_like(held), torch.zeros_like(held)).detach()
                     take_anchor(factor)
                     factor.weight = nn.Parameter(whole, held.requires_grad)
+                    if held.requires_grad:
+                        factor.weight.register_hook(learns.mul)
                     note_sizes(factor, whole.shape)
     tuner = getattr(model, "base_model", None)
     if isinstance(tuner, LoraModel):
