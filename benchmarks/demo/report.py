@@ -1,4 +1,4 @@
-"""What the demo shows at its end: a table, a picture of the curves, and one JSON file."""
+"""What the demo shows at its end: a table, a picture, and one JSON file."""
 
 from __future__ import annotations
 
@@ -35,12 +35,15 @@ def provenance() -> dict[str, object]:
     }
 
 
-def write_json(path: Path, settings: Settings, base: Result, results: list[Result]) -> None:
+def write_json(
+    path: Path, settings: Settings, base: Result, four_bits: Result | None, results: list[Result]
+) -> None:
     """All results with their provenance, written aside and renamed."""
     document = {
         "settings": asdict(settings),
         "provenance": provenance(),
         "base": base,
+        "four_bits": four_bits,
         "methods": results,
     }
     write_text(path, json.dumps(document, indent=1) + "\n")
@@ -53,70 +56,93 @@ def write_text(path: Path, text: str) -> None:
     part.replace(path)
 
 
-def table(base: Result, results: list[Result]) -> str:
-    """The base and every method, one line each, in Markdown that also reads well in a terminal."""
-    head = ["", "loss before step 1", "final loss", "exact match", "init (s)", "training (s)"]
+def table(settings: Settings, base: Result, four_bits: Result | None, results: list[Result]) -> str:
+    """A line each, in Markdown that also reads well in a terminal."""
+    inner = settings.scored_at[1:-1]
+    head = ["", "loss before step 1", *(f"after step {step}" for step in inner)]
+    head += ["at the end", "exact match", "start (s)", "training (s)"]
+    between = [""] * (len(inner) + 1)
     start = base["held_out"][0]
-    rows = [["base model", f"{start['loss']:.3f}", "", f"{start['exact_match']:.1%}", "", ""]]
+    rows = [["no adapter", f"{start['loss']:.3f}", *between, f"{start['exact_match']:.1%}", "", ""]]
     for result in results:
-        first, last = result["held_out"][0], result["held_out"][-1]
-        rows.append(
-            [
-                result["label"],
-                f"{first['loss']:.3f}",
-                f"{last['loss']:.3f}",
-                f"{last['exact_match']:.1%}",
-                f"{result['init_seconds']:.1f}",
-                f"{result['train_seconds']:.1f}",
-            ]
-        )
+        losses = [f"{point['loss']:.3f}" for point in result["held_out"]]
+        last = result["held_out"][-1]
+        seconds = [f"{result[name]:.0f}" for name in ("init_seconds", "train_seconds")]
+        rows.append([result["label"], *losses, f"{last['exact_match']:.1%}", *seconds])
+    if four_bits is not None:
+        for label, end, took in (
+            ("4-bit base, no adapter", "", ""),
+            ("4-bit base, given back", "_given_back", f"{four_bits['init_seconds']:.0f}"),
+        ):
+            loss, exact = four_bits[f"loss{end}"], four_bits[f"exact_match{end}"]
+            rows.append([label, f"{loss:.3f}", *between, f"{exact:.1%}", took, ""])
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     lines = [_line(head, widths), _line(["-" * w for w in widths], widths)]
     return "\n".join(lines + [_line(row, widths) for row in rows])
 
 
-def plot(path: Path, settings: Settings, results: list[Result], known: dict[str, Entry]) -> None:
-    """Held-out loss (marked points), the training loss behind it, and exact match."""
+STYLE = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#9ca3af",
+    "axes.labelcolor": "#374151",
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.grid": True,
+    "grid.color": "#e5e7eb",
+    "grid.linewidth": 0.7,
+    "xtick.color": "#6b7280",
+    "ytick.color": "#6b7280",
+    "legend.frameon": False,
+}
+
+
+def plot(
+    path: Path,
+    settings: Settings,
+    base: Result,
+    four_bits: Result | None,
+    results: list[Result],
+    known: dict[str, Entry],
+) -> None:
+    """Held-out loss over the steps; beside it, what a 4-bit base loses and gets back untrained."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    style = {
-        "font.size": 10,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.edgecolor": "#9ca3af",
-        "axes.labelcolor": "#374151",
-        "axes.titlesize": 11,
-        "axes.titleweight": "bold",
-        "axes.titlelocation": "left",
-        "axes.grid": True,
-        "grid.color": "#e5e7eb",
-        "grid.linewidth": 0.7,
-        "xtick.color": "#6b7280",
-        "ytick.color": "#6b7280",
-        "legend.frameon": False,
-    }
-    with plt.rc_context(style):
+    with plt.rc_context(STYLE):
         figure, (left, right) = plt.subplots(
-            1, 2, figsize=(9.6, 4.0), width_ratios=(1.7, 1), layout="constrained"
+            1, 2, figsize=(9.6, 4.0), width_ratios=(1.5, 1), layout="constrained"
         )
         for result in results:
-            color = known[result["method"]].color
-            _curves(left, right, result, color)
-        left.set(xlabel="optimizer step", ylabel="loss per answer token")
-        left.set_title("Loss: held-out (line), training (faint)")
-        left.set_ylim(bottom=0)
-        left.margins(x=0.02)
-        left.legend(loc="upper right")
-        right.set(xlabel="optimizer step", ylabel="answers exactly right")
-        right.set_title("Held-out exact match")
-        right.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0, decimals=0))
-        right.set_ylim(bottom=0)
+            steps = [point["step"] for point in result["held_out"]]
+            losses = [point["loss"] for point in result["held_out"]]
+            left.plot(
+                steps, losses, label=result["label"], color=known[result["method"]].color,
+                linewidth=2, marker="o", markersize=4.5, markeredgecolor="white",
+            )  # fmt: skip
+        left.set(xlabel="optimizer step", ylabel="held-out loss per answer token", ylim=(0, None))
+        left.set_title("Training, each line at its rate")
+        left.legend(loc="lower left")
+        full = base["held_out"][0]["loss"]
+        bars = [("full\nprecision", full, "#9ca3af")]
+        if four_bits is not None:
+            bars += [
+                ("4 bits", four_bits["loss"], "#4b5563"),
+                ("4 bits,\ngiven back", four_bits["loss_given_back"], "#009e73"),
+            ]
+        names, heights, colors = zip(*bars, strict=True)
+        drawn = right.bar(names, heights, color=colors, width=0.6)
+        right.bar_label(drawn, fmt="%.2f", padding=2)
+        right.set_ylim(0.8 * min(heights), 1.05 * max(heights))
+        right.grid(visible=False, axis="x")
+        right.set_title("Before any training (axis cut)")
         figure.suptitle(
             f"SmolLM2-135M on {settings.task}: rank {settings.rank}, {settings.steps} steps of "
-            f"{settings.batch_size} problems, one learning rate, one seed",
+            f"{settings.batch_size} problems, one seed",
             x=0.01,
             ha="left",
             color="#111827",
@@ -124,18 +150,6 @@ def plot(path: Path, settings: Settings, results: list[Result], known: dict[str,
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=160, facecolor="white", metadata={"Software": None})
         plt.close(figure)
-
-
-def _curves(left: Any, right: Any, result: Result, color: str) -> None:
-    steps = [point["step"] for point in result["held_out"]]
-    losses = [point["loss"] for point in result["held_out"]]
-    exact = [point["exact_match"] for point in result["held_out"]]
-    train = result["train_loss"]
-    # The loss logged at step k was measured before its update, so it stands at k - 1.
-    left.plot(range(len(train)), train, color=color, alpha=0.22, linewidth=1)
-    marks = {"marker": "o", "markersize": 4.5, "markeredgecolor": "white", "markeredgewidth": 0.8}
-    left.plot(steps, losses, color=color, linewidth=2, label=result["label"], **marks)
-    right.plot(steps, exact, color=color, linewidth=2, **marks)
 
 
 def _line(cells: list[str], widths: list[int]) -> str:

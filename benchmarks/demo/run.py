@@ -1,4 +1,4 @@
-"""One method, start to end: initialize, train with the stock Trainer, score, save, reload."""
+"""One line, start to end: initialize, find a rate, train with the stock Trainer, score, save, reload."""
 
 from __future__ import annotations
 
@@ -69,36 +69,34 @@ def load_data(settings: Settings) -> Data:
 
 def run_base(settings: Settings, data: Data) -> dict[str, object]:
     """Held-out scores of the base model, without any adapter."""
-    return {"held_out": [_point(0, _score(load_smollm2(), settings, data, "Base"))]}
+    return {"held_out": [_point(0, score_held_out(load_smollm2(), settings, data, "Base"))]}
 
 
 def run_method(settings: Settings, entry: Entry, data: Data, folder: Path) -> dict[str, object]:
     """The whole line for one method; the adapter is left in ``folder/adapter``."""
     set_seed(settings.seed)
-    config = LoraConfig(
-        r=settings.rank,
-        lora_alpha=settings.alpha,
-        use_rslora=True,
-        target_modules="all-linear",
-        task_type="CAUSAL_LM",
-    )
+    config = adapter_config(settings)
     reads_data = bool(entry.method.needs)
     prompts = batches(data.statistics, settings.statistics_batch, data.collate)
     base = load_smollm2()
-    clock = _Clock()
+    clock = Clock()
     clock.start()
     model = lorainit.get_peft_model(
         base, config, method=entry.method, data=prompts if reads_data else None
     )
+    rate = entry.rate or float(
+        lorainit.suggest_learning_rate(model, prompts, max_sequences=settings.rate_sequences)
+    )
     clock.stop()
 
-    recorder = _train(model, settings, entry.label, data)
+    recorder = _train(model, settings, rate, entry.label, data)
     _check_base_unchanged(model)
     model.save_pretrained(folder / "adapter")
     reloaded = _reload(model, data, folder)
     return {
         "method": entry.name,
-        "label": entry.label,
+        "label": entry.label if entry.rate else f"{entry.label} at {rate:.1g}, suggested",
+        "learning_rate": rate,
         "settings": {"class": type(entry.method).__name__, **asdict(entry.method)},
         "init_seconds": clock.wall,
         "init_cpu_seconds": clock.cpu,
@@ -113,7 +111,17 @@ def run_method(settings: Settings, entry: Entry, data: Data, folder: Path) -> di
     }
 
 
-class _Clock:
+def adapter_config(settings: Settings) -> LoraConfig:
+    return LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        use_rslora=True,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+
+
+class Clock:
     """Wall-clock and processor seconds between `start` and `stop`, added up."""
 
     def __init__(self) -> None:
@@ -132,14 +140,14 @@ class _Recorder(TrainerCallback):
 
     def __init__(self, settings: Settings, label: str, data: Data) -> None:
         self._settings, self._label, self._data = settings, label, data
-        self._spent = _Clock()
+        self._spent = Clock()
         self.train_seconds = 0.0
         self.train_cpu_seconds = 0.0
         self.train_loss: list[float] = []
         self.held_out: list[dict[str, float]] = []
 
     def score(self, model: PeftModel, step: int) -> None:
-        scores = _score(model, self._settings, self._data, f"{self._label}: held-out")
+        scores = score_held_out(model, self._settings, self._data, f"{self._label}: held-out")
         self.held_out.append(_point(step, scores))
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
@@ -165,13 +173,13 @@ class _Recorder(TrainerCallback):
         self._bar.close()
 
 
-def _train(model: PeftModel, settings: Settings, label: str, data: Data) -> _Recorder:
+def _train(model: PeftModel, settings: Settings, rate: float, label: str, data: Data) -> _Recorder:
     """A short fine-tune with the stock Trainer; the order of the data hangs on the seed alone."""
     arguments = TrainingArguments(
         output_dir=str(REPOSITORY / "outputs" / "trainer"),
         max_steps=settings.steps,
         per_device_train_batch_size=settings.batch_size,
-        learning_rate=settings.learning_rate,
+        learning_rate=rate,
         lr_scheduler_type="linear",
         warmup_steps=settings.warmup_steps,
         logging_steps=1,
@@ -196,7 +204,7 @@ def _train(model: PeftModel, settings: Settings, label: str, data: Data) -> _Rec
     return recorder
 
 
-def _score(model: torch.nn.Module, settings: Settings, data: Data, progress: str) -> Scores:
+def score_held_out(model: torch.nn.Module, settings: Settings, data: Data, progress: str) -> Scores:
     return score(
         model, data.test, collate=data.collate, batch_size=settings.score_batch, progress=progress
     )
@@ -233,10 +241,6 @@ def _reload(model: PeftModel, data: Data, folder: Path) -> dict[str, object]:
     if process.returncode:
         raise RuntimeError(f"stock PEFT could not load the adapter:\n{process.stderr[-3000:]}")
     result = json.loads(process.stdout.splitlines()[-1])
-    tqdm.write(
-        f"Stock PEFT in another process, lorainit not imported: rank {result['rank']}, largest "
-        f"difference of {result['positions']} x vocabulary logits {result['max_abs_diff']:.1e}"
-    )
     if result["max_abs_diff"] > RELOAD_TOLERANCE or result["lorainit_imported"]:
         raise RuntimeError(f"the saved adapter does not give the live model's logits: {result}")
     return result

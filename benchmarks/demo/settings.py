@@ -24,7 +24,8 @@ class Settings:
         statistics_sequences: prompts that the statistics read, in no other split.
         statistics_batch: prompts a batch in that pass.
         rank, alpha: of the adapters, on every linear layer, under rsLoRA.
-        steps, batch_size, learning_rate, warmup_steps: of the fine-tune, for every method alike.
+        steps, batch_size, warmup_steps: of the fine-tune, for every line alike.
+        rate_sequences: of those, how many the learning rate is measured on.
         held_out: test problems that are scored.
         score_steps: optimizer steps after which they are scored; 0 and the last are always.
         score_batch: problems a batch in scoring.
@@ -37,12 +38,12 @@ class Settings:
     statistics_batch: int = 16
     rank: int = 8
     alpha: int = 16
-    steps: int = 30
+    rate_sequences: int = 32
+    steps: int = 20
     batch_size: int = 8
-    learning_rate: float = 1e-3
-    warmup_steps: int = 3
+    warmup_steps: int = 2
     held_out: int = 96
-    score_steps: tuple[int, ...] = (5, 15)
+    score_steps: tuple[int, ...] = (3, 10)
     score_batch: int = 16
     seed: int = 0
 
@@ -54,27 +55,36 @@ class Settings:
     def smoke(self) -> Settings:
         """The same path through the code, in a minute or two."""
         return replace(
-            self, statistics_sequences=8, statistics_batch=4, steps=3, held_out=8, score_steps=()
+            self,
+            statistics_sequences=8,
+            statistics_batch=4,
+            rate_sequences=8,
+            steps=3,
+            held_out=8,
+            score_steps=(1,),
         )
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A method of the demo, and how it is shown."""
+    """A line of the demo, and how it is shown; without a `rate`, that is measured."""
 
     name: str
     label: str
     method: lorainit.Method
     color: str
+    rate: float | None = None
 
 
 def entries() -> dict[str, Entry]:
-    """The methods that the demo knows, by the name they have on the command line."""
+    """The lines that the demo knows, by the name they have on the command line."""
     known = (
-        Entry("lora", "LoRA", lorainit.Vanilla(), "#6b7280"),
+        Entry("lora", "LoRA at 2e-4", lorainit.Vanilla(), "#9ca3af", 2e-4),
+        Entry("lora-suggested", "LoRA", lorainit.Vanilla(), "#4b5563"),
+        Entry("auto", "lorainit's default", lorainit.Auto(), "#009e73"),
         Entry("lora-da", "LoRA-DA", lorainit.LoraDA(), "#0072b2"),
         Entry("filet", "FILet", lorainit.FILet(), "#d55e00"),
-        Entry("natural", "Natural", lorainit.Natural(), "#009e73"),
+        Entry("natural", "Natural", lorainit.Natural(), "#cc79a7"),
     )
     return {entry.name: entry for entry in known}
 
@@ -83,7 +93,7 @@ def result_key(settings: Settings, entry: Entry | None) -> str:
     """Digest of all that decides a result: settings, method, versions, and the code itself."""
     parts = {
         "settings": asdict(settings),
-        "method": repr(entry.method) if entry else "base",
+        "line": repr(entry) if entry else "base",
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         "source": _source_digest(),
     }
@@ -96,7 +106,7 @@ def _source_digest() -> str:
     demo = REPOSITORY / "benchmarks" / "demo"
     files = sorted(package.rglob("*.py"))
     files += sorted((REPOSITORY / "benchmarks" / "common").glob("*.py"))
-    files += [demo / "run.py", demo / "reload.py"]
+    files += [demo / name for name in ("run.py", "four_bits.py", "reload.py")]
     digest = hashlib.sha256()
     for file in files:
         digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")

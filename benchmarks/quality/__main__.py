@@ -2,6 +2,7 @@
 
     python -m benchmarks.quality search --data DATA --model PACKED --out OUT --time-limit 400
     python -m benchmarks.quality grid --methods vanilla auto --seeds 0 1 2 ...
+    python -m benchmarks.quality grid --methods qera:reference=true --set model=smollm2-135m-instruct+nf4 ...
     python -m benchmarks.quality seeds  --records OUT ...
     python -m benchmarks.quality sweep --over rank --values 1 4 16 64 --methods vanilla eva ...
 
@@ -17,8 +18,7 @@ import time
 from benchmarks.quality import stages
 from benchmarks.quality.arguments import add_common, experiments_of
 from benchmarks.quality.bench import Bench
-from benchmarks.quality.models.loading import choose_device, load_model
-from benchmarks.quality.models.registry import model_of
+from benchmarks.quality.models.loading import choose_device, full_precision, load_model
 from benchmarks.quality.records import read_records
 from benchmarks.quality.time_limit import Clock, OutOfTime
 
@@ -50,12 +50,16 @@ def main() -> None:
     clock.began = clock_began
     done = read_records([*arguments.records, arguments.out])
     experiments = experiments_of(arguments, list(done.values()))
+    models = {e.model for e in experiments}
+    if len(models) > 1:
+        parser.error(f"one call trains one model; these tasks need {', '.join(sorted(models))}")
     left = sum(e.id not in done for e in experiments)
     print(f"{arguments.stage}: {len(experiments)} runs, {left} to do", flush=True)
     if not left:
         return
+    (model,), device = models, choose_device()
     bench = Bench(
-        load_model(arguments.model, choose_device(), model_of(arguments.tasks)),
+        load_model(arguments.model, device, model),
         arguments.data,
         arguments.out,
         arguments.stage,
@@ -63,6 +67,7 @@ def main() -> None:
         test=arguments.stage != "search",
         commit=arguments.commit,
         clock=clock,
+        reference=full_precision(arguments.model, device, model),
     )
     try:
         bench.run(experiments, set(done))

@@ -18,7 +18,7 @@ from benchmarks.quality.data.files import load_pools, style_of
 from benchmarks.quality.data.pools import Pool
 from benchmarks.quality.experiment import FULL, Experiment
 from benchmarks.quality.initialization import Initialised, Initialiser
-from benchmarks.quality.models.registry import KINDS
+from benchmarks.quality.models.registry import kind_of
 from benchmarks.quality.outcomes import evaluations, measured
 from benchmarks.quality.records import append, head, provenance
 from benchmarks.quality.stacks import batch_rows_of, stack_for, stack_key
@@ -41,6 +41,7 @@ class Bench:
         stack: most adapters trained at once, at sequences of up to `STACK_LENGTH` tokens.
         test: whether the test split is scored.
         validation_rows: how many validation sequences are scored at the end.
+        reference: the full-precision model of a quantized one.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Bench:
         evaluation_rows: int = 128,
         commit: str | None = None,
         clock: Clock | None = None,
+        reference: Any = None,
     ) -> None:
         self.device = model.device
         self.cuda = self.device.type == "cuda"
@@ -67,7 +69,9 @@ class Bench:
         self.evaluation_rows = evaluation_rows
         # Launches cost more than products on a device: few large batches.
         on_device = next(model.parameters()).is_cuda
-        self.initialise = Initialiser(model, batch_size=128 if on_device else 32)
+        self.initialise = Initialiser(
+            model, batch_size=128 if on_device else 32, reference=reference
+        )
         self.clock = clock or Clock(None)
         self.provenance = provenance(commit, self.device)
         self._bases: dict[Any, Base] = {}
@@ -182,7 +186,7 @@ class Bench:
 
     def _full(self, experiment: Experiment, pools: dict[str, Pool]) -> None:
         """One run of full fine-tuning."""
-        KINDS[experiment.model].seed_head(self.model, experiment.seed)
+        kind_of(experiment.model).seed_head(self.model, experiment.seed)
         outcome = train_full(
             self.model,
             pools["train"],
@@ -230,7 +234,7 @@ class Bench:
 
     def _base(self, model: str, precision: str) -> Base:
         if (model, precision) not in self._bases:
-            base = KINDS[model].base(self.model, _DTYPES[precision], self.cuda)
+            base = kind_of(model).base(self.model, _DTYPES[precision], self.cuda)
             self._bases[model, precision] = base
         return self._bases[model, precision]
 

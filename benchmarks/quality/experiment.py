@@ -34,7 +34,7 @@ class Experiment:
         task: name in a list of tasks of ``benchmarks.quality.models.registry``.
         method: name in ``lorainit.METHODS``, or ``"full"``.
         settings: keyword arguments of the method, JSON values; ``{"paper": true}`` stands for
-            ``Method.paper()``.
+            ``Method.paper()``, and ``{"reference": true}`` for ``reference_weights`` of a quantized base.
         learning_rate: the peak of the schedule.
         seed: draws the training samples, their order and the random starts.
         rank: of the adapter.
@@ -44,7 +44,7 @@ class Experiment:
         batch_size: sequences a step.
         train_samples: distinct training sequences; they repeat, reshuffled, when steps need more.
         statistics_samples: the first so many of them are what the method may see.
-        model: the base model.
+        model: the base model; ``NAME+GRID`` is the base ``NAME`` quantized.
         precision: of base weights and activations in training; adapters and optimizer are float32.
         warmup: share of the steps over which the rate rises from zero; a cosine to zero follows.
         clip: largest norm of the gradient, over all adapter weights together.
@@ -111,6 +111,7 @@ class Experiment:
         """The method object; one that asks how many samples will be trained on is told."""
         settings = dict(self.settings)
         kind = lorainit.METHODS[self.method]
+        settings.pop("reference", None)
         paper = settings.pop("paper", False)
         method = replace(kind.paper(), **settings) if paper else kind(**settings)  # type: ignore[attr-defined]
         if getattr(method, "population", 0) is None:

@@ -15,7 +15,7 @@ import lorainit
 from benchmarks.quality.data.order import training_rows
 from benchmarks.quality.data.pools import Pool
 from benchmarks.quality.experiment import Experiment
-from benchmarks.quality.models.registry import KINDS
+from benchmarks.quality.models.registry import kind_of
 from benchmarks.quality.training.adapters import Start
 
 RANDOM = frozenset({"vanilla", "gaussian", "orthogonal"})
@@ -27,7 +27,7 @@ def lora_config(experiment: Experiment) -> LoraConfig:
         r=experiment.rank,
         lora_alpha=experiment.alpha,
         use_rslora=experiment.rslora,
-        **KINDS[experiment.model].adapter(),
+        **kind_of(experiment.model).adapter(),
     )
 
 
@@ -79,10 +79,13 @@ class Initialiser:
     Args:
         model: the base; it is as it was after every call.
         batch_size: of the collection.
+        reference: what a quantized base was before, for experiments that ask for it.
     """
 
-    def __init__(self, model: nn.Module, *, batch_size: int = 32) -> None:
-        self.model, self.batch_size = model, batch_size
+    def __init__(
+        self, model: nn.Module, *, batch_size: int = 32, reference: nn.Module | None = None
+    ) -> None:
+        self.model, self.batch_size, self.reference = model, batch_size, reference
         self.device = next(model.parameters()).device
         self._statistics: dict[Any, tuple[lorainit.Statistics, float]] = {}
         self._solved: dict[Any, Initialised] = {}
@@ -112,7 +115,7 @@ class Initialiser:
         if key in self._solved:
             return self._solved[key]
         method = experiment.build_method()
-        KINDS[experiment.model].seed_head(self.model, experiment.seed)
+        kind_of(experiment.model).seed_head(self.model, experiment.seed)
         config = lora_config(experiment)
         collected, seconds = None, 0.0
         arguments: dict[str, Any] = {}
@@ -122,6 +125,10 @@ class Initialiser:
         elif method.needs:
             collected, seconds = self._collect(experiment, train, together)
             arguments["statistics"] = collected
+        if experiment.settings.get("reference"):
+            if self.reference is None:
+                raise ValueError(f"{experiment.model} is not quantized: it has no reference")
+            arguments["reference_weights"] = self.reference
         torch.manual_seed(experiment.seed)
         self._wait()
         began = time.perf_counter()
@@ -143,7 +150,7 @@ class Initialiser:
     def _key(self, experiment: Experiment) -> tuple[Any, ...]:
         """What a start depends on; its last part is None where it reads no data."""
         method = experiment.build_method()
-        fresh = experiment.method in RANDOM or KINDS[experiment.model].fresh_head
+        fresh = experiment.method in RANDOM or kind_of(experiment.model).fresh_head
         reads = bool(method.needs) or experiment.wants_data(method)
         return (
             experiment.label,

@@ -10,7 +10,10 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+from peft import LoraConfig
 from torch import Tensor, nn
+
+from lorainit.adapters.targets import match_targets
 
 GROUP = 64
 
@@ -24,6 +27,25 @@ def rounded(weight: Tensor, bits: int, *, offset: bool = True) -> Tensor:
         return (((groups - low) / step).round() * step + low).reshape(weight.shape)
     step = (groups.abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 1)).clamp_min(1e-12)
     return ((groups / step).round() * step).reshape(weight.shape)
+
+
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+    0.7229568362236023, 1.0,
+)  # fmt: skip
+"""The values of a normal float of 4 bits (QLoRA, arXiv 2305.14314, appendix E)."""
+
+
+def normal_float(weight: Tensor) -> Tensor:
+    """NF4 in blocks of 64 with float32 scales: bitsandbytes' own values, without bitsandbytes."""
+    values = torch.tensor(NF4, device=weight.device)
+    groups = weight.reshape(-1, GROUP).float()
+    scales = groups.abs().amax(-1, keepdim=True)
+    between = (values[1:] + values[:-1]) / 2
+    nearest = torch.bucketize(groups / scales.clamp_min(1e-30), between)
+    return (values[nearest] * scales).reshape(weight.shape).to(weight)
 
 
 def by_bitsandbytes(weight: Tensor, *, double: bool) -> Tensor:
@@ -51,7 +73,7 @@ def by_hqq(weight: Tensor, bits: int) -> Tensor:
 
 
 QUANTIZERS: dict[str, Callable[[Tensor], Tensor]] = {
-    "nf4": partial(by_bitsandbytes, double=False),
+    "nf4": normal_float,
     "nf4-double": partial(by_bitsandbytes, double=True),
     "rtn4": partial(rounded, bits=4),
     "rtn3": partial(rounded, bits=3),
@@ -64,8 +86,8 @@ QUANTIZERS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @torch.no_grad()
-def quantize(model: nn.Module, kind: str, names: list[str]) -> None:
-    """The weights of these layers replaced by their quantized copies, in place."""
-    for name in names:
+def quantize(model: nn.Module, kind: str, config: LoraConfig) -> None:
+    """The weights of the layers that adapters go to replaced by their quantized copies, in place."""
+    for name in match_targets(model, config).layers:
         weight = model.get_submodule(name).weight
         weight.copy_(QUANTIZERS[kind](weight.detach()))

@@ -6,7 +6,7 @@ SmolLM2-135M, whose own weights are dequantized 4-bit ones (affine, groups of 32
 grid. Statistics are taken of the quantized model on some rows; on other rows are measured the divergence
 ``KL(full || quantized)`` a position and the loss, beside the full-precision model's. One JSON line a start,
 kept in ``results/recovery.jsonl`` by ``--output``, and a table at the end. Text: Python's own manual
-(``pydoc_data``), or a task of reasoning-gym.
+(``pydoc_data``), or a task that ``benchmarks.quality.data`` prepared.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 import lorainit
 from benchmarks.common.models import load_smollm2, load_smollm2_tokenizer
+from benchmarks.quality.data.files import default_folder, load_pools
 from benchmarks.quantized.quantizers import QUANTIZERS, quantize
-from lorainit.adapters.targets import match_targets
 
 METHODS: dict[str, Any] = {
     "LoftQ": lorainit.LoftQ(),
@@ -54,26 +54,9 @@ def text_batches(tokenizer: Any, rows: int, length: int, size: int) -> list[dict
     ]
 
 
-def task_batches(tokenizer: Any, rows: int, task: str, size: int) -> list[dict[str, Tensor]]:
-    """Problems and answers, the answers labelled."""
-    import reasoning_gym
-
-    problems = reasoning_gym.create_dataset(task, size=rows, seed=7)
-    found = []
-    for first in range(0, rows, size):
-        part = [problems[i] for i in range(first, min(first + size, rows))]
-        pairs = [(problem["question"] + "\n", problem["answer"]) for problem in part]
-        asked = [tokenizer(q)["input_ids"] for q, _ in pairs]
-        answers = [tokenizer(a)["input_ids"] + [tokenizer.eos_token_id] for _, a in pairs]
-        width = max(len(q) + len(a) for q, a in zip(asked, answers, strict=True))
-        ids = torch.full((len(pairs), width), tokenizer.pad_token_id)
-        labels, mask = torch.full_like(ids, -100), torch.zeros_like(ids)
-        for row, (q, a) in enumerate(zip(asked, answers, strict=True)):
-            ids[row, : len(q) + len(a)] = torch.tensor(q + a)
-            labels[row, len(q) : len(q) + len(a)] = torch.tensor(a)
-            mask[row, : len(q) + len(a)] = 1
-        found.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
-    return found
+def task_batches(task: str, folder: Path, rows: int, size: int) -> list[dict[str, Tensor]]:
+    """Problems and answers of a prepared task, the answers labelled."""
+    return load_pools(task, folder)["train"].batches(range(rows), size)
 
 
 @torch.no_grad()
@@ -113,7 +96,7 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         )
     else:
         batches = task_batches(
-            tokenizer, options.rows + options.held_out, options.data, options.batch
+            options.data, options.folder, options.rows + options.held_out, options.batch
         )
     batches = [{k: v.to(device) for k, v in batch.items()} for batch in batches]
     # Every so many rows one is held out, so that both are of the same kind.
@@ -126,7 +109,7 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     needs = lorainit.KroneckerQER().needs
     for kind in options.kinds:
         base = copy.deepcopy(reference)
-        quantize(base, kind, list(match_targets(base, lora(8)).layers))
+        quantize(base, kind, lora(8))
         kl, loss = measured(base, held, wanted)
         common = {
             "model": "SmolLM2-135M", "kind": kind, "data": options.data, "rows": options.rows,
@@ -177,7 +160,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--kinds", nargs="+", default=["nf4", "rtn3", "rtn2"], choices=QUANTIZERS)
     parser.add_argument("--ranks", nargs="+", type=int, default=[8, 32])
     parser.add_argument("--methods", nargs="+", choices=METHODS)
-    parser.add_argument("--data", default="text", help="text, or a task of reasoning-gym")
+    parser.add_argument("--data", default="text", help="text, or a prepared task")
+    parser.add_argument("--folder", type=Path, default=default_folder(), help="prepared tasks")
     parser.add_argument("--rows", type=int, default=64, help="for the statistics")
     parser.add_argument("--held-out", type=int, default=64, help="rows to measure on")
     parser.add_argument("--length", type=int, default=128, help="tokens a row of text")

@@ -212,6 +212,23 @@ def test_combinations_of_the_change_are_exact(combination: str) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("combination", ["svd", "dare_linear_svd"])
+def test_combinations_of_twice_a_rank_that_a_layer_does_not_have(combination: str) -> None:
+    """PEFT's default rank is the adapters' own, here 40 of layers of 32."""
+    model = start(llama(), METHODS["anchored-weight"], small(r=20), adapter_name="first")
+    start(model, METHODS["anchored"], small(r=20), adapter_name="second")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    parts = [deltas(model, name) for name in ("first", "second")]
+    model.add_weighted_adapter(["first", "second"], [0.7, 0.4], "both", combination, density=1.0)
+    assert model.peft_config["both"].r == 40
+    for found, first, second in zip(deltas(model, "both"), *parts, strict=True):
+        assert first.norm() > 0.1
+        torch.testing.assert_close(found, 0.7 * first + 0.4 * second, rtol=1e-4, atol=1e-5)
+
+
 # The side file
 
 

@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("reasoning_gym")
 pytest.importorskip("accelerate")
 
-from benchmarks.demo import report, run
+from benchmarks.demo import four_bits, report, run
 from benchmarks.demo.settings import Settings, entries, result_key
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -21,6 +21,7 @@ SETTINGS = Settings(
     max_length=160,
     statistics_sequences=6,
     statistics_batch=3,
+    rate_sequences=6,
     rank=2,
     steps=3,
     batch_size=2,
@@ -52,7 +53,13 @@ def tiny(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "name",
-    ["filet", *(pytest.param(name, marks=pytest.mark.slow) for name in ("lora", "lora-da"))],
+    [
+        "filet",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("lora", "lora-suggested", "lora-da")
+        ),
+    ],
 )
 def test_the_whole_line(name, tiny, tmp_path):
     data = run.load_data(SETTINGS)
@@ -66,6 +73,8 @@ def test_the_whole_line(name, tiny, tmp_path):
     assert result["reload"]["max_abs_diff"] < 1e-5
     assert result["reload"]["rank"] == (4 if name == "filet" else 2)
     assert not result["reload"]["lorainit_imported"]
+    assert (result["learning_rate"] == 2e-4) == (name == "lora")
+    assert ("suggested" in result["label"]) == (name != "lora")
     json.dumps(result)
 
 
@@ -104,18 +113,38 @@ def _result(name: str) -> dict:
     }
 
 
+def test_a_base_in_four_bits_gets_something_back(tiny, monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    from transformers import LlamaForCausalLM
+
+    def load(**options):
+        return LlamaForCausalLM.from_pretrained(tiny, **options)
+
+    monkeypatch.setattr(four_bits, "load_smollm2", load)
+    monkeypatch.setattr(four_bits, "smollm2_folder", lambda: tiny)
+    data = run.load_data(SETTINGS)
+    full = run.score_held_out(load().eval(), SETTINGS, data, "full")
+    found = four_bits.run_four_bits(SETTINGS, data)
+    assert abs(found["loss_given_back"] - full.loss) < abs(found["loss"] - full.loss)
+
+
 def test_report(tmp_path):
     pytest.importorskip("matplotlib")
     base = {"held_out": [{"step": 0, "loss": 2.0, "exact_match": 0.0}]}
+    back = {"loss": 2.5, "loss_given_back": 2.1, "exact_match": 0.0, "init_seconds": 3.0}
+    back["exact_match_given_back"] = 0.01
     results = [_result("lora"), _result("filet")]
-    lines = report.table(base, results).splitlines()
-    assert len(lines) == 5
-    assert len({len(line) for line in lines}) == 1
-    assert "1.700" in lines[3]
-    assert "15.0%" in lines[3]
-    report.plot(tmp_path / "loss.png", SETTINGS, results, entries())
-    assert (tmp_path / "loss.png").stat().st_size > 10_000
-    report.write_json(tmp_path / "results.json", SETTINGS, base, results)
+    for quantized, count in ((None, 5), (back, 7)):
+        lines = report.table(SETTINGS, base, quantized, results).splitlines()
+        assert len(lines) == count
+        assert len({len(line) for line in lines}) == 1
+        assert "1.700" in lines[3]
+        assert "15.0%" in lines[3]
+        report.plot(tmp_path / "loss.png", SETTINGS, base, quantized, results, entries())
+        assert (tmp_path / "loss.png").stat().st_size > 10_000
+    assert "2.100" in lines[-1]
+    report.write_json(tmp_path / "results.json", SETTINGS, base, back, results)
     written = json.loads((tmp_path / "results.json").read_text())
     assert written["methods"] == results
+    assert written["four_bits"] == back
     assert written["provenance"]["versions"]["torch"] == torch.__version__

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from benchmarks.quantized.quantizers import GROUP, QUANTIZERS
+from benchmarks.quantized.quantizers import GROUP, QUANTIZERS, by_bitsandbytes, normal_float
 from benchmarks.quantized.recover import table
 
 
@@ -18,6 +18,14 @@ def test_a_group_has_as_many_values_as_its_bits_allow(kind: str) -> None:
     if not kind.startswith("hqq"):
         values = [len(group.unique()) for group in found.reshape(-1, GROUP)]
         assert max(values) <= 2**bits
+
+
+def test_normal_floats_are_those_of_bitsandbytes() -> None:
+    pytest.importorskip("bitsandbytes")
+    weight = torch.randn(48, 4 * GROUP, generator=torch.Generator().manual_seed(1))
+    weight[3] = 0.0
+    torch.testing.assert_close(normal_float(weight), by_bitsandbytes(weight, double=False))
+    assert not torch.equal(normal_float(weight), by_bitsandbytes(weight, double=True))
 
 
 def test_the_table_says_what_share_is_gone() -> None:

@@ -55,11 +55,12 @@ RECORDS = {
 
 PUBLIC = {"adapters", "calibration", "data", "errors", "linalg", "methods", "report", "types"}
 INTERNAL = {
-    "quantized/recover.py": "finds a model's target layers, to quantize them",
+    "quantized/quantizers.py": "finds a model's target layers, to quantize them",
     "common/models.py": "loads whole models alone, as the command line does",
     "quality/models/registry.py": "loads whole models alone, as the command line does",
     "quality/models/vit.py": "loads whole models alone, as the command line does",
     "quality/suggested.py": "judges the law that is the package's own",
+    "published/blocks.py": "judges the law that is the package's own",
     "common/package_internals.py": "parts of a start, timed one by one",
     "quantized/bench.py": "what is checked is how the package reads a quantized weight",
     "studies/precision/products.py": "counts products inside the iteration, and moves its goal",

@@ -17,6 +17,9 @@ from tests.distributed.scenarios import METHODS, ROWS, config, part, sharded, wh
 from tests.statistics import models
 from tests.statistics.models import batches
 
+STARTS = ("eva", "lora_da", "pissa")
+"""With B = 0, displaced, anchored."""
+
 
 def started(name: str) -> PeftModel:
     return lorainit.get_peft_model(
@@ -33,7 +36,7 @@ def batch(rank: int, size: int) -> dict[str, Tensor]:
 def ddp_traffic(rank: int, size: int) -> dict[str, tuple[int, int]]:
     """Numbers sent in three steps: gradients, and buffers before every forward."""
     found = {}
-    for name in ("pissa", "vanilla"):
+    for name in (*STARTS, "vanilla"):
         run = DistributedDataParallel(started(name))
         sent = [0, 0]
         original = run._sync_buffers
@@ -62,9 +65,13 @@ def ddp_traffic(rank: int, size: int) -> dict[str, tuple[int, int]]:
     return found
 
 
-def sharded_state(rank: int, size: int, kind: str) -> dict[str, dict[str, Tensor]]:
-    """A step of training under a wrapper, and the whole state dict that it gives."""
-    model = started("pissa")
+def sharded_states(rank: int, size: int, kind: str) -> dict[str, dict[str, dict[str, Tensor]]]:
+    """By start, a step of training under a wrapper and the whole state dict that it gives."""
+    return {name: _sharded_state(rank, size, kind, name) for name in STARTS}
+
+
+def _sharded_state(rank: int, size: int, kind: str, name: str) -> dict[str, dict[str, Tensor]]:
+    model = started(name)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     run: Any = model
     if kind == "fsdp1":

@@ -6,16 +6,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from torch import nn
 
-from benchmarks.quality.models.registry import KINDS
+from benchmarks.quality.models.registry import kind_of
+from benchmarks.quantized.quantizers import quantize
 
 
 def load_model(
     folder: Path | None, device: torch.device, name: str = "smollm2-135m-instruct"
 ) -> Any:
-    """A base model of `KINDS` from a folder, else from the cache of the benchmarks."""
-    return round_base(KINDS[name].load(folder, device))
+    """A base model of `KINDS` from a folder, else from the cache of the benchmarks.
+
+    ``NAME+GRID``: the layers that adapters go to are rounded to a grid of ``benchmarks.quantized``.
+    """
+    model = round_base(kind_of(name).load(folder, device))
+    _, _, grid = name.partition("+")
+    if grid:
+        quantize(model, grid, LoraConfig(**kind_of(name).adapter()))
+        round_base(model)
+    return model
+
+
+def full_precision(folder: Path | None, device: torch.device, name: str) -> Any:
+    """What a quantized model was before, or None for any other."""
+    before, _, grid = name.partition("+")
+    return load_model(folder, device, before) if grid else None
 
 
 @torch.no_grad()

@@ -117,6 +117,12 @@ KINDS: dict[str, Kind] = {
 }
 """By the name that an experiment gives its model."""
 
+
+def kind_of(model: str) -> Kind:
+    """The kind of a model by its name in an experiment, quantized (``NAME+GRID``) or not."""
+    return KINDS[model.partition("+")[0]]
+
+
 FRESH_TASKS = frozenset(FRESH + FRESH_LABELLED)
 """Of all models: tasks that no choice was made on."""
 

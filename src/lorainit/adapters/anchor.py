@@ -180,7 +180,7 @@ class AnchoredFactor(nn.Module):
             return
         same = [size for dim, size in enumerate(whole.shape) if dim != self.rank_dim]
         own = [size for dim, size in enumerate(trained.shape) if dim != self.rank_dim]
-        if self.experts > 1 or same != own:
+        if same != own or whole.shape[self.rank_dim] % self.experts:
             raise RuntimeError(self._unfit(whole))
         take_anchor(self)
         trained.data = whole

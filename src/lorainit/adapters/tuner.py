@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import torch
 from peft.tuners.lora import LoraLayer, LoraModel
-from torch import nn
+from torch import Tensor, nn
 
 from lorainit.adapters.anchor import AnchoredFactor
 from lorainit.adapters.anchored_kinds import Side, give_anchor
@@ -17,7 +18,7 @@ _FACTOR_BY_FACTOR = ("ties", "dare_ties", "dare_linear", "magnitude_prune")
 
 
 class StartedLoraModel(LoraModel):  # type: ignore[misc]
-    """A LoraModel with two differences, both about anchored adapters."""
+    """A LoraModel with three differences, all about anchored adapters."""
 
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
@@ -55,7 +56,11 @@ class StartedLoraModel(LoraModel):  # type: ignore[misc]
             AdapterError: a combination that would prune an anchored adapter's start apart from what is
                 to take it away again.
         """
-        if combination_type in _FACTOR_BY_FACTOR and len(adapters) > 1:
+        parameters = [
+            self.peft_config[n].target_parameters for n in adapters if n in self.peft_config
+        ]
+        # PEFT combines no adapters of parameters, and says so itself.
+        if combination_type in _FACTOR_BY_FACTOR and len(adapters) > 1 and not any(parameters):
             for name in adapters:
                 if _is_anchored(self.model, name):
                     raise AdapterError(
@@ -66,6 +71,39 @@ class StartedLoraModel(LoraModel):  # type: ignore[misc]
         super().add_weighted_adapter(
             adapters, weights, adapter_name, combination_type, *args, **kwargs
         )
+
+    def _svd_generalized_task_arithmetic_weighted_adapter(
+        self,
+        combination_type: str,
+        adapters: list[str],
+        weights: list[float],
+        new_rank: int,
+        target: LoraLayer,
+        target_lora_A: Tensor,
+        target_lora_B: Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """As PEFT's, also for a rank above the layer's own, as twice an adapter's rank may be.
+
+        Returns:
+            ``A`` and ``B`` of `new_rank`, of which those above the layer's own are zero.
+        """
+        rank = min(new_rank, target_lora_A[0].numel(), len(target_lora_B))
+        a, b = super()._svd_generalized_task_arithmetic_weighted_adapter(
+            combination_type,
+            adapters,
+            weights,
+            rank,
+            target,
+            target_lora_A[:rank],
+            target_lora_B[:, :rank],
+            *args,
+            **kwargs,
+        )
+        rows = a.new_zeros(new_rank - rank, *a.shape[1:])
+        columns = b.new_zeros(len(b), new_rank - rank, *b.shape[2:])
+        return torch.cat([a, rows]), torch.cat([b, columns], dim=1)
 
 
 def know_anchors(model: nn.Module) -> None:
