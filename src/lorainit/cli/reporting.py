@@ -14,7 +14,7 @@ from lorainit.cli.outputs import check_file, is_page
 from lorainit.cli.shared import known_methods, load_data, lora_config, mean_loss, speaking
 from lorainit.report import report
 from lorainit.report.curves import Curve, read_curves
-from lorainit.report.predicted_decrease import StartLoss
+from lorainit.report.start_loss import StartLoss
 from lorainit.statistics import Statistics
 
 

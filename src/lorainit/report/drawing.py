@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from html import escape
 
-_CELL = (64, 19)
+_CELL = (46, 19)
 _LIGHT_TEXT = 0.68
 """Above this strength the text of a cell takes the paper's colour."""
 
@@ -24,15 +24,12 @@ def heat_map(
         label: what it shows, for readers who do not see it.
     """
     depths = sorted({depth for depth, _ in values}, key=lambda d: -1 if d is None else d)
-    left, top = 34, 22
+    left, top = 28, 34
     width, height = left + _CELL[0] * len(columns) + 2, top + _CELL[1] * len(depths) + 2
     parts = []
     for j, column in enumerate(columns):
         x = left + (j + 0.5) * _CELL[0]
-        shown = column if len(column) <= 10 else column[:9] + "…"
-        parts.append(
-            f'<text class="axis" x="{x}" y="14" text-anchor="middle">{escape(shown)}</text>'
-        )
+        parts.append(_heading(column, x))
     for i, depth in enumerate(depths):
         y = top + i * _CELL[1]
         name = "–" if depth is None else str(depth)
@@ -53,6 +50,32 @@ def heat_map(
                 f'text-anchor="middle">{escape(text)}</text></g>'
             )
     return _svg(width, height, label, parts, natural=True)
+
+
+_LINE = 8
+"""Letters that fit over a cell."""
+
+
+def _heading(name: str, x: float) -> str:
+    """A column's name over it, on one line or two; all of it in the tooltip."""
+    lines = "".join(
+        f'<text class="axis" x="{x}" y="{28 - 12 * k}" text-anchor="middle">{escape(line)}</text>'
+        for k, line in enumerate(reversed(_two_lines(name)))
+    )
+    return f"<g><title>{escape(name)}</title>{lines}</g>"
+
+
+def _two_lines(name: str) -> list[str]:
+    """A name as one line or two, broken after ``_``, ``.`` or ``-``: ``gate_`` and ``proj``."""
+    if len(name) <= _LINE:
+        return [name]
+    breaks = [i + 1 for i, letter in enumerate(name[:-1]) if letter in "_.-"]
+    at = min(breaks, key=lambda i: abs(2 * i - len(name)), default=len(name))
+    return [
+        part if len(part) <= _LINE else part[: _LINE - 1] + "…"
+        for part in (name[:at], name[at:])
+        if part
+    ]
 
 
 def spectra(lines: Sequence[Sequence[float]], rank: int, label: str) -> str:
@@ -192,14 +215,13 @@ def _scale(values: Sequence[float]) -> tuple[float, float, list[float]]:
 
 def matrix(names: Sequence[str], values: Mapping[tuple[str, str], float], label: str) -> str:
     """Overlaps of methods, two by two."""
-    left, top, cell = 84, 22, 74
+    left, top, cell = 76, 34, 54
     width, height = left + cell * len(names) + 2, top + 30 * len(names) + 2
     parts = []
     for i, first in enumerate(names):
         y = top + 30 * i
+        parts.append(_heading(first, left + cell * (i + 0.5)))
         parts.append(
-            f'<text class="axis" x="{left + cell * (i + 0.5)}" y="14" text-anchor="middle">'
-            f"{escape(first)}</text>"
             f'<text class="axis" x="{left - 6}" y="{y + 19}" text-anchor="end">{escape(first)}</text>'
         )
         for j, second in enumerate(names):

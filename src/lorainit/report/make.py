@@ -21,13 +21,8 @@ from lorainit.report.advice import advice
 from lorainit.report.curves import Curve
 from lorainit.report.measure import measure_layer, methods_served, spread
 from lorainit.report.page import Facts, render
-from lorainit.report.predicted_decrease import (
-    Displacement,
-    StartLoss,
-    displacements_of,
-    measured_loss,
-)
 from lorainit.report.sizes import sizes_of
+from lorainit.report.start_loss import StartLoss, measured_loss
 from lorainit.statistics import Statistics
 
 _DEPTHS_COMPARED = 8
@@ -64,7 +59,8 @@ def report(
         progress: show a progress bar.
 
     Returns:
-        Weight (``"warn"``, ``"note"``, ``"good"``) and words.
+        Weight (``"warn"``, ``"note"``, ``"good"``) and words. The first three are always there, one
+        sentence each on the learning rate, the rank and the method; what else stands out follows.
 
     Raises:
         TargetError, StatisticsFileError, RankError: the three do not fit together.
@@ -75,16 +71,10 @@ def report(
         with_possible_ranks(model, peft_config, targets, Vanilla(), cap_rank=False)
     served = methods_served(statistics, {name: METHODS[name]() for name in methods})
     sizes: Mapping[str, float] = {}
-    displacements: Mapping[str, Displacement] = {}
-    anchored = calibrated = False
-    rate: Mapping[str, float] = {}
+    origin, adapter = None, False
     if isinstance(model, PeftModel) and adapter_name in model.peft_config:
-        sizes = sizes_of(model, adapter_name)
-        displacements = displacements_of(model, adapter_name)
+        adapter, sizes = True, sizes_of(model, adapter_name)
         origin = origin_of(model, adapter_name)
-        anchored = origin is not None and origin.anchored
-        calibrated = origin is not None and origin.measured.get("length", 0) > 0
-        rate = {} if origin is None else origin.measured
         if loss is None and origin is not None:
             loss = measured_loss(origin.measured)
     measured = [t for name, t in targets.layers.items() if name in statistics]
@@ -103,13 +93,13 @@ def report(
             served if target.name in compared else {},
             spectra=spectra,
             size=sizes.get(target.name),
-            displacement=displacements.get(target.name),
         )
         for target in bar
     ]
     metadata: dict[str, Any] = {**statistics.metadata}
-    facts = Facts(metadata, peft_config.r, anchored, calibrated, loss, list(served), list(curves))
-    said = advice(layers, metadata, anchored=anchored, loss=loss, rate=rate)
+    anchored = origin is not None and origin.anchored
+    facts = Facts(metadata, peft_config.r, anchored, loss, list(served), list(curves))
+    said = advice(layers, metadata, rank=peft_config.r, adapter=adapter, origin=origin, loss=loss)
     path = Path(output)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, render(layers, facts, said, title=title))
