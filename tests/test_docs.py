@@ -98,6 +98,22 @@ def test_python_blocks_run(page: Path, folder: Path, monkeypatch: pytest.MonkeyP
         exec(compile("\n" * (line) + code, str(page), "exec"), module.__dict__)
 
 
+def test_the_notebook_runs(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("accelerate")
+    notebook = json.loads((ROOT / "examples" / "quick_start.ipynb").read_text(encoding="utf-8"))
+    given = {"MODEL": folder / "model", "DATA": folder / "train.jsonl", "STEPS": 3}
+    for key, value in given.items():
+        monkeypatch.setenv(key, str(value))
+    monkeypatch.chdir(tmp_path)
+    cells: dict[str, object] = {}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            assert not cell["outputs"]
+            exec(compile("".join(cell["source"]), "quick_start.ipynb", "exec"), cells)
+    assert float(cells["difference"]) < 1e-5  # type: ignore[arg-type]
+    assert (tmp_path / "adapter" / "adapter_config.json").exists()
+
+
 def test_what_is_not_run_is_there() -> None:
     everything = "".join(page.read_text(encoding="utf-8") for page in PAGES)
     assert not [text for text in NOT_RUN if text not in everything]

@@ -16,21 +16,6 @@ from tests.statistics import models
 from tests.statistics.models import batches
 
 
-def test_zero3_is_refused_with_the_way_round() -> None:
-    model = models.llama()
-    next(model.parameters()).ds_id = 0  # as deepspeed.zero.Init marks them
-    for call in (
-        lambda: lorainit.get_peft_model(model, config(), method=lorainit.PiSSA()),
-        lambda: lorainit.collect_statistics(
-            model, config(), data=batches(RAGGED, 2), needs={"gradient"}
-        ),
-    ):
-        with pytest.raises(
-            lorainit.errors.AdapterError, match=r"ZeRO-3.*PeftModel.from_pretrained"
-        ):
-            call()
-
-
 def test_fsdp1_is_refused() -> None:
     class FullyShardedDataParallel(nn.Module):
         def __init__(self, module: nn.Module) -> None:

@@ -13,19 +13,13 @@ import torch
 from peft import LoraConfig
 
 import lorainit
-from lorainit.adapters.layers import adapter_layers
 from lorainit.adapters.origin import origin_of
 from lorainit.adapters.targets import match_targets
 from lorainit.errors import DataError
-from lorainit.report import Curve, StartLoss, read_curves, report
+from lorainit.report import Curve, read_curves, report
 from lorainit.report.drawing import DRAWN_LAYERS, _scale, spectra
 from lorainit.report.measure import _directions, _spectrum, measure_layer, place_of, spread
-from lorainit.report.predicted_decrease import (
-    Displacement,
-    displacements_of,
-    predicted_decrease,
-    total,
-)
+from lorainit.report.rate_curve import of_comparison, of_measured
 from lorainit.report.sizes import sizes_of
 from tests.adapters import tiny
 from tests.statistics.test_convolutions import TARGETS, images, losses, network
@@ -105,78 +99,6 @@ def test_the_origin_keeps_what_was_measured(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     again = lorainit.load_adapter(tiny.llama(), tmp_path)
     assert origin_of(again, "default").measured == origin_of(model, "default").measured != {}
-
-
-@pytest.mark.parametrize("reduction", ["sequence", "token"])
-def test_promise_against_autograd(reduction: str) -> None:
-    """The slope is the derivative of the loss along the adapter; half of the step, half of it."""
-    data = [tiny.batch(rows=12)]
-    found = lorainit.collect_statistics(
-        tiny.llama(), tiny.config(), data=data, needs=lorainit.Natural.needs,
-        loss_reduction=reduction, progress=False,
-    )  # fmt: skip
-    model = tiny.start(tiny.llama(), lorainit.LoraOne(), data=data, loss_reduction=reduction)
-    slopes = {
-        name: predicted_decrease(displacement, found[name])
-        for name, displacement in displacements_of(model, "default").items()
-    }
-    batch = data[0]
-
-    def loss(length: float) -> torch.Tensor:
-        for layer in adapter_layers(model, "default").values():
-            layer.scaling["default"] = 2.0 * length
-        logits = model(**batch).logits[:, :-1]
-        labels = batch["labels"][:, 1:]
-        each = torch.nn.functional.cross_entropy(
-            logits.mT, labels, ignore_index=-100, reduction="none"
-        ).double()
-        if reduction == "token":
-            return each.sum() / (labels != -100).sum()
-        return (each.sum(1) / (labels != -100).sum(1)).mean()
-
-    h = 1e-2
-    with torch.no_grad():
-        expected = float(loss(h) - loss(-h)) / (2 * h)
-    assert total(slopes).slope == pytest.approx(expected, rel=0.02)
-    assert total(slopes).slope < 0 < total(slopes).bend
-
-
-def test_bend_is_the_fisher_of_a_linear_classifier() -> None:
-    """Softmax regression on one position a sequence: the factors are exact, and so is the bend."""
-    from lorainit.types import LayerStatistics
-
-    torch.manual_seed(0)
-    inputs, outputs, count = 5, 4, 4000
-    x = torch.randn(count, inputs, dtype=torch.float64) * torch.linspace(0.5, 2, inputs)
-    # Logits do not depend on the input, so the output's factor does not either.
-    probabilities = torch.softmax(torch.randn(outputs, dtype=torch.float64), 0)
-    labels = torch.multinomial(probabilities, count, replacement=True)
-    g = probabilities - torch.nn.functional.one_hot(labels, outputs)
-    exact = torch.diag(probabilities) - torch.outer(probabilities, probabilities)
-    left, right = torch.randn(outputs, 2).double(), torch.randn(2, inputs).double()
-    delta = left @ right
-    hessian = float((delta.mT @ exact @ delta * (x.mT @ x / count)).sum())
-    found = LayerStatistics(
-        gradient_sum=g.mT @ x,
-        input_second_moment_sum=x.mT @ x,
-        output_second_moment_sum=g.mT @ g,
-        sequences=count,
-        label_tokens=count,
-        positions=count,
-    )
-    promise = predicted_decrease(Displacement(left, right), found)
-    assert promise.bend == pytest.approx(hessian, rel=0.05)
-    # Sequences of three such positions, whose mean is the loss: gradients a third, the same bend.
-    found = replace(found, output_second_moment_sum=g.mT @ g / 9, sequences=count / 3)
-    assert predicted_decrease(Displacement(left, right), found).bend == pytest.approx(
-        hessian, rel=0.05
-    )
-    found = replace(
-        found, output_second_moment_sum=g.mT @ g, sequences=count / 3, loss_reduction="token"
-    )
-    assert predicted_decrease(Displacement(left, right), found).bend == pytest.approx(
-        hessian, rel=0.05
-    )
 
 
 def test_curves_of_a_trainer_and_of_a_comparison(tmp_path: Path) -> None:
@@ -275,19 +197,15 @@ def test_sizes_are_of_the_product() -> None:
     assert sizes_of(model)[name] == pytest.approx(expected, rel=1e-4)
 
 
-def test_advice_names_few_sequences_and_long_starts(
+def test_sizes_and_few_sequences_follow_the_advice(
     statistics: lorainit.Statistics, tmp_path: Path
 ) -> None:
     rest = (tiny.config(), statistics, tmp_path / "a.html")
     long = tiny.start(tiny.llama(), lorainit.LoraOne(gamma=1.0))
-    loss = StartLoss(4.0, 5.0, "12 records")
-    said = report(long, *rest, loss=loss, progress=False)
-    words = " ".join(text for kind, text in said if kind == "warn")
+    said = report(long, *rest, progress=False)
+    words = " ".join(text for kind, text in said[3:] if kind == "warn")
     assert "Only 12 sequences" in words
     assert "long first step" in words
-    assert "The start raises the loss from 4 to 5" in words
-    said = report(long, *rest, loss=replace(loss, start=3.0), progress=False)
-    assert "The start lowers the loss from 4 to 3" in " ".join(text for _, text in said)
     anchored = report(tiny.start(tiny.llama(), lorainit.PiSSA()), *rest, progress=False)
     assert "long first step" not in " ".join(text for _, text in anchored)
 
@@ -403,3 +321,54 @@ def test_a_page_of_convolutions_and_of_words(tmp_path: Path) -> None:
     )
     report(started, patches, found_patches, tmp_path / "patches.html", progress=False)
     assert set(sizes_of(started)) == set(TARGETS)
+
+
+def test_the_rate_curve_is_drawn_with_the_suggestion_on_it(tmp_path: Path) -> None:
+    model = tiny.llama()
+    data = [tiny.batch(rows=16)]
+    started = lorainit.get_peft_model(
+        model, tiny.config(), method=lorainit.Vanilla(), data=data, suggest_rate=True
+    )
+    origin = origin_of(started, "default")
+    assert origin is not None
+    curve = of_measured(origin.measured)
+    assert curve is not None
+    trials = origin.measured["learning_rate_trials"]
+    assert curve.points == tuple(map(tuple, trials))
+    assert curve.suggested is not None
+    assert curve.suggested[0] == origin.measured["learning_rate"]
+    statistics = lorainit.collect_statistics(
+        tiny.llama(), tiny.config(), data=data, needs=lorainit.Natural.needs, progress=False
+    )
+    page = tmp_path / "rates.html"
+    report(started, tiny.config(), statistics, page, progress=False)
+    text = page.read_text()
+    assert "The learning rate" in text
+    assert 'class="range"' in text
+    without = tmp_path / "without.html"
+    report(tiny.llama(), tiny.config(), statistics, without, progress=False)
+    assert "The learning rate</h2>" not in without.read_text()
+
+
+@pytest.mark.parametrize(
+    "trials",
+    [None, "1e-4", [[1e-4]], [[0.0, 1.0], [-1, 2.0]], [[1e-4, None], ["a", "b"]], 3, [1e-4]],
+)
+def test_trials_that_are_none_draw_nothing(trials: object) -> None:
+    assert of_measured({"learning_rate": 1e-4, "learning_rate_trials": trials}) is None
+
+
+def test_a_comparison_has_a_rate_curve_a_method(tmp_path: Path) -> None:
+    runs = [{"rate": 1e-4, "loss": 2.0}, {"rate": 3e-4, "loss": 1.0}]
+    content = {
+        "best": {},
+        "runs": {"natural": runs, "eva": runs[:1]},
+        "suggested": {"natural": 3e-4},
+    }
+    content["suggested_range"] = {"natural": [2e-4, 5e-4]}
+    (tmp_path / "table.json").write_text(json.dumps(content))
+    (curve,) = of_comparison(tmp_path / "table.json")
+    assert curve.points == ((1e-4, 2.0), (3e-4, 1.0))
+    assert curve.suggested == (3e-4, 2e-4, 5e-4)
+    (tmp_path / "other.json").write_text("[1]")
+    assert of_comparison(tmp_path / "other.json") == []

@@ -28,18 +28,17 @@ processes.
 
 from __future__ import annotations
 
+import itertools
 import sys
-from types import FrameType
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from lorainit.adapters import named_readers
 from lorainit.adapters.factor_weight import FactorWeight, weight_of
-
-
-def _read_by_fsdp(caller: FrameType) -> bool:
-    return str(caller.f_globals.get("__name__")).startswith("torch.distributed.fsdp")
+from lorainit.parallel.partitioned import is_partitioned
 
 
 def placed_like(value: Tensor, like: Tensor) -> Tensor:
@@ -110,7 +109,7 @@ class AnchoredFactor(nn.Module):
             return trained
         if torch.compiler.is_compiling():
             return self.joined()
-        if _read_by_fsdp(sys._getframe(1)):
+        if named_readers.shards(sys._getframe(1)):
             return trained
         if not isinstance(trained, nn.Parameter):
             return self.joined()
@@ -233,6 +232,25 @@ class AnchoredFactor(nn.Module):
             self.anchor = fn(self.anchor)
         return self
 
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """As every module's; what loads a distributed state dictionary gets the whole factor, to fill."""
+        found = super().named_parameters(prefix, recurse, remove_duplicate)
+        if named_readers.loads_distributed(sys._getframe(1)):
+            names = {name: self.joined() if name == "weight" else p for name, p in found}
+            return iter(names.items())  # type: ignore[arg-type]
+        return found
+
+    def named_buffers(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, Tensor]]:
+        """As every module's; DeepSpeed, which saves what it finds by name, gets the whole factor."""
+        found = super().named_buffers(prefix, recurse, remove_duplicate)
+        if named_readers.saves_partitioned(sys._getframe(1)):
+            return itertools.chain(found, [("weight", self.joined())])
+        return found
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         trained = self.trained
@@ -253,6 +271,9 @@ class AnchoredFactor(nn.Module):
         whole = state_dict.get(key)
         missing_keys += [name for name in missing if name != key or whole is None]
         if whole is None:
+            return
+        if is_partitioned(self.trained) and whole.numel() == 0:
+            # DeepSpeed's ZeRO-3 saves parameters' parts by itself, and places without entries here.
             return
         if whole.shape != self.whole_shape:
             error_msgs.append(f"{key}: {self._unfit(whole)}")

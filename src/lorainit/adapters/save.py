@@ -14,6 +14,8 @@ from peft import PeftModel
 from lorainit.adapters.serving import CONFIG_FILE, SIDE_FILE, WEIGHTS_FILE
 from lorainit.errors import AdapterError
 from lorainit.files.folder import replaced_files
+from lorainit.parallel import collectives
+from lorainit.parallel.partitioned import is_partitioned, whole
 
 _OBSOLETE = (WEIGHTS_FILE, "adapter_model.bin", SIDE_FILE)
 """Files of an adapter that stood there before, where the new one has none of the name."""
@@ -24,7 +26,8 @@ def save_adapter(model: PeftModel, folder: str | os.PathLike[str], **peft_argume
 
     PEFT writes the weights first and the configuration afterwards, into the folder itself: a kill or a
     full disk in between leaves new weights with the old configuration. Here everything is written aside,
-    and takes its place when it is whole. The files are PEFT's own, and the side file.
+    and takes its place when it is whole. The files are PEFT's own, and the side file. Of an adapter that
+    DeepSpeed's ZeRO-3 has partitioned every process makes the call, and the first one writes.
 
     Args:
         model: holds the adapters.
@@ -37,8 +40,12 @@ def save_adapter(model: PeftModel, folder: str | os.PathLike[str], **peft_argume
     """
     if not isinstance(model, PeftModel):
         raise AdapterError(f"save_adapter wants a PeftModel, not a {type(model).__name__}.")
-    with adapter_files(folder) as aside:
-        model.save_pretrained(str(aside), **peft_arguments)
+    own = [p for name, p in model.named_parameters() if "lora_" in name]
+    with whole(own):
+        if any(map(is_partitioned, own)) and collectives.world()[0] > 0:
+            return
+        with adapter_files(folder) as aside:
+            model.save_pretrained(str(aside), **peft_arguments)
 
 
 @contextlib.contextmanager

@@ -250,7 +250,7 @@ def weight_shape(module: nn.Module) -> tuple[int, int] | None:
     if isinstance(module, nn.Conv1d | nn.Conv2d):
         return convolution_shape(module)
     if isinstance(module, Conv1D):
-        rows, columns = module.weight.shape
+        rows, columns = getattr(module.weight, "ds_shape", module.weight.shape)
         return int(columns), int(rows)
     if isinstance(module, nn.Embedding):
         return module.embedding_dim, module.num_embeddings

@@ -14,6 +14,7 @@ from lorainit.adapters.dequantize import dequantized
 from lorainit.adapters.targets import weight_shape
 from lorainit.errors import AdapterError, NonFiniteError
 from lorainit.linalg import all_finite
+from lorainit.parallel.partitioned import is_partitioned, whole
 
 FINGERPRINT_SIZE = 32
 _SIMILAR = 0.9
@@ -26,7 +27,10 @@ def read_weight(module: nn.Module, name: str) -> Tensor:
         AdapterError: the weight cannot be read as a matrix of the layer's shape.
         NonFiniteError: the weight has values that are not finite.
     """
-    weight = _floating(module, name)
+    with whole(module.parameters(recurse=False)):
+        weight = _floating(module, name)
+        if is_partitioned(getattr(module, "weight", None)):
+            weight = weight.clone()
     if isinstance(module, Conv1D | nn.Embedding):
         weight = weight.mT
     expected = weight_shape(module)
@@ -47,6 +51,8 @@ def part_of_gather(module: nn.Module) -> None:
     weight = getattr(module, "weight", None)
     if isinstance(weight, Tensor) and hasattr(weight, "full_tensor"):
         weight.full_tensor()
+    with whole(module.parameters(recurse=False)):
+        pass
 
 
 def _floating(module: nn.Module, name: str) -> Tensor:
@@ -62,8 +68,8 @@ def _floating(module: nn.Module, name: str) -> Tensor:
         )
     with torch.no_grad():
         if isinstance(weight, Tensor) and hasattr(weight, "full_tensor"):
-            whole: Tensor = weight.full_tensor()
-            return whole.detach()
+            gathered: Tensor = weight.full_tensor()
+            return gathered.detach()
         if isinstance(weight, Tensor) and _is_plain(weight):
             return weight.detach()
         try:

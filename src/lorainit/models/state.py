@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lorainit.models.hooks import add_hook
 from lorainit.models.undo import surely
+from lorainit.parallel.partitioned import gathered_while_running
 from lorainit.parallel.sharding import reshard
 
 P = ParamSpec("P")
@@ -174,6 +175,7 @@ def measuring(model: nn.Module, *, checkpoints: bool = True) -> Iterator[None]:
         stack.callback(surely, _put_back_buffers, _buffers_of(model))
         stack.callback(surely, _put_back, required, modes, rates)
         stack.callback(reshard, model)
+        stack.enter_context(gathered_while_running(model))
         if "torch._dynamo" in sys.modules:
             # Nothing can be compiled where it was not loaded.
             stack.enter_context(_eager())

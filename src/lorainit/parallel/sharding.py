@@ -1,4 +1,4 @@
-"""Models that ``fully_shard`` has sharded over the processes."""
+"""Models that are cut over the processes, by ``fully_shard`` or by DeepSpeed's ZeRO-3."""
 
 from __future__ import annotations
 
@@ -8,16 +8,20 @@ from typing import Any
 
 from torch import nn
 
+from lorainit.parallel.partitioned import has_partitioned, partition_again
+
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether ``fully_shard`` was applied to the model or a part of it."""
-    return any(True for _ in _shards(model))
+    """Whether ``fully_shard`` was applied to the model or a part of it, or ZeRO-3 partitioned it."""
+    return any(True for _ in _shards(model)) or has_partitioned(model)
 
 
 def reshard(model: nn.Module) -> None:
     """Free the gathered weights of every sharded part; its parameters are the sharded ones again."""
     for part in _shards(model):
         part.reshard()
+    if has_partitioned(model):
+        partition_again(model)
 
 
 def _shards(model: nn.Module) -> Iterable[Any]:

@@ -26,7 +26,7 @@ from lorainit.adapters.reference import ReferenceWeights
 from lorainit.adapters.restore import restored_on_error
 from lorainit.adapters.targets import Targets, match_targets, skipped_experts
 from lorainit.adapters.tensor_sources import TensorSource
-from lorainit.adapters.wrappers import adapter_tensors, unwrapped
+from lorainit.adapters.wrappers import adapter_parameters, adapter_tensors, unwrapped
 from lorainit.calibration.learning_rate import LearningRate
 from lorainit.methods.auto import Auto
 from lorainit.models.state import (
@@ -36,6 +36,7 @@ from lorainit.models.state import (
     unchanged_rng_on_error,
 )
 from lorainit.parallel import collectives
+from lorainit.parallel.partitioned import whole
 from lorainit.parallel.sharding import is_sharded
 from lorainit.parallel.together import agreed, left_together
 from lorainit.pipeline.checks import (
@@ -256,6 +257,7 @@ def _started(
     left_out = targets.left_out | start.unused
     with (
         unchanged_rng_on_error(measurements.device),
+        whole(adapter_parameters(model, adapter_name), written=True),
         restored_on_error(model, adapter_name),
         installing.undone_on_error(model, adapter_name),
     ):

@@ -2,6 +2,6 @@
 
 from lorainit.report.curves import Curve, read_curves
 from lorainit.report.make import report
-from lorainit.report.predicted_decrease import StartLoss
+from lorainit.report.start_loss import StartLoss
 
 __all__ = ["Curve", "StartLoss", "read_curves", "report"]

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from html import escape
 
-_CELL = (64, 19)
+_CELL = (46, 19)
 _LIGHT_TEXT = 0.68
 """Above this strength the text of a cell takes the paper's colour."""
 
@@ -24,15 +24,12 @@ def heat_map(
         label: what it shows, for readers who do not see it.
     """
     depths = sorted({depth for depth, _ in values}, key=lambda d: -1 if d is None else d)
-    left, top = 34, 22
+    left, top = 28, 34
     width, height = left + _CELL[0] * len(columns) + 2, top + _CELL[1] * len(depths) + 2
     parts = []
     for j, column in enumerate(columns):
         x = left + (j + 0.5) * _CELL[0]
-        shown = column if len(column) <= 10 else column[:9] + "…"
-        parts.append(
-            f'<text class="axis" x="{x}" y="14" text-anchor="middle">{escape(shown)}</text>'
-        )
+        parts.append(_heading(column, x))
     for i, depth in enumerate(depths):
         y = top + i * _CELL[1]
         name = "–" if depth is None else str(depth)
@@ -53,6 +50,32 @@ def heat_map(
                 f'text-anchor="middle">{escape(text)}</text></g>'
             )
     return _svg(width, height, label, parts, natural=True)
+
+
+_LINE = 8
+"""Letters that fit over a cell."""
+
+
+def _heading(name: str, x: float) -> str:
+    """A column's name over it, on one line or two; all of it in the tooltip."""
+    lines = "".join(
+        f'<text class="axis" x="{x}" y="{28 - 12 * k}" text-anchor="middle">{escape(line)}</text>'
+        for k, line in enumerate(reversed(_two_lines(name)))
+    )
+    return f"<g><title>{escape(name)}</title>{lines}</g>"
+
+
+def _two_lines(name: str) -> list[str]:
+    """A name as one line or two, broken after ``_``, ``.`` or ``-``: ``gate_`` and ``proj``."""
+    if len(name) <= _LINE:
+        return [name]
+    breaks = [i + 1 for i, letter in enumerate(name[:-1]) if letter in "_.-"]
+    at = min(breaks, key=lambda i: abs(2 * i - len(name)), default=len(name))
+    return [
+        part if len(part) <= _LINE else part[: _LINE - 1] + "…"
+        for part in (name[:at], name[at:])
+        if part
+    ]
 
 
 def spectra(lines: Sequence[Sequence[float]], rank: int, label: str) -> str:
@@ -105,15 +128,27 @@ def spectra(lines: Sequence[Sequence[float]], rank: int, label: str) -> str:
     return _svg(width, height, label, parts)
 
 
-def chart(lines: Sequence[Sequence[tuple[float, float]]], label: str) -> str:
+def chart(
+    lines: Sequence[Sequence[tuple[float, float]]],
+    label: str,
+    *,
+    rates: bool = False,
+    marked: tuple[float, float, float] | None = None,
+) -> str:
     """Losses over steps, one colour a line in the order given; an empty line keeps its colour.
 
     Long noisy lines are drawn faint, with their moving mean strong.
+
+    Args:
+        lines: step and loss, by step.
+        label: what it shows, for readers who do not see it.
+        rates: in place of steps there are decimal logarithms of learning rates.
+        marked: a place on the axis, and the ends of a range around it.
     """
     width, height, left, right, top, bottom = 460, 250, 46, 12, 10, 30
     steps = [step for line in lines for step, _ in line]
     low, high, ticks = _scale([loss for line in lines for _, loss in line])
-    first, last = min(steps), max(max(steps), min(steps) + 1)
+    first, last = min(steps), max(max(steps), min(steps) + (0.01 if rates else 1))
 
     def spot(step: float, loss: float) -> str:
         x = left + (width - left - right) * (step - first) / (last - first)
@@ -127,9 +162,21 @@ def chart(lines: Sequence[Sequence[tuple[float, float]]], label: str) -> str:
         parts.append(
             f'<text class="axis" x="{left - 6}" y="{y + 4}" text-anchor="end">{tick:g}</text>'
         )
+    if marked is not None:
+        # A suggestion beyond what was tried stands at the edge.
+        middle, left_end, right_end = (
+            float(spot(min(max(x, first), last), low).split(",")[0]) for x in marked
+        )
+        parts.append(
+            f'<rect class="range" x="{left_end}" y="{top}" width="{right_end - left_end:.1f}" '
+            f'height="{height - top - bottom}"/>'
+            f'<line class="rank" x1="{middle}" x2="{middle}" y1="{top}" y2="{height - bottom}"/>'
+        )
     for step, anchor in ((first, "start"), ((first + last) / 2, "middle"), (last, "end")):
         x = spot(step, low).split(",")[0]
         name = f"step {step:,.0f}" if anchor == "start" else f"{step:,.0f}"
+        if rates:
+            name = f"rate {10**step:.1g}" if anchor == "start" else f"{10**step:.1g}"
         parts.append(
             f'<text class="axis" x="{x}" y="{height - 10}" text-anchor="{anchor}">{name}</text>'
         )
@@ -192,14 +239,13 @@ def _scale(values: Sequence[float]) -> tuple[float, float, list[float]]:
 
 def matrix(names: Sequence[str], values: Mapping[tuple[str, str], float], label: str) -> str:
     """Overlaps of methods, two by two."""
-    left, top, cell = 84, 22, 74
+    left, top, cell = 76, 34, 54
     width, height = left + cell * len(names) + 2, top + 30 * len(names) + 2
     parts = []
     for i, first in enumerate(names):
         y = top + 30 * i
+        parts.append(_heading(first, left + cell * (i + 0.5)))
         parts.append(
-            f'<text class="axis" x="{left + cell * (i + 0.5)}" y="14" text-anchor="middle">'
-            f"{escape(first)}</text>"
             f'<text class="axis" x="{left - 6}" y="{y + 19}" text-anchor="end">{escape(first)}</text>'
         )
         for j, second in enumerate(names):

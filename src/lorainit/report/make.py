@@ -21,13 +21,9 @@ from lorainit.report.advice import advice
 from lorainit.report.curves import Curve
 from lorainit.report.measure import measure_layer, methods_served, spread
 from lorainit.report.page import Facts, render
-from lorainit.report.predicted_decrease import (
-    Displacement,
-    StartLoss,
-    displacements_of,
-    measured_loss,
-)
+from lorainit.report.rate_curve import RateCurve, of_measured
 from lorainit.report.sizes import sizes_of
+from lorainit.report.start_loss import StartLoss, measured_loss
 from lorainit.statistics import Statistics
 
 _DEPTHS_COMPARED = 8
@@ -44,6 +40,7 @@ def report(
     adapter_name: str = "default",
     loss: StartLoss | None = None,
     curves: Sequence[Curve] = (),
+    rates: Sequence[RateCurve] = (),
     title: str = "What the data asks of the adapter",
     progress: bool = True,
 ) -> list[tuple[str, str]]:
@@ -60,11 +57,13 @@ def report(
         loss: before and after the start, measured; None: as it was measured when the adapter was
             started, if it was (`lorainit.Natural` does).
         curves: learning curves, as `lorainit.report.read_curves` gives them.
+        rates: losses by learning rate; those that the adapter's suggestion rests on stand before them.
         title: of the page.
         progress: show a progress bar.
 
     Returns:
-        Weight (``"warn"``, ``"note"``, ``"good"``) and words.
+        Weight (``"warn"``, ``"note"``, ``"good"``) and words. The first three are always there, one
+        sentence each on the learning rate, the rank and the method; what else stands out follows.
 
     Raises:
         TargetError, StatisticsFileError, RankError: the three do not fit together.
@@ -75,18 +74,14 @@ def report(
         with_possible_ranks(model, peft_config, targets, Vanilla(), cap_rank=False)
     served = methods_served(statistics, {name: METHODS[name]() for name in methods})
     sizes: Mapping[str, float] = {}
-    displacements: Mapping[str, Displacement] = {}
-    anchored = calibrated = False
-    rate: Mapping[str, float] = {}
+    origin, adapter = None, False
     if isinstance(model, PeftModel) and adapter_name in model.peft_config:
-        sizes = sizes_of(model, adapter_name)
-        displacements = displacements_of(model, adapter_name)
+        adapter, sizes = True, sizes_of(model, adapter_name)
         origin = origin_of(model, adapter_name)
-        anchored = origin is not None and origin.anchored
-        calibrated = origin is not None and origin.measured.get("length", 0) > 0
-        rate = {} if origin is None else origin.measured
         if loss is None and origin is not None:
             loss = measured_loss(origin.measured)
+        if origin is not None and (trials := of_measured(origin.measured)) is not None:
+            rates = [trials, *rates]
     measured = [t for name, t in targets.layers.items() if name in statistics]
     compared = spread(measured, _DEPTHS_COMPARED)
     spectra: dict[int, tuple[list[float], float]] = {}
@@ -103,13 +98,13 @@ def report(
             served if target.name in compared else {},
             spectra=spectra,
             size=sizes.get(target.name),
-            displacement=displacements.get(target.name),
         )
         for target in bar
     ]
     metadata: dict[str, Any] = {**statistics.metadata}
-    facts = Facts(metadata, peft_config.r, anchored, calibrated, loss, list(served), list(curves))
-    said = advice(layers, metadata, anchored=anchored, loss=loss, rate=rate)
+    anchored = origin is not None and origin.anchored
+    facts = Facts(metadata, peft_config.r, anchored, loss, list(served), list(curves), rates)
+    said = advice(layers, metadata, rank=peft_config.r, adapter=adapter, origin=origin, loss=loss)
     path = Path(output)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, render(layers, facts, said, title=title))

@@ -15,7 +15,6 @@ from lorainit.adapters.targets import Target
 from lorainit.adapters.weights import read_weight
 from lorainit.errors import LorainitError
 from lorainit.methods.natural import Natural
-from lorainit.report.predicted_decrease import Displacement, PredictedDecrease, predicted_decrease
 from lorainit.solve.stacks import input_key
 from lorainit.solve.words import narrowed
 from lorainit.statistics import Statistics
@@ -46,7 +45,7 @@ class LayerReport:
         positions: counted positions.
         overlap: between the row spaces of two methods' ``A``, 0 to 1, by names.
         size: ``|s B A| / |W|`` of the adapter given.
-        promise: what the adapter given promises for the loss.
+        configured_name: by which a LoraConfig's ``rank_pattern`` names it.
     """
 
     name: str
@@ -63,7 +62,7 @@ class LayerReport:
     positions: float = 0.0
     overlap: dict[tuple[str, str], float] = field(default_factory=dict)
     size: float | None = None
-    promise: PredictedDecrease | None = None
+    configured_name: str = ""
 
 
 def measure_layer(
@@ -72,7 +71,6 @@ def measure_layer(
     methods: Mapping[str, Method],
     *,
     size: float | None = None,
-    displacement: Displacement | None = None,
     spectra: dict[int, tuple[list[float], float]] | None = None,
 ) -> LayerReport:
     """All that is said of one layer.
@@ -82,7 +80,6 @@ def measure_layer(
         statistics: of it.
         methods: by name, those whose subspaces are compared.
         size: of an adapter, see `LayerReport`.
-        displacement: what that adapter adds.
         spectra: of inputs that layers share, with the directions, by the id of their sum; read and
             added to.
     """
@@ -96,6 +93,7 @@ def measure_layer(
         spec.rank,
         positions=float(statistics.positions),
         size=size,
+        configured_name=target.configured_name,
     )
     have = statistics.available
     count = max(_KEPT_VALUES, 2 * spec.rank)
@@ -123,8 +121,6 @@ def measure_layer(
         if Natural.needs <= have:
             found.signal = _signal(statistics, count)
             found.kept = sum(found.signal[: spec.rank]) if found.signal else None
-        if displacement is not None:
-            found.promise = predicted_decrease(displacement, statistics)
         found.overlap = _overlaps(target, statistics, methods)
     return found
 

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
 
 from lorainit._version import __version__
 from lorainit.report.curves import Curve
-from lorainit.report.drawing import COLOURS, DRAWN_LAYERS, chart, heat_map, matrix, spectra
+from lorainit.report.drawing import COLOURS, DRAWN_LAYERS, chart, matrix, spectra
+from lorainit.report.energy import where_energy_is
+from lorainit.report.maps import energy_map, sample_map, share_map, short_number
 from lorainit.report.measure import LayerReport
-from lorainit.report.predicted_decrease import StartLoss, total
+from lorainit.report.rate_curve import RateCurve, drawn
+from lorainit.report.start_loss import StartLoss
 from lorainit.report.style import STYLE
+
+LEADING = 3
+"""Sentences of advice that are always there."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,19 +30,19 @@ class Facts:
         metadata: of the statistics.
         rank: that the page speaks of.
         anchored: whether the adapter given is.
-        calibrated: whether the start's length was chosen for the least loss.
         loss: before and after the start, where it was measured.
         methods: whose subspaces were compared.
         curves: learning curves.
+        rates: losses by learning rate.
     """
 
     metadata: Mapping[str, Any]
     rank: int
     anchored: bool
-    calibrated: bool
     loss: StartLoss | None
     methods: Sequence[str]
     curves: Sequence[Curve]
+    rates: Sequence[RateCurve] = ()
 
 
 def render(
@@ -56,21 +62,23 @@ def render(
     """
     rank = facts.rank
     sections = [
-        _head(layers, facts, title),
-        "<h2>What to do</h2>" + _advice(advice),
-        _start(layers, facts),
+        f"<h1>{escape(title)}</h1>" + _advice(advice),
+        _facts(layers, facts),
+        _start(facts.loss),
+        _rates(facts.rates),
         _curves(facts.curves),
         _section(
             "Where the data leans",
-            "Energy of the mean gradient, |G|²: the stronger the colour, the more a layer would move the loss. "
-            "The scale is logarithmic; a cell shows its share of all.",
-            _energy(layers),
+            "Each layer's share of the mean gradient's energy, |G|². The stronger the colour, the more a layer "
+            "can move the loss; the scale is logarithmic.",
+            energy_map(layers),
+            lead=where_energy_is(layers),
         ),
         _section(
             f"What rank {rank} keeps",
             "Share of the whitened gradient's energy in its leading directions, layer by layer: what a "
             "natural step of this rank keeps of the whole one.",
-            _share(layers, lambda layer: layer.kept),
+            share_map(layers, lambda layer: layer.kept),
         ),
         _section(
             "Spectra",
@@ -78,7 +86,7 @@ def render(
             "the rank dashed. A steep fall before the rank: a lower one would do.",
             _spectra(layers, rank),
         ),
-        _sample(layers),
+        *_sample(layers),
     ]
     if facts.methods:
         sections.append(
@@ -97,7 +105,7 @@ def render(
             _section(
                 "How far the adapter goes",
                 f"|s B A| / |W|, layer by layer.{anchored}",
-                _share(layers, lambda layer: layer.size, percent=False),
+                share_map(layers, lambda layer: layer.size, percent=False),
             )
         )
     sections.append(_table(layers))
@@ -110,44 +118,26 @@ def render(
     )
 
 
-def _start(layers: Sequence[LayerReport], facts: Facts) -> str:
-    """The loss that the adapter was promised to have, and the one that it has."""
-    promise = total({x.name: x.promise for x in layers if x.promise is not None})
-    loss = facts.loss
-    known = any(layer.promise is not None for layer in layers)
-    if loss is None and not known:
+def _start(loss: StartLoss | None) -> str:
+    """The base model's loss, and the one with the adapter."""
+    if loss is None:
         return ""
-    rows: list[tuple[str, float | None, float | None]] = []
-    if loss is not None:
-        change = loss.start - loss.base
-        rows += [
-            ("the base model, measured", loss.base, None),
-            ("with the adapter, measured", loss.start, change),
-        ]
-    start = loss.base if loss is not None else None
-    if known and not facts.anchored:
-        rows += [
-            ("promised by the gradient alone", start, promise.slope),
-            ("... by gradient and Fisher curvature", start, promise.change),
-        ]
-        if facts.calibrated:
-            rows.append(("... by a parabola that is lowest here", start, promise.slope / 2))
-    body = "".join(
-        f"<tr><td>{name}</td><td>{_loss(value, change, measured='measured' in name)}</td>"
-        f"<td>{'' if change is None else _signed(change)}</td></tr>"
-        for name, value, change in rows
+    gone = "" if loss.gone is None else f"{loss.gone:.0%}"
+    gone = "" if loss.change > 0 else gone
+    rows = (
+        ("the base model", loss.base, "", ""),
+        ("with the adapter", loss.start, _signed(loss.change), gone),
     )
-    where = f" Measured on {loss.on}." if loss is not None else ""
-    text = (
-        "Loss of a label token. The Fisher's curvature takes layers and positions one by one, as the "
-        "method does; those that pull together bend the loss far more, so it promises too much."
-        + where
+    body = "".join(
+        f"<tr><td>{name}</td><td>{value:.4f}</td><td>{change}</td><td>{share}</td></tr>"
+        for name, value, change, share in rows
     )
     return _section(
         "The loss at the start",
-        text,
+        f"Loss of a label token. Measured on {loss.on}.",
         '<div class="card fit"><div class="scroll"><table class="plain"><thead><tr><th></th>'
-        f"<th>loss</th><th>change</th></tr></thead><tbody>{body}</tbody></table></div></div>",
+        "<th>loss</th><th>change</th><th>of the loss gone</th></tr></thead>"
+        f"<tbody>{body}</tbody></table></div></div>",
     )
 
 
@@ -155,11 +145,16 @@ def _signed(change: float) -> str:
     return f"{change:+.3g}".replace("-", "−")
 
 
-def _loss(value: float | None, change: float | None, *, measured: bool) -> str:
-    """The loss itself, where the base model's is known."""
-    if value is None:
-        return "–"
-    return f"{value:.4f}" if measured or change is None else f"{value + change:.4f}"
+def _rates(rates: Sequence[RateCurve]) -> str:
+    """What the suggested rate rests on, and what training ended at."""
+    if not rates:
+        return ""
+    return _section(
+        "The learning rate",
+        "Loss by rate, on records that are not trained on; the suggested rate dashed, its range shaded. "
+        "One step of signs shows how far a step may go; a run of many steps wants about that.",
+        drawn(rates),
+    )
 
 
 def _curves(curves: Sequence[Curve]) -> str:
@@ -186,30 +181,21 @@ def _curves(curves: Sequence[Curve]) -> str:
     )
 
 
-def _sample(layers: Sequence[LayerReport]) -> str:
+def _sample(layers: Sequence[LayerReport]) -> list[str]:
     """How much the sample says about the inputs."""
-    known = {layer.name: layer.directions for layer in layers if layer.directions}
-    if not known:
-        return ""
-    top = math.log(max(known.values()) + 1)
-    values = {}
-    for layer in layers:
-        if layer.name in known:
-            count = known[layer.name]
-            tip = f"{layer.name}: {count:.1f} of {layer.shape[1]}, from {layer.positions:.0f} positions"
-            text = f"{count:.0f}" if count >= 10 else f"{count:.1f}"
-            values[layer.depth, layer.projection] = (math.log(count + 1) / top, text, tip)
+    drawn = sample_map(layers)
+    if not drawn:
+        return []
     ratio = min(layer.positions / layer.shape[1] for layer in layers)
-    return _section(
-        "Is the sample large enough?",
+    text = (
         "Effective directions of the inputs, (Σλ)² / Σλ²: few where a token or a feature outshines "
         f"all others. There are at least {ratio:.1f} counted positions for each input dimension; below "
-        "1 damping fills the rest.",
-        f'<div class="card fit">{heat_map(values, _columns(layers), "effective directions")}</div>',
+        "1 damping fills the rest."
     )
+    return [_section("Is the sample large enough?", text, drawn)]
 
 
-def _head(layers: Sequence[LayerReport], facts: Facts, title: str) -> str:
+def _facts(layers: Sequence[LayerReport], facts: Facts) -> str:
     metadata = facts.metadata
     shown = {
         "layers": f"{len(layers)}",
@@ -224,7 +210,7 @@ def _head(layers: Sequence[LayerReport], facts: Facts, title: str) -> str:
     cells = "".join(
         f"<div><dt>{key}</dt><dd>{escape(value)}</dd></div>" for key, value in shown.items()
     )
-    return f'<h1>{escape(title)}</h1><dl class="facts">{cells}</dl>'
+    return f'<dl class="facts">{cells}</dl>'
 
 
 def _count(value: object) -> str:
@@ -232,65 +218,28 @@ def _count(value: object) -> str:
 
 
 def _advice(said: Sequence[tuple[str, str]]) -> str:
-    items = "".join(f'<li class="{kind}">{escape(text)}</li>' for kind, text in said)
-    return f'<ul class="advice">{items}</ul>'
+    """The three sentences first, with their subjects in bold; then what else stands out."""
+    first = "".join(
+        f'<li class="{kind}"><b>{text.partition(": ")[0]}</b> {_code(text.partition(": ")[2])}</li>'
+        for kind, text in said[:LEADING]
+    )
+    others = "".join(f'<li class="{kind}">{_code(text)}</li>' for kind, text in said[LEADING:])
+    also = (
+        f'<h3 class="also">What else stands out</h3><ul class="advice">{others}</ul>'
+        if others
+        else ""
+    )
+    return f'<ol class="advice">{first}</ol>{also}'
 
 
-def _section(title: str, text: str, body: str) -> str:
-    return f'<h2>{escape(title)}</h2><p class="soft">{escape(text)}</p>{body}'
+def _code(text: str) -> str:
+    """Escaped, with what stands between backticks as code."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))
 
 
-def _columns(layers: Sequence[LayerReport]) -> list[str]:
-    return list(dict.fromkeys(layer.projection for layer in layers))
-
-
-def _energy(layers: Sequence[LayerReport]) -> str:
-    known = {layer.name: layer.energy for layer in layers if layer.energy}
-    if not known:
-        return '<p class="none">The statistics hold no gradient.</p>'
-    total = sum(known.values())
-    logs = [math.log10(value) for value in known.values()]
-    low, span = min(logs), max(max(logs) - min(logs), 1e-9)
-    values = {}
-    for layer in layers:
-        if layer.name in known:
-            share = known[layer.name] / total
-            strength = (math.log10(known[layer.name]) - low) / span if len(known) > 1 else 1.0
-            tip = f"{layer.name}: {known[layer.name]:.3g}, {share:.2%} of all"
-            values[layer.depth, layer.projection] = (strength, _percent(share), tip)
-    drawn = heat_map(values, _columns(layers), "gradient energy by depth and projection")
-    return f'<div class="card fit">{drawn}</div>'
-
-
-def _short(value: float) -> str:
-    """Two digits: ``0.031``, ``1.2e-5``."""
-    return f"{value:.2g}" if value >= 1e-3 or value == 0 else f"{value:.1e}".replace("e-0", "e-")
-
-
-def _percent(share: float) -> str:
-    return f"{share:.0%}" if share >= 0.1 else f"{share:.1%}" if share >= 0.001 else "<0.1%"
-
-
-def _share(
-    layers: Sequence[LayerReport],
-    value_of: Callable[[LayerReport], float | None],
-    *,
-    percent: bool = True,
-) -> str:
-    known = {layer.name: value for layer in layers if (value := value_of(layer)) is not None}
-    if not known:
-        return '<p class="none">Needs the gradient and both second moments in full.</p>'
-    top = 1.0 if percent else max(known.values()) or 1.0
-    values = {}
-    for layer in layers:
-        if layer.name in known:
-            value = known[layer.name]
-            text = f"{value:.0%}" if percent else _short(value)
-            values[layer.depth, layer.projection] = (
-                min(1.0, value / top), text, f"{layer.name}: {text}"
-            )  # fmt: skip
-    drawn = heat_map(values, _columns(layers), "share by depth and projection")
-    return f'<div class="card fit">{drawn}</div>'
+def _section(title: str, text: str, body: str, lead: str = "") -> str:
+    first = f"<p>{escape(lead)}</p>" if lead else ""
+    return f'<h2>{escape(title)}</h2>{first}<p class="soft">{escape(text)}</p>{body}'
 
 
 def _drawn(layers: Sequence[LayerReport]) -> str:
@@ -333,7 +282,7 @@ def _table(layers: Sequence[LayerReport]) -> str:
         f"<tr><td>{escape(layer.name)}</td><td>{layer.shape[0]} × {layer.shape[1]}</td>"
         f"<td>{layer.rank}</td><td>{cell(layer.energy, '.3g')}</td><td>{cell(layer.kept, '.0%')}</td>"
         f"<td>{cell(layer.directions, '.1f')}</td><td>{layer.positions:,.0f}</td>"
-        f"<td>{'–' if layer.size is None else _short(layer.size)}</td></tr>"
+        f"<td>{'–' if layer.size is None else short_number(layer.size)}</td></tr>"
         for layer in layers
     )
     return (

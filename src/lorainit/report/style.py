@@ -12,10 +12,12 @@ h1{font-size:1.6rem;margin:0 0 4px}h2{font-size:1.15rem;margin:36px 0 4px}h3{fon
 p{margin:4px 0 12px;max-width:70ch}.soft,.none{color:var(--soft)}.none{font-size:.85rem}
 .facts{display:flex;flex-wrap:wrap;gap:8px 24px;margin:14px 0 0;padding:0}
 .facts div{min-width:90px}.facts dt{color:var(--soft);font-size:.8rem}.facts dd{margin:0;font-weight:600}
-ul.advice{list-style:none;padding:0;margin:12px 0}
-ul.advice li{background:var(--card);border:1px solid var(--line);border-left:4px solid var(--soft);
+.advice{list-style:none;padding:0;margin:12px 0}
+.advice li{background:var(--card);border:1px solid var(--line);border-left:4px solid var(--soft);
 border-radius:4px;padding:8px 12px;margin:8px 0;overflow-wrap:anywhere}
-ul.advice .warn{border-left-color:var(--warn)}ul.advice .good{border-left-color:var(--good)}
+.advice .warn{border-left-color:var(--warn)}.advice .good{border-left-color:var(--good)}
+ol.advice b{display:inline-block;min-width:4.2em}.also{margin-top:20px}
+code{font:.88em ui-monospace,monospace;background:var(--paper);border-radius:3px;padding:1px 3px}
 .card{background:var(--card);border:1px solid var(--line);border-radius:6px;padding:12px}
 .fit{width:fit-content;max-width:100%}
 .grid3{display:grid;grid-template-columns:repeat(auto-fit,minmax(260px,1fr));gap:12px}
@@ -33,12 +35,15 @@ polyline{fill:none}.faint{stroke:var(--heat);stroke-opacity:.22;stroke-width:.7}
 @media(prefers-color-scheme:dark){.c0{--c:#3fb8ae}.c1{--c:#fb923c}.c2{--c:#a78bfa}.c3{--c:#e5c04b}
 .c4{--c:#f472b6}.c5{--c:#60a5fa}.c6{--c:#a3d65c}.c7{--c:#a8b0ba}}
 .line{stroke:var(--c);stroke-width:2;stroke-linejoin:round}.noise{stroke-width:1;stroke-opacity:.25}
-.dot{fill:var(--c)}
+.dot{fill:var(--c)}.range{fill:var(--warn);fill-opacity:.12}
 table.plain{width:auto}
 table.plain td:first-child{white-space:normal}
 table.plain td,table.plain th{padding-right:22px}
 table{border-collapse:collapse;font-size:.85rem;width:100%}
 th,td{padding:4px 10px 4px 0;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
 th:first-child,td:first-child{text-align:left}th{color:var(--soft);font-weight:500}
+@media(max-width:480px){main{padding:14px 12px 40px}h1{font-size:1.3rem;overflow-wrap:anywhere}
+.card{padding:8px}ol.advice b{display:block}.grid2 svg text{font-size:15px}.grid3 svg text{font-size:12px}
+table.plain td,table.plain th{padding-right:12px}.facts{gap:6px 18px}.facts div{min-width:70px}}
 summary{cursor:pointer;color:var(--soft)}
 """

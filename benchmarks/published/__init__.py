@@ -1,0 +1,1 @@
+"""Blocks of figures on the project's pages, made from the kept records."""

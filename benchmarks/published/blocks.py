@@ -1,0 +1,232 @@
+"""What each block says, from the kept records."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from benchmarks.published.sources import (
+    Mean,
+    at_rate,
+    grid_cells,
+    quantized_cells,
+    rate_cases,
+    recovery,
+    start_seconds,
+    tuned,
+)
+from benchmarks.quality.analysis.markdown import table
+from benchmarks.quality.analysis.rate_grid import (
+    BASELINE,
+    difference,
+    differences,
+    holm,
+    task_level_p,
+)
+from benchmarks.quality.analysis.suggested_rates import quantiles
+from benchmarks.quality.analysis.suggested_rates import table as rates_table
+from benchmarks.quality.experiment import GRID
+from lorainit.calibration.learning_rate import suggested
+
+_NAMES = {
+    "auto": "**Auto**",
+    "vanilla(size=2)": "plain LoRA, rows twice as long",
+    "random(like=natural)": "Random(like=Natural): Natural's sizes, random directions",
+    "lora-da": "LoRA-DA",
+    "lora-da(scale=calibrated)": "LoRA-DA, length measured",
+    "lora-ga": "LoRA-GA",
+    "cg-lora": "CG-LoRA",
+    "filet": "FILet",
+    "pissa": "PiSSA",
+    "eva": "EVA",
+}
+
+_QUANTIZED = {
+    "vanilla": "plain LoRA (QLoRA)",
+    "loftq(reference=True)": "LoftQ",
+    "qera(reference=True)": "QERA",
+    "kronecker-qer(reference=True)": "KroneckerQER",
+    "natural": "Natural, no reference",
+    "auto(reference=True)": "Auto with reference",
+}
+
+_KINDS = {
+    "nf4": "NF4 (bitsandbytes' values)",
+    "hqq4": "HQQ, 4 bits",
+    "hqq3": "HQQ, 3 bits",
+    "hqq2": "HQQ, 2 bits",
+}
+
+
+def share_gone(record: Mapping[str, Any], name: str) -> float:
+    """What share of what quantization brought is gone."""
+    if name == "kl":
+        return 1 - record["kl"] / record["kl_before"]
+    return (record["loss_before"] - record["loss"]) / (record["loss_before"] - record["full_loss"])
+
+
+def quantized_recovery() -> str:
+    """By grid, rank and method: KL and loss before any training, on plain text."""
+    rows = []
+    for r in recovery():
+        if r["data"] != "text" or r["kind"] not in _KINDS or r["rank"] not in (0, 8, 32):
+            continue
+        shares = ["", ""] if r["rank"] == 0 else [f"{share_gone(r, n):.0%}" for n in ("kl", "loss")]
+        where = _KINDS[r["kind"]] if r["rank"] == 0 else ""
+        rank = str(r["rank"] or "")
+        rows.append(
+            [where, rank, r["method"], f"{r['kl']:.3f}", shares[0], f"{r['loss']:.3f}", shares[1]]
+        )
+    heads = [
+        "base",
+        "rank",
+        "start",
+        "KL to full precision",
+        "of it gone",
+        "loss",
+        "of the rise gone",
+    ]
+    return table(heads, rows)
+
+
+def quantized_trained() -> str:
+    """After training, each line at its best rate, beside plain LoRA on the same base and on the full one."""
+    rows = []
+    for kind, name in _KINDS.items():
+        cells = quantized_cells(kind)
+        labels = {label for lines in cells.values() for label in lines}
+        for label in sorted(labels, key=lambda label: (label != BASELINE, label)):
+            tasks = {task: lines for task, lines in cells.items() if label in lines}
+            full = [
+                difference(task, lines[label], grid_cells()[task][BASELINE])
+                for task, lines in tasks.items()
+            ]
+            beside = [
+                difference(task, lines[label], lines[BASELINE])
+                for task, lines in tasks.items()
+                if BASELINE in lines
+            ]
+            seeds = min(
+                len(set.intersection(*map(set, lines[label].values()))) for lines in tasks.values()
+            )
+            loss, points = Mean.of([d.loss for d in beside]), Mean.of([d.exact for d in beside])
+            rows.append(
+                [
+                    name if label == BASELINE else "",
+                    _QUANTIZED.get(label, label),
+                    f"{len(tasks)} x {seeds}",
+                    "" if label == BASELINE else str(loss),
+                    ""
+                    if label == BASELINE
+                    else f"{points.value:+.1f} [{points.low:+.1f}, {points.high:+.1f}]",
+                    f"{statistics.mean(d.loss for d in full):+.3f}",
+                ]
+            )
+    heads = [
+        "base", "start", "tasks x seeds", "test loss beside plain LoRA's on this base, nats",
+        "exact match, points", "loss above plain LoRA on the full-precision base",
+    ]  # fmt: skip
+    return table(heads, rows)
+
+
+def suggested_rates() -> str:
+    """Regret of the suggested rate and of fixed ones."""
+    return rates_table(rate_cases(), suggested)
+
+
+def fixed_rates() -> str:
+    """Auto beside plain LoRA at every rate of the grid."""
+    rows = [
+        [f"{rate:g}", str(mean), f"{mean.below} of {mean.tasks}"]
+        for rate in GRID
+        for mean in [at_rate("auto", rate)]
+    ]
+    best = tuned("auto")
+    rows.append(["each at its best", str(best), f"{best.below} of {best.tasks}"])
+    return table(
+        ["learning rate", "Auto's test loss above plain LoRA's, nats", "tasks below"], rows
+    )
+
+
+def tuned_lines() -> str:
+    """Every line beside plain LoRA, each at its own best rate."""
+    found = differences(grid_cells())
+    ps = {label: task_level_p([d.loss for d in tasks]) for label, tasks in found.items()}
+    corrected = holm({label: p for label, p in ps.items() if not math.isnan(p)})
+    rows = []
+    for label, tasks in sorted(found.items(), key=lambda item: tuned(item[0]).value):
+        mean = Mean.of([100 * d.loss for d in tasks])
+        rows.append(
+            [
+                _NAMES.get(label, label),
+                f"{mean.tasks} x {min(d.seeds for d in tasks)}",
+                f"{mean.value:+.1f} [{mean.low:+.1f}, {mean.high:+.1f}]",
+                f"{mean.below}",
+                f"{corrected.get(label, math.nan):.2g}",
+            ]
+        )
+    heads = [
+        "line, each at its own best rate", "tasks x least seeds",
+        "test loss beside plain LoRA's, hundredths of a nat [95% over tasks]", "tasks below", "p, after Holm",
+    ]  # fmt: skip
+    return table(heads, rows)
+
+
+def what_you_get() -> str:
+    """The README's table."""
+    nf4 = {
+        r["method"]: r
+        for r in recovery()
+        if r["kind"] == "nf4" and r["rank"] == 8 and r["data"] == "text"
+    }
+    qer, loftq = nf4["both sides"], nf4["LoftQ"]
+    regrets = [c.regret(suggested(c.one_step)) for c in rate_cases()]
+    common = [c.regret(1e-4) for c in rate_cases()]
+    low, best = at_rate("auto", 1e-4), tuned("auto")
+    ours, theirs = start_seconds("EVA"), 32 * start_seconds("PEFT EVA")
+    rows = [
+        [
+            "a 4-bit base (NF4, rank 8)",
+            f"{share_gone(qer, 'kl'):.0%} of the KL and {share_gone(qer, 'loss'):.0%} of the loss that "
+            f"quantization cost are back before training; LoftQ's step: {share_gone(loftq, 'kl'):.0%} and "
+            f"{share_gone(loftq, 'loss'):.0%}",
+            "[quantized bases](docs/quantized.md)",
+        ],
+        [
+            "no time to search a learning rate",
+            f"the suggested one loses {100 * statistics.median(regrets):.1f}% of what training gains "
+            f"(nine in ten below {100 * quantiles(regrets)[1]:.1f}%); 1e-4 for all: "
+            f"{100 * statistics.median(common):.1f}% ({100 * quantiles(common)[1]:.0f}%)",
+            "[the rate](docs/learning_rate.md)",
+        ],
+        [
+            "a rate that is fixed, 1e-4",
+            f"the default's test loss is {low} nats beside plain LoRA's, below it on {low.below} of "
+            f"{low.tasks} tasks",
+            "[records](benchmarks/README.md)",
+        ],
+        [
+            "a rate that is tuned",
+            f"{best} nats, below on {best.below} of {best.tasks} tasks",
+            "[records](benchmarks/README.md)",
+        ],
+        [
+            "a 7B model and a method of PEFT's that reads data",
+            f"EVA's start in {ours:.1f} s, PEFT's takes {theirs:.0f} (H200; one decoder layer, times 32)",
+            "[performance](docs/performance.md)",
+        ],
+    ]
+    return table(["you have", "you get", ""], rows)
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "quantized-recovery": quantized_recovery,
+    "quantized-trained": quantized_trained,
+    "suggested-rates": suggested_rates,
+    "fixed-rates": fixed_rates,
+    "tuned-lines": tuned_lines,
+    "what-you-get": what_you_get,
+}
+"""By the name that stands in the page."""

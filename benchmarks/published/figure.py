@@ -1,0 +1,84 @@
+"""The picture of the README: ``python -m benchmarks.published.figure`` writes ``docs/images/gains.png``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common.cache import REPOSITORY
+from benchmarks.demo.report import STYLE
+from benchmarks.published.blocks import share_gone
+from benchmarks.published.sources import at_rate, recovery
+from benchmarks.quality.experiment import GRID
+
+PICTURE = REPOSITORY / "docs" / "images" / "gains.png"
+
+_LINES = (
+    ("both sides", "KroneckerQER (labels)", "#009e73"),
+    ("QERA", "QERA (inputs alone)", "#0072b2"),
+    ("LoftQ", "LoftQ's step (no data)", "#9ca3af"),
+)
+
+
+def draw(path: Path = PICTURE) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    with plt.rc_context(STYLE):
+        figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 3.8), layout="constrained")
+        _recovered(left)
+        _rates(right)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=160, facecolor="white", metadata={"Software": None})
+        plt.close(figure)
+
+
+def _recovered(axes: Any) -> None:
+    """Share of the loss that NF4 cost and that a start gives back, by rank."""
+    for method, label, color in _LINES:
+        members = sorted(
+            (r["rank"], 100 * share_gone(r, "loss"))
+            for r in recovery()
+            if (r["kind"], r["data"], r["method"]) == ("nf4", "text", method)
+        )
+        ranks, shares = zip(*members, strict=True)
+        axes.plot(ranks, shares, color=color, label=label, linewidth=2, marker="o", markersize=5)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks([8, 16, 32, 64], ["8", "16", "32", "64"])
+    axes.set(xlabel="rank", ylim=(0, 100), ylabel="% of the lost loss given back")
+    axes.set_title("A 4-bit base, before any training")
+    axes.legend(loc="center right")
+
+
+def _rates(axes: Any) -> None:
+    """Auto's test loss beside plain LoRA's at every rate, with intervals over tasks."""
+    means = [at_rate("auto", rate) for rate in GRID[:-1]]
+    rates = GRID[:-1]
+    axes.axhline(0.0, color="#4b5563", linewidth=1)
+    axes.fill_between(
+        rates,
+        [m.low for m in means],
+        [m.high for m in means],
+        color="#009e73",
+        alpha=0.18,
+        linewidth=0,
+    )
+    axes.plot(
+        rates, [m.value for m in means], color="#009e73", linewidth=2, marker="o", markersize=5
+    )
+    axes.set_xscale("log")
+    axes.set(xlabel="learning rate", ylabel="nats per token")
+    axes.set_title(f"Test loss beside plain LoRA's, {means[0].tasks} tasks")
+    axes.annotate(
+        "plain LoRA at the same rate",
+        (rates[0], 0.0),
+        xytext=(0, 4),
+        textcoords="offset points",
+        color="#4b5563",
+    )
+
+
+if __name__ == "__main__":
+    draw()

@@ -1,0 +1,101 @@
+"""Figures of the kept records that several blocks say."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from benchmarks.common.cache import REPOSITORY
+from benchmarks.quality.analysis.rate_grid import (
+    BASELINE,
+    Cells,
+    cells_of,
+    differences,
+    interval,
+    loss_of,
+)
+from benchmarks.quality.analysis.suggested_rates import Case, cases
+from benchmarks.quality.choose import chosen, rooms
+from benchmarks.quality.records import RESULTS, Record, read_records
+from benchmarks.quality.stages import STANDARD_RANK
+
+MODEL = "smollm2-135m-instruct"
+
+
+@cache
+def grid() -> tuple[Record, ...]:
+    """Every run of the stage "grid"."""
+    return tuple(r for r in read_records([RESULTS]).values() if r["stage"] == "grid")
+
+
+@cache
+def grid_cells() -> Cells:
+    """Of the language model at the standard rank, on the tasks that plain LoRA's records chose."""
+    mine = [r for r in grid() if r["rank"] == STANDARD_RANK and r["experiment"]["model"] == MODEL]
+    names = chosen(rooms(mine), 12)
+    return cells_of(r for r in mine if r["task"] in names)
+
+
+@cache
+def quantized_cells(grid_name: str) -> Cells:
+    """The same model's runs on a base quantized to one grid of ``benchmarks.quantized``."""
+    return cells_of(r for r in grid() if r["experiment"]["model"] == f"{MODEL}+{grid_name}")
+
+
+@cache
+def rate_cases() -> tuple[Case, ...]:
+    return tuple(cases(grid(), read_records([RESULTS], "one_step").values()))
+
+
+@cache
+def recovery() -> tuple[dict[str, Any], ...]:
+    """Starts on quantized bases before training."""
+    path = REPOSITORY / "benchmarks" / "quantized" / "results" / "recovery.jsonl"
+    return tuple(json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+
+
+def start_seconds(name: str) -> float:
+    """Of a whole start in the speed benchmark."""
+    path = REPOSITORY / "benchmarks" / "speed" / "results" / "speed.jsonl"
+    records = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    return float(next(r["seconds"]["total"] for r in records if r["name"] == name))
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean over tasks with its 95% t interval, and on how many of them it is below zero."""
+
+    value: float
+    low: float
+    high: float
+    below: int
+    tasks: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Mean:
+        low, high = interval(values)
+        below = sum(value < 0 for value in values)
+        return cls(statistics.mean(values), low, high, below, len(values))
+
+    def __str__(self) -> str:
+        return f"{self.value:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
+
+
+def at_rate(label: str, rate: float) -> Mean:
+    """Test loss of a line above plain LoRA's, both at one rate, over tasks."""
+    found = []
+    for lines in grid_cells().values():
+        if label in lines and BASELINE in lines:
+            mine, plain = lines[label][rate], lines[BASELINE][rate]
+            seeds = set(mine) & set(plain)
+            found.append(statistics.mean(loss_of(mine[s]) - loss_of(plain[s]) for s in seeds))
+    return Mean.of(found)
+
+
+def tuned(label: str) -> Mean:
+    """The same, each at its own best rate by validation loss."""
+    return Mean.of([d.loss for d in differences(grid_cells())[label]])
