@@ -167,8 +167,11 @@ def _lowered(name: str, who: str, origin: Origin | None, loss: StartLoss) -> tup
             "plain LoRA."
         )
     # A method that refuses a start which takes too little has judged this one.
-    judged = origin is not None and "base_loss" in origin.measured
-    judged = judged and float(origin.settings.get("least_gain", 0)) > 0
+    judged = (
+        origin is not None
+        and "base_loss" in origin.measured
+        and float(origin.settings.get("least_gain", 0)) > 0
+    )
     repairs = any(
         getattr(kind, "needs_reference", False)
         for kind in METHODS.values()

@@ -21,6 +21,7 @@ from lorainit.report.advice import advice
 from lorainit.report.curves import Curve
 from lorainit.report.measure import measure_layer, methods_served, spread
 from lorainit.report.page import Facts, render
+from lorainit.report.rate_curve import RateCurve, of_measured
 from lorainit.report.sizes import sizes_of
 from lorainit.report.start_loss import StartLoss, measured_loss
 from lorainit.statistics import Statistics
@@ -39,6 +40,7 @@ def report(
     adapter_name: str = "default",
     loss: StartLoss | None = None,
     curves: Sequence[Curve] = (),
+    rates: Sequence[RateCurve] = (),
     title: str = "What the data asks of the adapter",
     progress: bool = True,
 ) -> list[tuple[str, str]]:
@@ -55,6 +57,7 @@ def report(
         loss: before and after the start, measured; None: as it was measured when the adapter was
             started, if it was (`lorainit.Natural` does).
         curves: learning curves, as `lorainit.report.read_curves` gives them.
+        rates: losses by learning rate; those that the adapter's suggestion rests on stand before them.
         title: of the page.
         progress: show a progress bar.
 
@@ -77,6 +80,8 @@ def report(
         origin = origin_of(model, adapter_name)
         if loss is None and origin is not None:
             loss = measured_loss(origin.measured)
+        if origin is not None and (trials := of_measured(origin.measured)) is not None:
+            rates = [trials, *rates]
     measured = [t for name, t in targets.layers.items() if name in statistics]
     compared = spread(measured, _DEPTHS_COMPARED)
     spectra: dict[int, tuple[list[float], float]] = {}
@@ -98,7 +103,7 @@ def report(
     ]
     metadata: dict[str, Any] = {**statistics.metadata}
     anchored = origin is not None and origin.anchored
-    facts = Facts(metadata, peft_config.r, anchored, loss, list(served), list(curves))
+    facts = Facts(metadata, peft_config.r, anchored, loss, list(served), list(curves), rates)
     said = advice(layers, metadata, rank=peft_config.r, adapter=adapter, origin=origin, loss=loss)
     path = Path(output)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,7 @@ from lorainit.report.drawing import COLOURS, DRAWN_LAYERS, chart, matrix, spectr
 from lorainit.report.energy import where_energy_is
 from lorainit.report.maps import energy_map, sample_map, share_map, short_number
 from lorainit.report.measure import LayerReport
+from lorainit.report.rate_curve import RateCurve, drawn
 from lorainit.report.start_loss import StartLoss
 from lorainit.report.style import STYLE
 
@@ -32,6 +33,7 @@ class Facts:
         loss: before and after the start, where it was measured.
         methods: whose subspaces were compared.
         curves: learning curves.
+        rates: losses by learning rate.
     """
 
     metadata: Mapping[str, Any]
@@ -40,6 +42,7 @@ class Facts:
     loss: StartLoss | None
     methods: Sequence[str]
     curves: Sequence[Curve]
+    rates: Sequence[RateCurve] = ()
 
 
 def render(
@@ -62,6 +65,7 @@ def render(
         f"<h1>{escape(title)}</h1>" + _advice(advice),
         _facts(layers, facts),
         _start(facts.loss),
+        _rates(facts.rates),
         _curves(facts.curves),
         _section(
             "Where the data leans",
@@ -139,6 +143,18 @@ def _start(loss: StartLoss | None) -> str:
 
 def _signed(change: float) -> str:
     return f"{change:+.3g}".replace("-", "−")
+
+
+def _rates(rates: Sequence[RateCurve]) -> str:
+    """What the suggested rate rests on, and what training ended at."""
+    if not rates:
+        return ""
+    return _section(
+        "The learning rate",
+        "Loss by rate, on records that are not trained on; the suggested rate dashed, its range shaded. "
+        "One step of signs shows how far a step may go; a run of many steps wants about that.",
+        drawn(rates),
+    )
 
 
 def _curves(curves: Sequence[Curve]) -> str:
