@@ -11,13 +11,20 @@ from benchmarks.published.sources import (
     Mean,
     at_rate,
     grid_cells,
+    quantized_cells,
     rate_cases,
     recovery,
     start_seconds,
     tuned,
 )
 from benchmarks.quality.analysis.markdown import table
-from benchmarks.quality.analysis.rate_grid import differences, holm, task_level_p
+from benchmarks.quality.analysis.rate_grid import (
+    BASELINE,
+    difference,
+    differences,
+    holm,
+    task_level_p,
+)
 from benchmarks.quality.analysis.suggested_rates import quantiles
 from benchmarks.quality.analysis.suggested_rates import table as rates_table
 from benchmarks.quality.experiment import GRID
@@ -34,6 +41,15 @@ _NAMES = {
     "filet": "FILet",
     "pissa": "PiSSA",
     "eva": "EVA",
+}
+
+_QUANTIZED = {
+    "vanilla": "plain LoRA (QLoRA)",
+    "loftq(reference=True)": "LoftQ",
+    "qera(reference=True)": "QERA",
+    "kronecker-qer(reference=True)": "KroneckerQER",
+    "natural": "Natural, no reference",
+    "auto(reference=True)": "Auto with reference",
 }
 
 _KINDS = {
@@ -72,6 +88,46 @@ def quantized_recovery() -> str:
         "loss",
         "of the rise gone",
     ]
+    return table(heads, rows)
+
+
+def quantized_trained() -> str:
+    """After training, each line at its best rate, beside plain LoRA on the same base and on the full one."""
+    rows = []
+    for kind, name in _KINDS.items():
+        cells = quantized_cells(kind)
+        labels = {label for lines in cells.values() for label in lines}
+        for label in sorted(labels, key=lambda label: (label != BASELINE, label)):
+            tasks = {task: lines for task, lines in cells.items() if label in lines}
+            full = [
+                difference(task, lines[label], grid_cells()[task][BASELINE])
+                for task, lines in tasks.items()
+            ]
+            beside = [
+                difference(task, lines[label], lines[BASELINE])
+                for task, lines in tasks.items()
+                if BASELINE in lines
+            ]
+            seeds = min(
+                len(set.intersection(*map(set, lines[label].values()))) for lines in tasks.values()
+            )
+            loss, points = Mean.of([d.loss for d in beside]), Mean.of([d.exact for d in beside])
+            rows.append(
+                [
+                    name if label == BASELINE else "",
+                    _QUANTIZED.get(label, label),
+                    f"{len(tasks)} x {seeds}",
+                    "" if label == BASELINE else str(loss),
+                    ""
+                    if label == BASELINE
+                    else f"{points.value:+.1f} [{points.low:+.1f}, {points.high:+.1f}]",
+                    f"{statistics.mean(d.loss for d in full):+.3f}",
+                ]
+            )
+    heads = [
+        "base", "start", "tasks x seeds", "test loss beside plain LoRA's on this base, nats",
+        "exact match, points", "loss above plain LoRA on the full-precision base",
+    ]  # fmt: skip
     return table(heads, rows)
 
 
@@ -167,6 +223,7 @@ def what_you_get() -> str:
 
 BLOCKS: dict[str, Callable[[], str]] = {
     "quantized-recovery": quantized_recovery,
+    "quantized-trained": quantized_trained,
     "suggested-rates": suggested_rates,
     "fixed-rates": fixed_rates,
     "tuned-lines": tuned_lines,

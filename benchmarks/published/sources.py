@@ -41,6 +41,12 @@ def grid_cells() -> Cells:
 
 
 @cache
+def quantized_cells(grid_name: str) -> Cells:
+    """The same model's runs on a base quantized to one grid of ``benchmarks.quantized``."""
+    return cells_of(r for r in grid() if r["experiment"]["model"] == f"{MODEL}+{grid_name}")
+
+
+@cache
 def rate_cases() -> tuple[Case, ...]:
     return tuple(cases(grid(), read_records([RESULTS], "one_step").values()))
 

@@ -109,10 +109,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folders", type=Path, nargs="+")
+    parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--most", type=int, default=12)
     parser.add_argument("--names", action="store_true", help="names alone, for a shell")
     arguments = parser.parse_args()
-    found = rooms(read_records(arguments.folders).values())
+    records = read_records(arguments.folders).values()
+    found = rooms(r for r in records if r["experiment"]["model"] == arguments.model)
     names = chosen(found, arguments.most)
     print(" ".join(names) if arguments.names else table(found, names))
 

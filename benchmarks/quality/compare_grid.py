@@ -32,7 +32,9 @@ def main() -> None:
         for r in read_records(arguments.records).values()
         if r["stage"] == "grid" and r["rank"] == STANDARD_RANK
     ]
-    for model in sorted({r["experiment"]["model"] for r in records}):
+    # Quantized bases have a table of their own (benchmarks.published).
+    models = {r["experiment"]["model"] for r in records}
+    for model in sorted(model for model in models if "+" not in model):
         mine = [r for r in records if r["experiment"]["model"] == model]
         found = rooms(mine)
         names = chosen(found, arguments.most)

@@ -19,6 +19,7 @@ from lorainit.errors import DataError
 from lorainit.report import Curve, read_curves, report
 from lorainit.report.drawing import DRAWN_LAYERS, _scale, spectra
 from lorainit.report.measure import _directions, _spectrum, measure_layer, place_of, spread
+from lorainit.report.rate_curve import of_comparison, of_measured
 from lorainit.report.sizes import sizes_of
 from tests.adapters import tiny
 from tests.statistics.test_convolutions import TARGETS, images, losses, network
@@ -320,3 +321,54 @@ def test_a_page_of_convolutions_and_of_words(tmp_path: Path) -> None:
     )
     report(started, patches, found_patches, tmp_path / "patches.html", progress=False)
     assert set(sizes_of(started)) == set(TARGETS)
+
+
+def test_the_rate_curve_is_drawn_with_the_suggestion_on_it(tmp_path: Path) -> None:
+    model = tiny.llama()
+    data = [tiny.batch(rows=16)]
+    started = lorainit.get_peft_model(
+        model, tiny.config(), method=lorainit.Vanilla(), data=data, suggest_rate=True
+    )
+    origin = origin_of(started, "default")
+    assert origin is not None
+    curve = of_measured(origin.measured)
+    assert curve is not None
+    trials = origin.measured["learning_rate_trials"]
+    assert curve.points == tuple(map(tuple, trials))
+    assert curve.suggested is not None
+    assert curve.suggested[0] == origin.measured["learning_rate"]
+    statistics = lorainit.collect_statistics(
+        tiny.llama(), tiny.config(), data=data, needs=lorainit.Natural.needs, progress=False
+    )
+    page = tmp_path / "rates.html"
+    report(started, tiny.config(), statistics, page, progress=False)
+    text = page.read_text()
+    assert "The learning rate" in text
+    assert 'class="range"' in text
+    without = tmp_path / "without.html"
+    report(tiny.llama(), tiny.config(), statistics, without, progress=False)
+    assert "The learning rate</h2>" not in without.read_text()
+
+
+@pytest.mark.parametrize(
+    "trials",
+    [None, "1e-4", [[1e-4]], [[0.0, 1.0], [-1, 2.0]], [[1e-4, None], ["a", "b"]], 3, [1e-4]],
+)
+def test_trials_that_are_none_draw_nothing(trials: object) -> None:
+    assert of_measured({"learning_rate": 1e-4, "learning_rate_trials": trials}) is None
+
+
+def test_a_comparison_has_a_rate_curve_a_method(tmp_path: Path) -> None:
+    runs = [{"rate": 1e-4, "loss": 2.0}, {"rate": 3e-4, "loss": 1.0}]
+    content = {
+        "best": {},
+        "runs": {"natural": runs, "eva": runs[:1]},
+        "suggested": {"natural": 3e-4},
+    }
+    content["suggested_range"] = {"natural": [2e-4, 5e-4]}
+    (tmp_path / "table.json").write_text(json.dumps(content))
+    (curve,) = of_comparison(tmp_path / "table.json")
+    assert curve.points == ((1e-4, 2.0), (3e-4, 1.0))
+    assert curve.suggested == (3e-4, 2e-4, 5e-4)
+    (tmp_path / "other.json").write_text("[1]")
+    assert of_comparison(tmp_path / "other.json") == []

@@ -12,6 +12,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from benchmarks.quality.analysis.markdown import table as markdown_table
 from benchmarks.quality.records import Record
@@ -51,20 +52,24 @@ class Case:
         return (loss - best) / (self.base - best)
 
 
+def _key(record: Record) -> Key:
+    return (record["task"], record["label"], record["rank"])
+
+
 def cases(grid: Iterable[Record], one_step: Iterable[Record], rates: int = 9) -> list[Case]:
     """Every line with a whole grid and a suggestion."""
-    losses: dict[Key, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    losses: dict[Any, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
     for record in grid:
         loss = record["validation"]["loss"]
-        key = (record["task"], record["label"], record["rank"])
-        losses[key][record["learning_rate"]].append(math.inf if loss is None else loss)
+        place = losses[record["experiment"]["model"], *_key(record)]
+        place[record["learning_rate"]].append(math.inf if loss is None else loss)
     found = []
     for record in one_step:
-        key = (record["task"], record["label"], record["rank"])
-        mine = {rate: statistics.fmean(values) for rate, values in losses[key].items()}
+        runs = losses[record["experiment"]["model"], *_key(record)]
+        mine = {rate: statistics.fmean(values) for rate, values in runs.items()}
         if "suggestion" in record and len(mine) >= rates:
             known = record["suggestion"]
-            found.append(Case(key, known["base_loss"], mine, known["one_step"]))
+            found.append(Case(_key(record), known["base_loss"], mine, known["one_step"]))
     return sorted(found, key=lambda case: case.key)
 
 

@@ -41,8 +41,8 @@ class Origin:
             back, and the ``length``; where plain LoRA was taken in place of the start that was measured,
             that one's loss as ``refused_loss``; and how many ``sequences`` they rest on, with the standard
             error of their difference as ``gain_error``. Where a learning rate was suggested:
-            ``learning_rate``, its range ``learning_rate_low`` and ``learning_rate_high``, and
-            ``one_step_rate``.
+            ``learning_rate``, its range ``learning_rate_low`` and ``learning_rate_high``, the
+            ``one_step_rate``, and every rate and loss that was tried under ``learning_rate_trials``.
         heads: where heads beside the adapter were fitted first: their names under ``fitted`` (none where
             they were left as they are), ``loss_before`` and ``loss_after`` on the sequences held back, the
             ``standard_error`` of the difference, the number of these ``sequences``, and the ``weight_decay``.
@@ -51,7 +51,7 @@ class Origin:
     anchored: bool
     settings: Mapping[str, Any] = field(default_factory=dict)
     version: str = __version__
-    measured: Mapping[str, float] = field(default_factory=dict)
+    measured: Mapping[str, Any] = field(default_factory=dict)
     heads: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -93,7 +93,7 @@ def remember(model: nn.Module, adapter_name: str, origin: Origin) -> None:
         config.origin = origin
 
 
-def remember_measured(model: nn.Module, adapter_name: str, measured: Mapping[str, float]) -> None:
+def remember_measured(model: nn.Module, adapter_name: str, measured: Mapping[str, Any]) -> None:
     """Add to what was measured for an adapter; without effect where it has no origin."""
     origin = getattr(model.peft_config[adapter_name], "origin", None)  # type: ignore[index, union-attr]
     if origin is not None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from lorainit.calibration.held_out_loss import HeldOutLoss
 from lorainit.calibration.sign_step import SignStep
@@ -57,13 +58,14 @@ class LearningRate:
     sequences: int
     trials: tuple[tuple[float, float], ...]
 
-    def measured(self) -> dict[str, float]:
+    def measured(self) -> dict[str, Any]:
         """As the adapter's record holds it."""
         return {
             "learning_rate": self.value,
             "learning_rate_low": self.low,
             "learning_rate_high": self.high,
             "one_step_rate": self.one_step,
+            "learning_rate_trials": [list(trial) for trial in self.trials],
         }
 
     def __float__(self) -> float:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import Subset
 from tqdm.auto import tqdm
 
+from lorainit.calibration.learning_rate import LearningRate
 from lorainit.cli.loading import load_model
 from lorainit.cli.outputs import check_file, is_comparison
 from lorainit.cli.plan import plan
@@ -102,6 +103,7 @@ def _runs(
         )
     table: dict[str, list[dict[str, Any]]] = {}
     suggested: dict[str, float] = {}
+    ranges: dict[str, list[float]] = {}
     hidden = None if sample["progress"] else True
     bar = tqdm(
         total=len(names) * len(rates) * options.steps, desc="compare", unit="step", disable=hidden
@@ -118,8 +120,10 @@ def _runs(
                 data=data if name in alone else None, **{**sample, "progress": False},
             )  # fmt: skip
             seconds = time.perf_counter() - begin
-            rate = _suggestion(wrapped, data, sample)
-            if rate is not None:
+            found = _suggestion(wrapped, data, sample)
+            rate = None
+            if found is not None:
+                rate, ranges[name] = float(f"{found.value:.3g}"), [found.low, found.high]
                 suggested[name] = rate
             table[name] = _tuned(options, name, rates, rate, wrapped, data, held, bar)
             for trial in table[name]:
@@ -134,19 +138,19 @@ def _runs(
         "held_out": options.held_out,
         "best": best,
         "suggested": suggested,
+        "suggested_range": ranges,
         "runs": table,
     }
 
 
-def _suggestion(model: PeftModel, data: Any, sample: dict[str, Any]) -> float | None:
-    """The rate that is suggested for a start, to three digits; None where none can be."""
+def _suggestion(model: PeftModel, data: Any, sample: dict[str, Any]) -> LearningRate | None:
+    """The rate that is suggested for a start; None where none can be."""
     try:
-        found = suggest_learning_rate(
+        return suggest_learning_rate(
             model, data, **{**sample, "max_sequences": SEQUENCES, "progress": False}
         )
     except DataError:
         return None
-    return float(f"{found.value:.3g}")
 
 
 def _tuned(
@@ -263,6 +267,15 @@ def _table(options: argparse.Namespace, result: dict[str, Any]) -> str:
         at = [trial["loss"] for trial in runs[name] if trial["rate"] == rate]
         shown = f"{rate:>11.2g}{at[0]:>12.4f}" if at else f"{'none':>11}"
         lines.append(f"{name:<12}{row['rate']:>10.2g}{losses}{row['seconds']:>10.1f}{shown}")
+    lines.append("by learning rate, the suggested one with a star and its range:")
+    for name in order:
+        rate = result["suggested"].get(name)
+        tried = "  ".join(
+            f"{trial['rate']:.2g}{'*' if trial['rate'] == rate else ''} {trial['loss']:.4f}"
+            for trial in runs[name]
+        )
+        ends = result["suggested_range"].get(name)
+        lines.append(f"{name:<12}{tried}" + (f"  ({ends[0]:.1g} to {ends[1]:.1g})" if ends else ""))
     edges = [name for name in order if _beyond(runs[name], result["suggested"].get(name))]
     if edges:
         lines.append(

@@ -15,6 +15,7 @@ from lorainit.cli.outputs import check_file, is_page
 from lorainit.cli.shared import known_methods, load_data, lora_config, mean_loss, speaking
 from lorainit.report import report
 from lorainit.report.curves import Curve, read_curves
+from lorainit.report.rate_curve import of_comparison
 from lorainit.report.start_loss import StartLoss
 from lorainit.statistics import Statistics
 
@@ -26,6 +27,7 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     with speaking(options):
         names = known_methods(options.methods)
         curves = [curve for text in options.curves for curve in _curves(text)]
+        rates = [rate for text in options.curves for rate in of_comparison(_path(text))]
         check_file(options.output, is_page)
         if options.reference:
             named_tensors(options.reference)  # before the model is loaded
@@ -46,11 +48,17 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
             loss=loss,
             curves=curves,
             reference_weights=options.reference,
+            rates=rates,
             title=f"{Path(options.model).name}: what the data asks of the adapter",
             progress=not options.quiet,
         )
     result = {"output": options.output, "advice": [{"kind": k, "text": t} for k, t in said]}
     return result, "\n".join([f"{options.output}:", *(f"  {text}" for _, text in said)])
+
+
+def _path(text: str) -> Path:
+    name, equals, path = text.partition("=")
+    return Path(path if equals else name)
 
 
 def _curves(text: str) -> list[Curve]:

@@ -128,15 +128,27 @@ def spectra(lines: Sequence[Sequence[float]], rank: int, label: str) -> str:
     return _svg(width, height, label, parts)
 
 
-def chart(lines: Sequence[Sequence[tuple[float, float]]], label: str) -> str:
+def chart(
+    lines: Sequence[Sequence[tuple[float, float]]],
+    label: str,
+    *,
+    rates: bool = False,
+    marked: tuple[float, float, float] | None = None,
+) -> str:
     """Losses over steps, one colour a line in the order given; an empty line keeps its colour.
 
     Long noisy lines are drawn faint, with their moving mean strong.
+
+    Args:
+        lines: step and loss, by step.
+        label: what it shows, for readers who do not see it.
+        rates: in place of steps there are decimal logarithms of learning rates.
+        marked: a place on the axis, and the ends of a range around it.
     """
     width, height, left, right, top, bottom = 460, 250, 46, 12, 10, 30
     steps = [step for line in lines for step, _ in line]
     low, high, ticks = _scale([loss for line in lines for _, loss in line])
-    first, last = min(steps), max(max(steps), min(steps) + 1)
+    first, last = min(steps), max(max(steps), min(steps) + (0.01 if rates else 1))
 
     def spot(step: float, loss: float) -> str:
         x = left + (width - left - right) * (step - first) / (last - first)
@@ -150,9 +162,21 @@ def chart(lines: Sequence[Sequence[tuple[float, float]]], label: str) -> str:
         parts.append(
             f'<text class="axis" x="{left - 6}" y="{y + 4}" text-anchor="end">{tick:g}</text>'
         )
+    if marked is not None:
+        # A suggestion beyond what was tried stands at the edge.
+        middle, left_end, right_end = (
+            float(spot(min(max(x, first), last), low).split(",")[0]) for x in marked
+        )
+        parts.append(
+            f'<rect class="range" x="{left_end}" y="{top}" width="{right_end - left_end:.1f}" '
+            f'height="{height - top - bottom}"/>'
+            f'<line class="rank" x1="{middle}" x2="{middle}" y1="{top}" y2="{height - bottom}"/>'
+        )
     for step, anchor in ((first, "start"), ((first + last) / 2, "middle"), (last, "end")):
         x = spot(step, low).split(",")[0]
         name = f"step {step:,.0f}" if anchor == "start" else f"{step:,.0f}"
+        if rates:
+            name = f"rate {10**step:.1g}" if anchor == "start" else f"{10**step:.1g}"
         parts.append(
             f'<text class="axis" x="{x}" y="{height - 10}" text-anchor="{anchor}">{name}</text>'
         )

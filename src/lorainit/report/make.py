@@ -23,6 +23,7 @@ from lorainit.report.curves import Curve
 from lorainit.report.measure import measure_layer, methods_served, spread
 from lorainit.report.page import Facts, render
 from lorainit.report.quantization import displacements_of, quantization_loss, reference_of
+from lorainit.report.rate_curve import RateCurve, of_measured
 from lorainit.report.sizes import sizes_of
 from lorainit.report.start_loss import StartLoss, measured_loss
 from lorainit.statistics import Statistics
@@ -42,6 +43,7 @@ def report(
     loss: StartLoss | None = None,
     curves: Sequence[Curve] = (),
     reference_weights: TensorSource | None = None,
+    rates: Sequence[RateCurve] = (),
     title: str = "What the data asks of the adapter",
     progress: bool = True,
 ) -> list[tuple[str, str]]:
@@ -61,6 +63,7 @@ def report(
         reference_weights: of a quantized model, the full-precision weights, as `lorainit.get_peft_model` takes
             them: the page shows what quantization took from every layer's outputs, and what the adapter gives
             back. Read layer by layer.
+        rates: losses by learning rate; those that the adapter's suggestion rests on stand before them.
         title: of the page.
         progress: show a progress bar.
 
@@ -85,6 +88,8 @@ def report(
         origin = origin_of(model, adapter_name)
         if loss is None and origin is not None:
             loss = measured_loss(origin.measured)
+        if origin is not None and (trials := of_measured(origin.measured)) is not None:
+            rates = [trials, *rates]
     measured = [t for name, t in targets.layers.items() if name in statistics]
     reference, displacements = None, {}
     if reference_weights is not None:
@@ -115,7 +120,7 @@ def report(
         layers.append(found)
     metadata: dict[str, Any] = {**statistics.metadata}
     anchored = origin is not None and origin.anchored
-    facts = Facts(metadata, peft_config.r, anchored, loss, list(served), list(curves))
+    facts = Facts(metadata, peft_config.r, anchored, loss, list(served), list(curves), rates)
     said = advice(layers, metadata, rank=peft_config.r, adapter=adapter, origin=origin, loss=loss)
     path = Path(output)
     path.parent.mkdir(parents=True, exist_ok=True)

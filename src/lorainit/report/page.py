@@ -14,9 +14,11 @@ from lorainit.report.drawing import matrix
 from lorainit.report.energy import where_energy_is
 from lorainit.report.maps import energy_map, share_map, short_number
 from lorainit.report.measure import LayerReport
+from lorainit.report.rate_curve import RateCurve
 from lorainit.report.sections import (
     curves_section,
     quantization_sections,
+    rates_section,
     sample_sections,
     section,
     spectra_section,
@@ -40,6 +42,7 @@ class Facts:
         loss: before and after the start, where it was measured.
         methods: whose subspaces were compared.
         curves: learning curves.
+        rates: losses by learning rate.
     """
 
     metadata: Mapping[str, Any]
@@ -48,6 +51,7 @@ class Facts:
     loss: StartLoss | None
     methods: Sequence[str]
     curves: Sequence[Curve]
+    rates: Sequence[RateCurve] = ()
 
 
 def render(
@@ -70,6 +74,7 @@ def render(
         f"<h1>{escape(title)}</h1>" + _advice(advice),
         _facts(layers, facts),
         start_section(facts.loss),
+        rates_section(facts.rates),
         curves_section(facts.curves),
         section(
             "Where the data leans",

@@ -10,6 +10,7 @@ from lorainit.report.drawing import COLOURS, DRAWN_LAYERS, chart, spectra
 from lorainit.report.maps import sample_map, share_map
 from lorainit.report.measure import LayerReport
 from lorainit.report.quantization import describe, in_words
+from lorainit.report.rate_curve import RateCurve, drawn
 from lorainit.report.start_loss import StartLoss
 
 
@@ -44,6 +45,18 @@ def start_section(loss: StartLoss | None) -> str:
 
 def _signed(change: float) -> str:
     return f"{change:+.3g}".replace("-", "−")
+
+
+def rates_section(rates: Sequence[RateCurve]) -> str:
+    """What the suggested rate rests on, and what training ended at."""
+    if not rates:
+        return ""
+    return section(
+        "The learning rate",
+        "Loss by rate, on records that are not trained on; the suggested rate dashed, its range shaded. "
+        "One step of signs shows how far a step may go; a run of many steps wants about that.",
+        drawn(rates),
+    )
 
 
 def curves_section(curves: Sequence[Curve]) -> str:

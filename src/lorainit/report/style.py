@@ -35,7 +35,7 @@ polyline{fill:none}.faint{stroke:var(--heat);stroke-opacity:.22;stroke-width:.7}
 @media(prefers-color-scheme:dark){.c0{--c:#3fb8ae}.c1{--c:#fb923c}.c2{--c:#a78bfa}.c3{--c:#e5c04b}
 .c4{--c:#f472b6}.c5{--c:#60a5fa}.c6{--c:#a3d65c}.c7{--c:#a8b0ba}}
 .line{stroke:var(--c);stroke-width:2;stroke-linejoin:round}.noise{stroke-width:1;stroke-opacity:.25}
-.dot{fill:var(--c)}
+.dot{fill:var(--c)}.range{fill:var(--warn);fill-opacity:.12}
 table.plain{width:auto}
 table.plain td:first-child{white-space:normal}
 table.plain td,table.plain th{padding-right:22px}
