@@ -135,7 +135,7 @@ def test_shares_are_those_of_the_outputs_themselves(
         assert {round(loss.given_back or 0, 6) for loss in found.values()} == {0.0}
     text = (tmp_path / "page.html").read_text()
     assert "What quantization took" in text
-    assert ("What the adapter gives back" in text) is (method is not None)
+    assert ("<h3>given back</h3>" in text) is (method is not None)
 
 
 def test_qera_gives_back_more_than_loftq_and_a_turned_adapter_takes(

@@ -34,6 +34,7 @@ def share_map(
     percent: bool = True,
     top: float | None = None,
     tip_of: Callable[[LayerReport], str] | None = None,
+    title: str = "",
 ) -> str:
     """One number of every layer, on a linear scale.
 
@@ -43,6 +44,7 @@ def share_map(
         percent: written as a share.
         top: the number of full colour; None: the largest.
         tip_of: what a cell's tooltip says; None: the number.
+        title: over the map.
     """
     known = {layer.name: value for layer in layers if (value := value_of(layer)) is not None}
     if not known:
@@ -55,7 +57,7 @@ def share_map(
             text = signed_percent(value) if percent else short_number(value)
             tip = f"{layer.name}: {text if tip_of is None else tip_of(layer)}"
             values[layer.depth, layer.projection] = max(0.0, min(1.0, value / top)), text, tip
-    return _card(values, layers, "share by depth and projection")
+    return _card(values, layers, "share by depth and projection", title)
 
 
 def sample_map(layers: Sequence[LayerReport]) -> str:
@@ -78,9 +80,11 @@ def _card(
     values: Mapping[tuple[int | None, str], tuple[float, str, str]],
     layers: Sequence[LayerReport],
     label: str,
+    title: str = "",
 ) -> str:
+    heading = f"<h3>{title}</h3>" if title else ""
     columns = list(dict.fromkeys(layer.projection for layer in layers))
-    return f'<div class="card fit">{heat_map(values, columns, label)}</div>'
+    return f'<div class="card fit">{heading}{heat_map(values, columns, label)}</div>'
 
 
 def short_number(value: float) -> str:
@@ -91,7 +95,8 @@ def short_number(value: float) -> str:
 def signed_percent(share: float) -> str:
     """A share as a percentage, with one more digit below ten: ``31%``, ``4.2%``, ``−8%``."""
     digits = 1 if 0 < share < 0.0995 else 0
-    return f"{share:.{digits}%}".replace("-", "−")
+    text = f"{share:.{digits}%}"
+    return "0%" if text in ("-0%", "0.0%") else text.replace("-", "−")
 
 
 def _percent(share: float) -> str:

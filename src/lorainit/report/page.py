@@ -147,10 +147,10 @@ def _count(value: object) -> str:
 
 def _advice(said: Sequence[tuple[str, str]]) -> str:
     """The three sentences first, with their subjects in bold; then what else stands out."""
-    first = "".join(
-        f'<li class="{kind}"><b>{text.partition(": ")[0]}</b> {_code(text.partition(": ")[2])}</li>'
-        for kind, text in said[:LEADING]
-    )
+    first = ""
+    for kind, text in said[:LEADING]:
+        subject, _, words = text.partition(": ")
+        first += f'<li class="{kind}"><b>{subject}</b> {_code(words[:1].upper() + words[1:])}</li>'
     others = "".join(f'<li class="{kind}">{_code(text)}</li>' for kind, text in said[LEADING:])
     also = (
         f'<h3 class="also">What else stands out</h3><ul class="advice">{others}</ul>'

@@ -146,7 +146,8 @@ def describe(loss: QuantizationLoss) -> str:
 
 
 def _share(value: float) -> str:
-    return f"{value:.0%}".replace("-", "−")
+    text = f"{value:.0%}"
+    return "0%" if text == "-0%" else text.replace("-", "−")
 
 
 def _norm(matrix: Tensor, moment: Tensor) -> float:

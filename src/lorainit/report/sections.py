@@ -93,27 +93,28 @@ def quantization_sections(layers: Sequence[LayerReport]) -> list[str]:
         layers,
         lambda layer: None if layer.quantization is None else layer.quantization.of_outputs,
         tip_of=lambda layer: describe(losses[layer.name]),
+        title="taken",
     )
     text = (
         "Of each layer's outputs on the data, in their norm: E = W − Q is what rounding took from the weight, "
         "|E Sx^½| / |W Sx^½| its share of the outputs."
     )
-    sections = [
-        section("What quantization took", text, took, lead=in_words(losses, adapter=adapter))
-    ]
+    back = ""
     if any(loss.given_back is not None for loss in losses.values()):
-        text = (
-            "1 − |(E − s B A) Sx^½| / |E Sx^½|: at 100% the layer's outputs are those of full precision. "
-            "What the adapter does for the task beside it counts against it here."
+        text += (
+            " Given back is 1 − |(E − s B A) Sx^½| / |E Sx^½|: at 100% a layer's outputs are those of full "
+            "precision. What the adapter does for the task counts against it here."
         )
         back = share_map(
             layers,
             lambda layer: None if layer.quantization is None else layer.quantization.given_back,
             top=1.0,
             tip_of=lambda layer: describe(losses[layer.name]),
+            title="given back",
         )
-        sections.append(section("What the adapter gives back", text, back))
-    return sections
+    body = f'<div class="pair">{took}{back}</div>'
+    lead = in_words(losses, adapter=adapter)
+    return [section("What quantization took", text, body, lead)]
 
 
 def sample_sections(layers: Sequence[LayerReport]) -> list[str]:
