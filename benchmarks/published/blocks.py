@@ -199,7 +199,8 @@ def what_you_get() -> str:
         [
             "a base of 3 or 2 bits, trained",
             f"KroneckerQER's test loss is {three.value:+.3f} and {two.value:+.3f} nats beside plain LoRA's at "
-            f"tuned rates, below it on {three.below} and {two.below} of {three.tasks} tasks (one seed); at 4 bits level",
+            f"tuned rates, below it on {three.below} and {two.below} of {three.tasks} tasks (one seed); at 4 "
+            "bits level",
             "[quantized bases](docs/quantized.md#after-training)",
         ],
         [
