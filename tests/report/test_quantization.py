@@ -14,6 +14,7 @@ from lorainit.adapters.layers import adapter_layers
 from lorainit.errors import AdapterError, MissingStatisticError
 from lorainit.report import make as making
 from lorainit.report import report
+from lorainit.report.maps import signed_percent
 from lorainit.report.measure import LayerReport
 from lorainit.report.quantization import QuantizationLoss, in_words
 from tests.adapters import tiny
@@ -184,3 +185,5 @@ def test_the_sentence_names_the_most_and_the_least() -> None:
     nothing = {"a": QuantizationLoss(0.1, 0.05, 0.0)}
     assert in_words(nothing, adapter=True).endswith("; this adapter gives nothing of it back.")
     assert in_words({"a": QuantizationLoss(0.1, 0.05)}, adapter=False).endswith("(a).")
+    shown = [signed_percent(x) for x in (0.4, 0.042, -0.12, -0.001, 0.0, 0.0996)]
+    assert shown == ["40%", "4.2%", "−12%", "0%", "0%", "10%"]

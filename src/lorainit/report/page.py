@@ -150,7 +150,7 @@ def _advice(said: Sequence[tuple[str, str]]) -> str:
     first = ""
     for kind, text in said[:LEADING]:
         subject, _, words = text.partition(": ")
-        first += f'<li class="{kind}"><b>{subject}</b> {_code(words[:1].upper() + words[1:])}</li>'
+        first += f'<li class="{kind}"><b>{subject}</b><span>{_code(words[:1].upper() + words[1:])}</span></li>'
     others = "".join(f'<li class="{kind}">{_code(text)}</li>' for kind, text in said[LEADING:])
     also = (
         f'<h3 class="also">What else stands out</h3><ul class="advice">{others}</ul>'
