@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from benchmarks.common.cache import REPOSITORY
 from benchmarks.published.sources import (
     Mean,
     at_rate,
@@ -29,6 +31,7 @@ from benchmarks.quality.analysis.rate_grid import (
 from benchmarks.quality.analysis.suggested_rates import quantiles
 from benchmarks.quality.analysis.suggested_rates import table as rates_table
 from benchmarks.quality.experiment import GRID
+from benchmarks.quantized.optimality import table as optimality_table
 from lorainit.calibration.learning_rate import suggested
 
 _NAMES = {
@@ -90,6 +93,12 @@ def quantized_recovery() -> str:
         "of the rise gone",
     ]
     return table(heads, rows)
+
+
+def closed_forms() -> str:
+    """Each method in its own metric against the least possible, over all layers."""
+    path = REPOSITORY / "benchmarks" / "quantized" / "results" / "optimality.jsonl"
+    return optimality_table([json.loads(line) for line in path.read_text().splitlines()])
 
 
 def quantized_trained() -> str:
@@ -232,6 +241,7 @@ def what_you_get() -> str:
 
 BLOCKS: dict[str, Callable[[], str]] = {
     "quantized-recovery": quantized_recovery,
+    "closed-forms": closed_forms,
     "quantized-trained": quantized_trained,
     "suggested-rates": suggested_rates,
     "fixed-rates": fixed_rates,
