@@ -1,6 +1,7 @@
 """`make methods-report`: every method against every check, with the measured errors.
 
-The checks are those of the test suite (`tests/methods`). Prints two tables and writes
+The checks are those of the test suite (`tests/methods`); "kinds" are the optima on a convolution and an
+embedding, from statistics that the package collects. Prints two tables and writes
 ``results/methods_report.json`` beside this file; ends with status 1 where a check fails. With
 ``--speed`` also the time to solve all 210 target layers of SmolLM2-135M, statistics given.
 """
@@ -16,7 +17,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from tests.methods import contract, optima, references
+from tests.methods import contract, kinds, optima, references
 from tests.methods.common import Check
 
 from benchmarks.common.cache import REPOSITORY
@@ -29,6 +30,7 @@ GROUPS = (
     ("contract", contract.CHECKS),
     ("optimum", optima.CHECKS),
     ("reference", references.CHECKS),
+    ("kinds", kinds.all_checks()),
 )
 
 
