@@ -1,4 +1,4 @@
-"""axolotl by its own command line, on a processor: the plugin's start, training, a run that resumes, stock PEFT.
+"""axolotl by its own command line, on a processor: the start, training, a run that resumes, stock PEFT.
 
 Run where axolotl is installed, in an environment of its own: it pins versions other than the suite's.
 """
