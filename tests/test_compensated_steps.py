@@ -189,6 +189,34 @@ def test_what_does_not_lower_the_loss_is_not_given_back(fitted: Any) -> None:
     assert measured(found) == measured(wanted)
 
 
+@pytest.mark.parametrize(("levels", "gives"), [(1, True), (7, False)])
+def test_what_takes_little_of_the_weights_leaves_the_rank_to_the_step(
+    fitted: Any, levels: int, gives: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Three values take half of a weight, fifteen less than an eighth: then it is Auto without reference."""
+    base = quantized(fitted, levels)
+    names = match_targets(base, config()).layers
+    taken = [
+        float((fitted.get_submodule(n).weight - base.get_submodule(n).weight).norm())
+        / float(fitted.get_submodule(n).weight.norm())
+        for n in names
+    ]
+    assert (sorted(taken)[len(taken) // 2] > lorainit.Auto().least_taken) == gives
+    caplog.set_level("INFO", logger="lorainit")
+    starts = []
+    for reference in (fitted, None):
+        torch.manual_seed(0)
+        found = start(
+            quantized(fitted, levels), lorainit.Auto(), data=batches(), reference_weights=reference
+        )
+        starts.append(logits(found))
+    assert torch.equal(*starts) == (not gives)
+    assert ("less than least_taken=0.125" in caplog.text) == (not gives)
+    always = lorainit.Auto(least_taken=0.0)
+    given = start(quantized(fitted, levels), always, data=batches(), reference_weights=fitted)
+    assert not torch.equal(logits(given), starts[1])
+
+
 def test_without_a_reference_nothing_changes(fitted: Any) -> None:
     """Auto's own start is Natural's, as before."""
     found, wanted = (

@@ -47,7 +47,7 @@ DEFAULT_METHODS = ("lora", "lora-suggested", "auto")
 PASTE = """
     model = lorainit.get_peft_model(model, config, data=dataloader)  # any LoraConfig; an ordinary PeftModel
     rate = float(lorainit.suggest_learning_rate(model, dataloader))  # for AdamW, warmup and decay
-    # a 4-bit base:  lorainit.get_peft_model(..., reference_weights="the full-precision model's folder")
+    # a 4-bit base:  get_peft_model(..., method=lorainit.QERA(), reference_weights="FULL_PRECISION_FOLDER")
 """
 
 

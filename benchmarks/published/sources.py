@@ -46,6 +46,12 @@ def quantized_cells(grid_name: str) -> Cells:
     return cells_of(r for r in grid() if r["experiment"]["model"] == f"{MODEL}+{grid_name}")
 
 
+def beside_on(grid_name: str, label: str) -> Mean:
+    """Test loss of a line above plain LoRA's on the same quantized base, each at its best rate."""
+    found = differences(quantized_cells(grid_name))[label]
+    return Mean.of([d.loss for d in found])
+
+
 @cache
 def rate_cases() -> tuple[Case, ...]:
     return tuple(cases(grid(), read_records([RESULTS], "one_step").values()))

@@ -252,6 +252,8 @@ class Bench:
             free, whole = torch.cuda.mem_get_info(self.device)
             if free < whole / 2:
                 self._trainers.clear()
+                # The pool goes with the last graph of it; its handle must not outlive it.
+                self._memory = None
                 gc.collect()
                 torch.cuda.empty_cache()
 

@@ -65,7 +65,9 @@ def test_failures_are_told_apart(tmp_path: Path) -> None:
     records = tmp_path / "records"
     records.mkdir()
     found = _compare(
-        "test_made", tmp_path, argparse.Namespace(records=records, again=False, only="")
+        "test_made",
+        tmp_path,
+        argparse.Namespace(records=records, again=False, only="", anchored_alone=False),
     )
     assert found["counts"] == {
         "tests": 5,

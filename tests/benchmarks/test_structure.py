@@ -34,6 +34,7 @@ RECORDS = {
     "quality/results/learning-rates-*.png": "quality/analysis/figures.py",
     "quality/results/speed-*.png": "quality/analyze.py",
     "quantized/results/quantized.jsonl": "quantized/__main__.py",
+    "quantized/results/optimality.jsonl": "quantized/optimality.py",
     "quantized/results/recovery.jsonl": "quantized/recover.py",
     "quality/results/grid-*.md": "quality/compare_grid.py",
     "quality/results/rate-by-method-*.png": "quality/compare_grid.py",

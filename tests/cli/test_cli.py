@@ -343,6 +343,7 @@ def test_train_names_the_extra(
 WRONG = {
     "init --model @model --method loftq --output @x": "give --reference",
     "init --model @model --method loftq --reference @nothing --output @x": "is no folder and no file",
+    "report --model @model --statistics @x --reference @nothing --output @x": "is no folder and no file",
     "init --model @model --method loftq --reference @model --output @x": "nothing to give back",
     "init --model @model --method pissa --reference @model --output @x": "reads no reference_weights",
     "init --model @nothing --method pissa --output @x": "no model folder",

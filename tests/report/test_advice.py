@@ -119,6 +119,7 @@ HELD = {"base_loss": 8.9, "start_loss": 3.1}
         (lorainit.QERA(), HELD | {"start_loss": 8.5}, "good", "keep it"),
         (lorainit.Natural(), HELD | {"gain_error": 4.0}, "warn", "give it more sequences"),
         (lorainit.Natural(), {"base_loss": 3.0, "start_loss": 4.0}, "warn", "raises the loss from 3 to 4"),
+        (lorainit.Natural(), HELD | {"start_loss": 8.9001}, "note", "takes nothing off the loss, 8.9"),
         (lorainit.Natural(), {"base_loss": -1.0, "start_loss": -2.0}, "good", "takes 1 off the loss"),
         (
             lorainit.Auto(),
@@ -174,13 +175,14 @@ def test_where_half_of_the_energy_is() -> None:
     values |= {"11.mlp.down_proj": 30.0}
     values |= {f"{i}.mlp.up_proj": 1.0 for i in range(100)}
     assert where_energy_is(energies(values)) == (
-        "Half of the gradient is in 5 of 105 layers: v_proj of blocks 11 to 13, 15, down_proj of block 11."
+        "Half of the gradient is in 5 of 105 layers: v_proj of blocks 11 to 13, 15 (41%), "
+        "down_proj of block 11 (14%)."
     )
     # By hand: without the last of the five it is less than half of it.
     most = sorted(values.values(), reverse=True)
     assert sum(most[:4]) < sum(most) / 2 <= sum(most[:5])
     # Moved elsewhere, it is found elsewhere.
-    assert "of 2 layers: k_proj of block 1." in where_energy_is(
+    assert "of 2 layers: k_proj of block 1 (90%)." in where_energy_is(
         energies({"0.attn.v_proj": 1.0, "1.attn.k_proj": 9.0})
     )
     assert where_energy_is([layer()]) == ""

@@ -284,6 +284,48 @@ def test_browser_draws_it(page: Path, look: str, tmp_path: Path) -> None:
     assert teal > 2000, "no heat map was drawn"
 
 
+def on_a_phone(page: Path, folder: Path) -> tuple[float, float]:
+    """Width that the page takes, and its smallest letters, in CSS pixels, in a frame of 360 of them."""
+    frame = folder / "frame.html"
+    frame.write_text(
+        f'''<iframe id="f" src="{page.as_uri()}" style="width:360px;height:900px;border:0"></iframe>
+<script>onload = () => {{
+  const inner = document.getElementById("f").contentDocument, sizes = [];
+  for (const t of inner.querySelectorAll("svg text"))
+    sizes.push(t.getScreenCTM().a * parseFloat(inner.defaultView.getComputedStyle(t).fontSize));
+  document.body.innerText = `wide ${{inner.documentElement.scrollWidth}} small ${{Math.min(...sizes)}}`;
+}}</script>'''
+    )
+    command = [
+        BROWSER,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--dump-dom",
+        "--hide-scrollbars",
+    ]
+    command += ["--allow-file-access-from-files", f"--user-data-dir={folder}/profile"]
+    done = subprocess.run(
+        [*command, frame.as_uri()], check=True, capture_output=True, text=True, timeout=120
+    )
+    found = re.search(r"wide ([\d.]+) small ([\d.]+)", done.stdout)
+    assert found is not None, done.stdout[-500:]
+    return float(found[1]), float(found[2])
+
+
+@pytest.mark.skipif(not BROWSER, reason="needs Chromium")
+def test_on_a_phone_nothing_is_wider_than_the_page_or_too_small(page: Path, tmp_path: Path) -> None:
+    wide, small = on_a_phone(page, tmp_path)
+    assert wide == 360
+    assert small > 8
+    spread_out = tmp_path / "spread.html"
+    text = page.read_text(encoding="utf-8").replace("<main>", '<main><p style="width:500px">x</p>')
+    spread_out.write_text(text.replace("font:11px", "font:8px"))
+    wide, small = on_a_phone(spread_out, tmp_path)
+    assert wide > 500
+    assert small < 8
+
+
 def test_a_page_of_convolutions_and_of_words(tmp_path: Path) -> None:
     needs = lorainit.Natural.needs | lorainit.EVA().needs
     config = tiny.config(target_modules=["embed_tokens", "q_proj"])

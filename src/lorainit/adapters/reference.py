@@ -35,11 +35,18 @@ class ReferenceWeights:
         tensors: where they are read from.
         places: the tensor's name by target name.
         transposed: targets whose tensor is ``(in, out)``.
+        sizes: ``|W - Q| / |W|`` by target name, of the rows that were looked at.
     """
 
     tensors: NamedTensors
     places: Mapping[str, str]
     transposed: set[str] = field(default_factory=set)
+    sizes: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def taken(self) -> float:
+        """The median of `sizes`: about 0.01 at 8 bits, 0.1 at 4, 0.2 at 3, 0.45 at 2."""
+        return stats.median(self.sizes.values())
 
     @classmethod
     def of(cls, source: TensorSource, targets: Mapping[str, Target]) -> ReferenceWeights:
@@ -103,7 +110,7 @@ class ReferenceWeights:
                 )
 
     def _check_values(self, targets: Mapping[str, Target]) -> None:
-        sizes: dict[str, float] = {}
+        sizes = self.sizes
         with torch.no_grad():
             for name, target in targets.items():
                 weight = read_weight(target.module, name)
@@ -131,7 +138,7 @@ class ReferenceWeights:
             "reference weights of %d layers: quantization took %.2g of a weight's norm in the median, "
             "%.2g at most",
             len(sizes),
-            stats.median(sizes.values()),
+            self.taken,
             max(sizes.values()),
         )
 

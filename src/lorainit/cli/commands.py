@@ -244,6 +244,7 @@ def report(
         str | None, Option("a start, to show its size and its loss", "adapter", "FOLDER")
     ] = None,
     data: o.OptionalData = None,
+    reference: o.Reference = None,
     curves: Annotated[
         Sequence[str],
         Option(
@@ -279,6 +280,11 @@ def report(
 
         lorainit report --model ./model --statistics target.safetensors --adapter start \
             --data held.jsonl --curves trained,compared.json --output report.html
+
+    Of a quantized model, what quantization took from each layer and what the adapter gives back::
+
+        lorainit report --model ./quantized --reference ./full --statistics target.safetensors \
+            --adapter start --output report.html
     """
     return _run("reporting", "report", locals())
 

@@ -120,8 +120,8 @@ OptionalStatistics = Annotated[
 Reference = Annotated[
     str | None,
     Option(
-        "full-precision checkpoint that a quantized model was made from, for methods that give back what "
-        "quantization took",
+        "full-precision checkpoint that a quantized model was made from: for methods that give back what "
+        "quantization took, and for the report to show it",
         "model",
         "FOLDER",
     ),

@@ -9,6 +9,7 @@ from typing import Any
 
 from lorainit.adapters.layers import true_config
 from lorainit.adapters.load import load_adapter
+from lorainit.adapters.tensor_sources import named_tensors
 from lorainit.cli.loading import load_model
 from lorainit.cli.outputs import check_file, is_page
 from lorainit.cli.shared import known_methods, load_data, lora_config, mean_loss, speaking
@@ -28,6 +29,8 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         curves = [curve for text in options.curves for curve in _curves(text)]
         rates = [rate for text in options.curves for rate in of_comparison(_path(text))]
         check_file(options.output, is_page)
+        if options.reference:
+            named_tensors(options.reference)  # before the model is loaded
         statistics = Statistics.load(options.statistics)
         model, config, loss = load_model(options), lora_config(options), None
         if options.adapter:
@@ -44,6 +47,7 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
             methods=names,
             loss=loss,
             curves=curves,
+            reference_weights=options.reference,
             rates=rates,
             title=f"{Path(options.model).name}: what the data asks of the adapter",
             progress=not options.quiet,

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from lorainit.adapters.reference import ReferenceWeights
 from lorainit.adapters.targets import Target
 from lorainit.adapters.weights import read_weight
 from lorainit.calibration.along_factors import calibrate_factors, scale_factors
@@ -134,7 +135,7 @@ def _measured(
 ) -> Start:
     """A start whose length is found on sequences that its statistics do not hold."""
     steps = method.steps if isinstance(method, TakesSteps) else 1
-    reference = measurements.reference if isinstance(method, GivesBack) else None
+    reference = _worth_giving_back(method, measurements.reference)
     apart = statistics is None or steps > 1 or reference is not None
 
     def parts(step: int) -> tuple[Sample, Sample]:
@@ -193,6 +194,23 @@ def _measured(
     if refusal is not None:
         return _refused(measurements, unused, search, refusal)
     return Start(factors, _sizes(factors, served), unused, search)
+
+
+def _worth_giving_back(
+    method: Method, reference: ReferenceWeights | None
+) -> ReferenceWeights | None:
+    """The reference weights, where the method gives back what quantization took, and it took enough."""
+    if not isinstance(method, GivesBack) or reference is None:
+        return None
+    if reference.taken >= method.least_taken:
+        return reference
+    logger.info(
+        "quantization took %.2g of a weight's norm, less than least_taken=%g: the whole rank is the task's "
+        "step (QERA and KroneckerQER give back at any width)",
+        reference.taken,
+        method.least_taken,
+    )
+    return None
 
 
 def _workspace(method: Method, measurements: Measurements, precision: Precision) -> int:

@@ -32,7 +32,8 @@ def where_energy_is(layers: Sequence[LayerReport]) -> str:
         groups.setdefault(pair[0].projection, []).append(pair)
     order = sorted(groups.values(), key=lambda group: -sum(energy for _, energy in group))
     shown = ", ".join(
-        f"{group[0][0].projection}{_blocks([layer.depth for layer, _ in group])}"
+        f"{group[0][0].projection}{_blocks([layer.depth for layer, _ in group])} "
+        f"({sum(energy for _, energy in group) / total:.0%})"
         for group in order[:_SHOWN]
     )
     left = sum(len(group) for group in order[_SHOWN:])

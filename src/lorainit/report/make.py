@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from lorainit.adapters.origin import origin_of
 from lorainit.adapters.targets import match_targets
+from lorainit.adapters.tensor_sources import TensorSource
 from lorainit.files.atomic import write_text
 from lorainit.methods import METHODS
 from lorainit.methods.vanilla import Vanilla
@@ -21,6 +22,7 @@ from lorainit.report.advice import advice
 from lorainit.report.curves import Curve
 from lorainit.report.measure import measure_layer, methods_served, spread
 from lorainit.report.page import Facts, render
+from lorainit.report.quantization import displacements_of, quantization_loss, reference_of
 from lorainit.report.rate_curve import RateCurve, of_measured
 from lorainit.report.sizes import sizes_of
 from lorainit.report.start_loss import StartLoss, measured_loss
@@ -40,6 +42,7 @@ def report(
     adapter_name: str = "default",
     loss: StartLoss | None = None,
     curves: Sequence[Curve] = (),
+    reference_weights: TensorSource | None = None,
     rates: Sequence[RateCurve] = (),
     title: str = "What the data asks of the adapter",
     progress: bool = True,
@@ -48,7 +51,7 @@ def report(
 
     Args:
         model: that the statistics were collected from; or a PeftModel of it, of whose adapter the page
-            shows the size and what it promises for the loss too.
+            shows the size, and the loss before and after, too.
         peft_config: says which layers, and the rank.
         statistics: of these layers, or more.
         output: the page's file.
@@ -57,6 +60,9 @@ def report(
         loss: before and after the start, measured; None: as it was measured when the adapter was
             started, if it was (`lorainit.Natural` does).
         curves: learning curves, as `lorainit.report.read_curves` gives them.
+        reference_weights: of a quantized model, the full-precision weights, as `lorainit.get_peft_model` takes
+            them: the page shows what quantization took from every layer's outputs, and what the adapter gives
+            back. Read layer by layer.
         rates: losses by learning rate; those that the adapter's suggestion rests on stand before them.
         title: of the page.
         progress: show a progress bar.
@@ -67,6 +73,8 @@ def report(
 
     Raises:
         TargetError, StatisticsFileError, RankError: the three do not fit together.
+        AdapterError: the reference weights are not what was quantized.
+        MissingStatisticError: reference weights are given, and the statistics hold no input second moment.
     """
     targets = match_targets(model, peft_config)
     check_statistics(statistics, targets, Vanilla())
@@ -83,6 +91,11 @@ def report(
         if origin is not None and (trials := of_measured(origin.measured)) is not None:
             rates = [trials, *rates]
     measured = [t for name, t in targets.layers.items() if name in statistics]
+    reference, displacements = None, {}
+    if reference_weights is not None:
+        reference = reference_of(reference_weights, measured, statistics)
+        if adapter:
+            displacements = displacements_of(model, adapter_name)
     compared = spread(measured, _DEPTHS_COMPARED)
     spectra: dict[int, tuple[list[float], float]] = {}
     bar = tqdm(
@@ -91,16 +104,20 @@ def report(
         unit="layer",
         disable=None if progress else True,
     )
-    layers = [
-        measure_layer(
+    layers = []
+    for target in bar:
+        found = measure_layer(
             target,
             statistics[target.name],
             served if target.name in compared else {},
             spectra=spectra,
             size=sizes.get(target.name),
         )
-        for target in bar
-    ]
+        if reference is not None:
+            found.quantization = quantization_loss(
+                target, statistics[target.name], reference, displacements.get(target.name)
+            )
+        layers.append(found)
     metadata: dict[str, Any] = {**statistics.metadata}
     anchored = origin is not None and origin.anchored
     facts = Facts(metadata, peft_config.r, anchored, loss, list(served), list(curves), rates)

@@ -32,21 +32,32 @@ def share_map(
     value_of: Callable[[LayerReport], float | None],
     *,
     percent: bool = True,
+    top: float | None = None,
+    tip_of: Callable[[LayerReport], str] | None = None,
+    title: str = "",
 ) -> str:
-    """One number of every layer, on a linear scale: of one, or of the largest."""
+    """One number of every layer, on a linear scale.
+
+    Args:
+        layers: of the page.
+        value_of: the number; None of a layer that has none.
+        percent: written as a share.
+        top: the number of full colour; None: the largest.
+        tip_of: what a cell's tooltip says; None: the number.
+        title: over the map.
+    """
     known = {layer.name: value for layer in layers if (value := value_of(layer)) is not None}
     if not known:
         return '<p class="none">Needs the gradient and both second moments in full.</p>'
-    top = 1.0 if percent else max(known.values()) or 1.0
+    top = top or max(known.values()) or 1.0
     values = {}
     for layer in layers:
         if layer.name in known:
             value = known[layer.name]
-            text = f"{value:.0%}" if percent else short_number(value)
-            values[layer.depth, layer.projection] = (
-                min(1.0, value / top), text, f"{layer.name}: {text}"
-            )  # fmt: skip
-    return _card(values, layers, "share by depth and projection")
+            text = signed_percent(value) if percent else short_number(value)
+            tip = f"{layer.name}: {text if tip_of is None else tip_of(layer)}"
+            values[layer.depth, layer.projection] = max(0.0, min(1.0, value / top)), text, tip
+    return _card(values, layers, "share by depth and projection", title)
 
 
 def sample_map(layers: Sequence[LayerReport]) -> str:
@@ -69,14 +80,23 @@ def _card(
     values: Mapping[tuple[int | None, str], tuple[float, str, str]],
     layers: Sequence[LayerReport],
     label: str,
+    title: str = "",
 ) -> str:
+    heading = f"<h3>{title}</h3>" if title else ""
     columns = list(dict.fromkeys(layer.projection for layer in layers))
-    return f'<div class="card fit">{heat_map(values, columns, label)}</div>'
+    return f'<div class="card fit">{heading}{heat_map(values, columns, label)}</div>'
 
 
 def short_number(value: float) -> str:
     """Two digits: ``0.031``, ``1.2e-5``."""
     return f"{value:.2g}" if value >= 1e-3 or value == 0 else f"{value:.1e}".replace("e-0", "e-")
+
+
+def signed_percent(share: float) -> str:
+    """A share as a percentage, with one more digit below ten: ``31%``, ``4.2%``, ``−8%``."""
+    digits = 1 if 0 < share < 0.0995 else 0
+    text = f"{share:.{digits}%}"
+    return "0%" if text in ("-0%", "0.0%") else text.replace("-", "−")
 
 
 def _percent(share: float) -> str:

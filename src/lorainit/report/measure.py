@@ -15,6 +15,7 @@ from lorainit.adapters.targets import Target
 from lorainit.adapters.weights import read_weight
 from lorainit.errors import LorainitError
 from lorainit.methods.natural import Natural
+from lorainit.report.quantization import QuantizationLoss
 from lorainit.solve.stacks import input_key
 from lorainit.solve.words import narrowed
 from lorainit.statistics import Statistics
@@ -45,6 +46,7 @@ class LayerReport:
         positions: counted positions.
         overlap: between the row spaces of two methods' ``A``, 0 to 1, by names.
         size: ``|s B A| / |W|`` of the adapter given.
+        quantization: what it took, where the full-precision weights are given.
         configured_name: by which a LoraConfig's ``rank_pattern`` names it.
     """
 
@@ -62,6 +64,7 @@ class LayerReport:
     positions: float = 0.0
     overlap: dict[tuple[str, str], float] = field(default_factory=dict)
     size: float | None = None
+    quantization: QuantizationLoss | None = None
     configured_name: str = ""
 
 

@@ -10,11 +10,20 @@ from typing import Any
 
 from lorainit._version import __version__
 from lorainit.report.curves import Curve
-from lorainit.report.drawing import COLOURS, DRAWN_LAYERS, chart, matrix, spectra
+from lorainit.report.drawing import matrix
 from lorainit.report.energy import where_energy_is
-from lorainit.report.maps import energy_map, sample_map, share_map, short_number
+from lorainit.report.maps import energy_map, share_map, short_number
 from lorainit.report.measure import LayerReport
-from lorainit.report.rate_curve import RateCurve, drawn
+from lorainit.report.rate_curve import RateCurve
+from lorainit.report.sections import (
+    curves_section,
+    quantization_sections,
+    rates_section,
+    sample_sections,
+    section,
+    spectra_section,
+    start_section,
+)
 from lorainit.report.start_loss import StartLoss
 from lorainit.report.style import STYLE
 
@@ -64,33 +73,29 @@ def render(
     sections = [
         f"<h1>{escape(title)}</h1>" + _advice(advice),
         _facts(layers, facts),
-        _start(facts.loss),
-        _rates(facts.rates),
-        _curves(facts.curves),
-        _section(
+        start_section(facts.loss),
+        rates_section(facts.rates),
+        curves_section(facts.curves),
+        section(
             "Where the data leans",
             "Each layer's share of the mean gradient's energy, |G|². The stronger the colour, the more a layer "
             "can move the loss; the scale is logarithmic.",
             energy_map(layers),
             lead=where_energy_is(layers),
         ),
-        _section(
+        *quantization_sections(layers),
+        section(
             f"What rank {rank} keeps",
             "Share of the whitened gradient's energy in its leading directions, layer by layer: what a "
             "natural step of this rank keeps of the whole one.",
-            share_map(layers, lambda layer: layer.kept),
+            share_map(layers, lambda layer: layer.kept, top=1.0),
         ),
-        _section(
-            "Spectra",
-            f"Share of each direction, largest first; {_drawn(layers)} faint, the median of all strong, "
-            "the rank dashed. A steep fall before the rank: a lower one would do.",
-            _spectra(layers, rank),
-        ),
-        *_sample(layers),
+        spectra_section(layers, rank),
+        *sample_sections(layers),
     ]
     if facts.methods:
         sections.append(
-            _section(
+            section(
                 "Do the methods agree?",
                 "Mean squared cosine between the row spaces of A: 100% is one subspace; chance is about "
                 f"{_chance(layers):.1%}. Over {sum(bool(x.overlap) for x in layers)} of {len(layers)} "
@@ -102,7 +107,7 @@ def render(
     if any(layer.size is not None for layer in layers):
         anchored = " It is anchored, so it is subtracted at first." if facts.anchored else ""
         sections.append(
-            _section(
+            section(
                 "How far the adapter goes",
                 f"|s B A| / |W|, layer by layer.{anchored}",
                 share_map(layers, lambda layer: layer.size, percent=False),
@@ -116,83 +121,6 @@ def render(
         + "".join(sections)
         + "</main></body></html>\n"
     )
-
-
-def _start(loss: StartLoss | None) -> str:
-    """The base model's loss, and the one with the adapter."""
-    if loss is None:
-        return ""
-    gone = "" if loss.gone is None else f"{loss.gone:.0%}"
-    gone = "" if loss.change > 0 else gone
-    rows = (
-        ("the base model", loss.base, "", ""),
-        ("with the adapter", loss.start, _signed(loss.change), gone),
-    )
-    body = "".join(
-        f"<tr><td>{name}</td><td>{value:.4f}</td><td>{change}</td><td>{share}</td></tr>"
-        for name, value, change, share in rows
-    )
-    return _section(
-        "The loss at the start",
-        f"Loss of a label token. Measured on {loss.on}.",
-        '<div class="card fit"><div class="scroll"><table class="plain"><thead><tr><th></th>'
-        "<th>loss</th><th>change</th><th>of the loss gone</th></tr></thead>"
-        f"<tbody>{body}</tbody></table></div></div>",
-    )
-
-
-def _signed(change: float) -> str:
-    return f"{change:+.3g}".replace("-", "−")
-
-
-def _rates(rates: Sequence[RateCurve]) -> str:
-    """What the suggested rate rests on, and what training ended at."""
-    if not rates:
-        return ""
-    return _section(
-        "The learning rate",
-        "Loss by rate, on records that are not trained on; the suggested rate dashed, its range shaded. "
-        "One step of signs shows how far a step may go; a run of many steps wants about that.",
-        drawn(rates),
-    )
-
-
-def _curves(curves: Sequence[Curve]) -> str:
-    """Held-out and training losses, each in a figure of its own, one colour a run in both."""
-    if not curves:
-        return ""
-    names = list(dict.fromkeys(curve.name for curve in curves))
-    shown = names[:COLOURS]
-    cards = ""
-    for held_out, title in ((True, "Held-out loss"), (False, "Training loss")):
-        lines = {c.name: c.points for c in curves if c.held_out is held_out and c.name in shown}
-        if lines:
-            # A run without such a line keeps its colour for the other figure.
-            drawn = chart([lines.get(name, ()) for name in shown], title)
-            cards += f'<div class="card"><h3>{title}</h3>{drawn}</div>'
-    legend = "".join(
-        f'<span><i class="c{i}"></i>{escape(name)}</span>' for i, name in enumerate(shown)
-    )
-    more = f" {len(names) - len(shown)} more runs are not drawn." if len(names) > len(shown) else ""
-    return _section(
-        "Learning curves",
-        "Long lines are faint, with their moving mean strong." + more,
-        f'<div class="legend">{legend}</div><div class="grid2">{cards}</div>',
-    )
-
-
-def _sample(layers: Sequence[LayerReport]) -> list[str]:
-    """How much the sample says about the inputs."""
-    drawn = sample_map(layers)
-    if not drawn:
-        return []
-    ratio = min(layer.positions / layer.shape[1] for layer in layers)
-    text = (
-        "Effective directions of the inputs, (Σλ)² / Σλ²: few where a token or a feature outshines "
-        f"all others. There are at least {ratio:.1f} counted positions for each input dimension; below "
-        "1 damping fills the rest."
-    )
-    return [_section("Is the sample large enough?", text, drawn)]
 
 
 def _facts(layers: Sequence[LayerReport], facts: Facts) -> str:
@@ -219,10 +147,10 @@ def _count(value: object) -> str:
 
 def _advice(said: Sequence[tuple[str, str]]) -> str:
     """The three sentences first, with their subjects in bold; then what else stands out."""
-    first = "".join(
-        f'<li class="{kind}"><b>{text.partition(": ")[0]}</b> {_code(text.partition(": ")[2])}</li>'
-        for kind, text in said[:LEADING]
-    )
+    first = ""
+    for kind, text in said[:LEADING]:
+        subject, _, words = text.partition(": ")
+        first += f'<li class="{kind}"><b>{subject}</b><span>{_code(words[:1].upper() + words[1:])}</span></li>'
     others = "".join(f'<li class="{kind}">{_code(text)}</li>' for kind, text in said[LEADING:])
     also = (
         f'<h3 class="also">What else stands out</h3><ul class="advice">{others}</ul>'
@@ -235,31 +163,6 @@ def _advice(said: Sequence[tuple[str, str]]) -> str:
 def _code(text: str) -> str:
     """Escaped, with what stands between backticks as code."""
     return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))
-
-
-def _section(title: str, text: str, body: str, lead: str = "") -> str:
-    first = f"<p>{escape(lead)}</p>" if lead else ""
-    return f'<h2>{escape(title)}</h2>{first}<p class="soft">{escape(text)}</p>{body}'
-
-
-def _drawn(layers: Sequence[LayerReport]) -> str:
-    """Which layers have a line of their own."""
-    if len(layers) <= DRAWN_LAYERS:
-        return "every layer"
-    return f"{DRAWN_LAYERS} of {len(layers)} layers, spread evenly,"
-
-
-def _spectra(layers: Sequence[LayerReport], rank: int) -> str:
-    kinds = (
-        ("Inputs, Sx", [layer.input_spectrum for layer in layers]),
-        ("Output gradients, Sy", [layer.output_spectrum for layer in layers]),
-        ("Whitened gradient", [layer.signal for layer in layers]),
-    )
-    cards = "".join(
-        f'<div class="card"><h3>{name}</h3>{spectra(lines, rank, name)}</div>'
-        for name, lines in kinds
-    )
-    return f'<div class="grid3">{cards}</div>'
 
 
 def _mean_overlap(layers: Sequence[LayerReport]) -> dict[tuple[str, str], float]:

@@ -16,11 +16,13 @@ p{margin:4px 0 12px;max-width:70ch}.soft,.none{color:var(--soft)}.none{font-size
 .advice li{background:var(--card);border:1px solid var(--line);border-left:4px solid var(--soft);
 border-radius:4px;padding:8px 12px;margin:8px 0;overflow-wrap:anywhere}
 .advice .warn{border-left-color:var(--warn)}.advice .good{border-left-color:var(--good)}
-ol.advice b{display:inline-block;min-width:4.2em}.also{margin-top:20px}
+ol.advice li{display:flex;gap:8px}ol.advice b{flex:0 0 4.8em;white-space:nowrap}
+ol.advice span{min-width:0}.also{margin-top:20px}
 code{font:.88em ui-monospace,monospace;background:var(--paper);border-radius:3px;padding:1px 3px}
 .card{background:var(--card);border:1px solid var(--line);border-radius:6px;padding:12px}
 .fit{width:fit-content;max-width:100%}
 .grid3{display:grid;grid-template-columns:repeat(auto-fit,minmax(260px,1fr));gap:12px}
+.pair{display:flex;flex-wrap:wrap;gap:12px}.pair h3{margin:0 0 8px}
 .scroll{overflow-x:auto}svg{width:100%;height:auto;display:block}.fit svg{width:auto}
 svg text{font:11px system-ui,sans-serif;fill:var(--ink)}svg .axis{fill:var(--soft)}
 svg .on{fill:var(--on)}.cell{fill:var(--heat)}
@@ -37,13 +39,13 @@ polyline{fill:none}.faint{stroke:var(--heat);stroke-opacity:.22;stroke-width:.7}
 .line{stroke:var(--c);stroke-width:2;stroke-linejoin:round}.noise{stroke-width:1;stroke-opacity:.25}
 .dot{fill:var(--c)}.range{fill:var(--warn);fill-opacity:.12}
 table.plain{width:auto}
-table.plain td:first-child{white-space:normal}
+table.plain td:first-child{white-space:normal;min-width:5.5em}
 table.plain td,table.plain th{padding-right:22px}
 table{border-collapse:collapse;font-size:.85rem;width:100%}
 th,td{padding:4px 10px 4px 0;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
 th:first-child,td:first-child{text-align:left}th{color:var(--soft);font-weight:500}
 @media(max-width:480px){main{padding:14px 12px 40px}h1{font-size:1.3rem;overflow-wrap:anywhere}
-.card{padding:8px}ol.advice b{display:block}.grid2 svg text{font-size:15px}.grid3 svg text{font-size:12px}
+.card{padding:8px}ol.advice li{display:block}ol.advice b{display:block}.grid2 svg text{font-size:15px}
 table.plain td,table.plain th{padding-right:12px}.facts{gap:6px 18px}.facts div{min-width:70px}}
 summary{cursor:pointer;color:var(--soft)}
 """

@@ -278,7 +278,13 @@ class GivesBack(TakesSteps, ReadsReference, Protocol):
     """A method whose steps begin where what quantization took is given back, if that is known.
 
     In which way and how much of it is measured.
+
+    Attributes:
+        least_taken: of ``|W - Q| / |W|``, the median over layers: below it nothing is given back, and the
+            whole rank is the steps'.
     """
+
+    least_taken: float
 
     def compensations(self, statistics: LayerStatistics, rank: int) -> Sequence[LowRankStep]:
         """What quantization took, cut to the rank, in the ways to be tried; as many for every layer.
