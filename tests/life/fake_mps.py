@@ -86,6 +86,8 @@ def _computed(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             return args[0]
         if away:
             return out.clone()
+        if isinstance(out, torch.Size):
+            return out
         return tree_map(lambda x: OnMps(x) if isinstance(x, Tensor) else x, out)
 
 

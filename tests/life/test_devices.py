@@ -11,11 +11,14 @@ import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
 import lorainit
 from lorainit.adapters.anchored_kinds import give_anchor
+from lorainit.methods.table import STARTS
 from tests.adapters.tiny import METHODS, batch, config, llama, logits, start, train
 from tests.life.fake_mps import OnMps, moved, mps
+from tests.methods.contract import DRAWN
 from tests.untouched import untouched
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -160,6 +163,64 @@ def test_every_method_starts_a_model_on_mps(
     for key, parameter in expected.named_parameters():
         if "lora_" in key:
             torch.testing.assert_close(on_cpu[key], parameter.detach(), rtol=1e-6, atol=1e-8)
+
+
+# --- a model that lies on two devices, as `device_map` cuts it ------------------------------------
+
+
+def on_two_devices() -> nn.Module:
+    """The second block on the device; what goes in and comes out is moved, as accelerate's hooks do."""
+    model = llama()
+    block = model.model.layers[1]
+    moved(block)
+
+    def to_device(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        return tree_map(lambda t: t.to("mps") if isinstance(t, torch.Tensor) else t, (args, kwargs))
+
+    block.register_forward_pre_hook(to_device, with_kwargs=True)
+    block.register_forward_hook(lambda module, args, out: tree_map(lambda t: t.cpu(), out))
+    return model
+
+
+OF_STATISTICS = [
+    n
+    for n in STARTS
+    if n not in (*DRAWN, "auto") and not getattr(lorainit.METHODS[n](), "needs_reference", False)
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", OF_STATISTICS)
+def test_every_method_starts_a_model_on_two_devices(
+    name: str, everything: lorainit.Statistics
+) -> None:
+    """From statistics: layers of one shape are solved where they lie, and installed there."""
+    method = lorainit.EVA(rho=1.0) if name == "eva" else lorainit.METHODS[name]()
+    given = {"statistics": everything} if method.needs else {"data": None}
+    torch.manual_seed(0)
+    expected = start(llama(), method, config(), **given)
+    torch.manual_seed(0)
+    with mps():
+        found = start(on_two_devices(), method, config(), **given)
+        places = {n: p.device.type for n, p in found.named_parameters() if "lora_" in n}
+        assert all((place == "mps") == (".layers.1." in n) for n, place in places.items())
+        factors = {n: p.cpu() for n, p in found.named_parameters() if "lora_" in n}
+    for key, parameter in expected.named_parameters():
+        if "lora_" in key:
+            torch.testing.assert_close(factors[key], parameter, rtol=1e-5, atol=1e-7)
+
+
+@torch.no_grad()
+def test_a_pass_over_two_devices() -> None:
+    """Of the inputs alone: the stand-in has no autograd. Every layer's sums lie where the layer does."""
+    data, method = [batch(), batch(seed=5)], lorainit.EVA(rho=1.0)
+    expected = start(llama(), method, config(), data=data)
+    with mps():
+        found = start(on_two_devices(), method, config(), data=data)
+        factors = {n: p.cpu() for n, p in found.named_parameters() if "lora_" in n}
+    for key, parameter in expected.named_parameters():
+        if "lora_A" in key:
+            torch.testing.assert_close(factors[key], parameter, rtol=1e-4, atol=1e-5)
 
 
 # --- memory that does not do --------------------------------------------------------------------

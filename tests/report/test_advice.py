@@ -119,6 +119,7 @@ HELD = {"base_loss": 8.9, "start_loss": 3.1}
         (lorainit.QERA(), HELD | {"start_loss": 8.5}, "good", "keep it"),
         (lorainit.Natural(), HELD | {"gain_error": 4.0}, "warn", "give it more sequences"),
         (lorainit.Natural(), {"base_loss": 3.0, "start_loss": 4.0}, "warn", "raises the loss from 3 to 4"),
+        (lorainit.Natural(), HELD | {"start_loss": 8.9001}, "note", "takes nothing off the loss, 8.9"),
         (lorainit.Natural(), {"base_loss": -1.0, "start_loss": -2.0}, "good", "takes 1 off the loss"),
         (
             lorainit.Auto(),

@@ -129,12 +129,17 @@ def _method(
         return _refused(name, origin)
     sizes = [layer.size for layer in layers if layer.size is not None]
     anchored = origin is not None and origin.anchored
-    if anchored or (sizes and not any(sizes)) or (loss is not None and not loss.moved):
+    if anchored or (sizes and not any(sizes)):
         return _unmoved(name, loss)
     if loss is None:
         return "note", (
             f"Method: what {who} takes off the loss was not measured; give `--data` with records that it "
             "was not started from, and keep it if the loss falls."
+        )
+    if not loss.moved:
+        return "note", (
+            f"Method: {who} takes nothing off the loss, {loss.base:.4g} on {loss.on}; take Auto, which is "
+            "plain LoRA then, or give it more sequences."
         )
     if loss.change > 0:
         more = f", or give {name} more sequences of the data that you train on" if name else ""

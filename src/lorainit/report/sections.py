@@ -38,7 +38,7 @@ def start_section(loss: StartLoss | None) -> str:
         "The loss at the start",
         f"Loss of a label token. Measured on {loss.on}.",
         '<div class="card fit"><div class="scroll"><table class="plain"><thead><tr><th></th>'
-        "<th>loss</th><th>change</th><th>of the loss gone</th></tr></thead>"
+        "<th>loss</th><th>change</th><th>share gone</th></tr></thead>"
         f"<tbody>{body}</tbody></table></div></div>",
     )
 

@@ -39,7 +39,7 @@ polyline{fill:none}.faint{stroke:var(--heat);stroke-opacity:.22;stroke-width:.7}
 .line{stroke:var(--c);stroke-width:2;stroke-linejoin:round}.noise{stroke-width:1;stroke-opacity:.25}
 .dot{fill:var(--c)}.range{fill:var(--warn);fill-opacity:.12}
 table.plain{width:auto}
-table.plain td:first-child{white-space:normal}
+table.plain td:first-child{white-space:normal;min-width:5.5em}
 table.plain td,table.plain th{padding-right:22px}
 table{border-collapse:collapse;font-size:.85rem;width:100%}
 th,td{padding:4px 10px 4px 0;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
