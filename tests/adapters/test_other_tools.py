@@ -229,6 +229,17 @@ def test_combinations_of_twice_a_rank_that_a_layer_does_not_have(combination: st
         torch.testing.assert_close(found, 0.7 * first + 0.4 * second, rtol=1e-4, atol=1e-5)
 
 
+# The names of things
+
+
+def test_status_of_an_anchored_model_is_that_of_a_plain_one() -> None:
+    model = start(llama(), METHODS["anchored"], small())
+    plain = peft.get_peft_model(llama(), small())
+    assert type(model.base_model) is not type(plain.base_model)
+    assert model.get_model_status() == plain.get_model_status()
+    assert model.get_model_status().adapter_model_type == "LoraModel"
+
+
 # The side file
 
 

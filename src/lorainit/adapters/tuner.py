@@ -6,7 +6,8 @@ import copy
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners import lora
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from lorainit.adapters.anchor import AnchoredFactor
@@ -17,8 +18,11 @@ from lorainit.errors import AdapterError
 _FACTOR_BY_FACTOR = ("ties", "dare_ties", "dare_linear", "magnitude_prune")
 
 
-class StartedLoraModel(LoraModel):  # type: ignore[misc]
-    """A LoraModel with three differences, all about anchored adapters."""
+class LoraModel(lora.LoraModel):  # type: ignore[misc]
+    """PEFT's, with three differences, all about anchored adapters.
+
+    It has the name of PEFT's own, which ``peft.get_model_status`` and others go by.
+    """
 
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
@@ -109,8 +113,8 @@ class StartedLoraModel(LoraModel):  # type: ignore[misc]
 def know_anchors(model: nn.Module) -> None:
     """Make a PeftModel's tuner one that knows anchored adapters, in place."""
     tuner = getattr(model, "base_model", None)
-    if type(tuner) is LoraModel:
-        tuner.__class__ = StartedLoraModel
+    if type(tuner) is lora.LoraModel:
+        tuner.__class__ = LoraModel
 
 
 def _is_anchored(model: nn.Module, adapter_name: str) -> bool:
