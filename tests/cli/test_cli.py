@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -255,8 +256,14 @@ def test_compare_tunes_every_method(
         suggested = result["suggested"][name]
         assert suggested in [run["rate"] for run in runs]
         assert f"{suggested:.2g}" in shown
-        rates = [run["rate"] for run in runs if run["rate"] != suggested]
-        assert rates == pytest.approx([1e-5, 1e-4, 1e-3, 1e-2])
+        rates = [run["rate"] for run in runs]
+        assert {1e-5, 1e-4} < set(rates)
+        losses = [run["loss"] for run in runs]
+        inside = min(losses) not in (losses[0], losses[-1])
+        # By the factor of the grid outwards from the best, at most twice.
+        assert inside or len(runs) == 5
+        assert all(r == pytest.approx(10 * s, rel=0.05) for s, r in pairwise(rates[2:]))
+        assert (name in shown.partition("outermost")[2].partition("Try")[0]) == (not inside)
         assert len({run["start_loss"] for run in runs}) == 1, "a run left something for the next"
         assert len({run["train_losses"][0] for run in runs}) == 1
         best = result["best"][name]
@@ -267,7 +274,6 @@ def test_compare_tunes_every_method(
     for kept in ("vanilla", "filet"):
         assert result["best"][kept]["start_loss"] == pytest.approx(result["base_loss"], rel=1e-6)
     assert result["best"]["lora-one"]["start_loss"] != pytest.approx(result["base_loss"], rel=1e-6)
-    assert "outermost" in shown
     assert len(read_curves(tmp_path / "c.json")) == 6
 
 
@@ -350,7 +356,7 @@ WRONG = {
     "init --model @model --output @x": "give --data",
     "init --model @model --method nothing --output @x": "there is no method",
     "init --model @model --data @nothing --output @x": "no data file",
-    "init --model @model --data @pairs.jsonl --method lora-da --set gama=1 --output @x": "of lora-da are",
+    "init --model @model --data @pairs.jsonl --method lora-da --set gama=1 --output @x": "has no setting",
     "init --model @model --data @pairs.jsonl --method lora-da --set gamma=0 --output @x": "gamma must be",
     "init --model @model --data @pairs.jsonl --target-modules none --output @x": "all-linear",
     "init --model @model --statistics @nothing --output @x": "no statistics file",

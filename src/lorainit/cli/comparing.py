@@ -189,29 +189,28 @@ def _tuned(
 
     for rate in rates:
         attempt(rate)
+    if suggested is not None and suggested not in rates:
+        bar.total += options.steps
+        attempt(suggested)
     for _ in range(_MORE_RATES if len(rates) > 1 else 0):
-        edge = _beyond(trials, None)
+        edge = _beyond(trials, rates[1] / rates[0])
         if edge is None:
             break
         bar.total += options.steps
         attempt(edge)
-    if suggested is not None and all(trial["rate"] != suggested for trial in trials):
-        bar.total += options.steps
-        attempt(suggested)
     return trials
 
 
-def _beyond(trials: Sequence[dict[str, Any]], suggested: float | None) -> float | None:
-    """The next rate outwards, where the best of those tried is the outermost; the suggested one apart."""
-    trials = [trial for trial in trials if trial["rate"] != suggested]
+def _beyond(trials: Sequence[dict[str, Any]], factor: float) -> float | None:
+    """The next rate outwards, by the grid's factor, where the best of those tried is the outermost."""
     by_rate = [trial["rate"] for trial in trials]
-    best = min(trials, key=lambda t: t["loss"])["rate"]
-    if len(by_rate) < 2 or not math.isfinite(min(t["loss"] for t in trials)):
+    best = min(trials, key=lambda t: t["loss"])
+    if len(by_rate) < 2 or not math.isfinite(best["loss"]):
         return None
-    if best == by_rate[0]:
-        return float(f"{best * by_rate[0] / by_rate[1]:.2g}")
-    if best == by_rate[-1]:
-        return float(f"{best * by_rate[-1] / by_rate[-2]:.2g}")
+    if best["rate"] == by_rate[0]:
+        return float(f"{by_rate[0] / factor:.2g}")
+    if best["rate"] == by_rate[-1]:
+        return float(f"{by_rate[-1] * factor:.2g}")
     return None
 
 
@@ -276,7 +275,7 @@ def _table(options: argparse.Namespace, result: dict[str, Any]) -> str:
         )
         ends = result["suggested_range"].get(name)
         lines.append(f"{name:<12}{tried}" + (f"  ({ends[0]:.1g} to {ends[1]:.1g})" if ends else ""))
-    edges = [name for name in order if _beyond(runs[name], result["suggested"].get(name))]
+    edges = [name for name in order if _beyond(runs[name], 2.0) is not None]
     if edges:
         lines.append(
             f"best at the outermost rate tried: {', '.join(edges)}. Try further ones before you judge."

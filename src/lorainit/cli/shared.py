@@ -112,8 +112,7 @@ def method_of(options: argparse.Namespace) -> Method:
         if name not in known:
             there = ", ".join(field.name for field in dataclasses.fields(kind)) or "none"
             raise ValueError(
-                f"--set {name}={value}: write NAME=VALUE; the settings of {options.method} are: "
-                f"{there}."
+                f"--set {name}={value}: {options.method} has no setting '{name}'; there are: {there}."
             )
         changes[name] = _value(value) if isinstance(value, str) else value
     method: Method = dataclasses.replace(base, **changes)

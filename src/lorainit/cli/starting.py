@@ -137,8 +137,8 @@ def _result(
     if rate is not None:
         text += f"; suggested learning rate {rate:.2g}, which 'lorainit train' takes"
     text += (
-        f"\nnext: lorainit train --model {options.model} --adapter {options.output} --data FILE "
-        "--output FOLDER,\n      or lorainit.load_adapter(model, folder, is_trainable=True) in "
-        "your own script"
+        f"\nnext: lorainit train --model {options.model} --adapter {options.output} --data "
+        f"{options.data or 'train.jsonl'} --output trained\n"
+        f'or in a program of yours: lorainit.load_adapter(model, "{options.output}")'
     )
     return result, text

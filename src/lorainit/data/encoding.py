@@ -50,15 +50,23 @@ def encode(record: Mapping[str, Any], tokenizer: Tokenizer, max_length: int = 10
         messages = _messages(record["messages" if "messages" in record else "conversations"])
         ids, said = ChatTemplate.for_record(record, tokenizer).assistant_labels(messages)
         example = Example(ids, [i if s else IGNORED for i, s in zip(ids, said, strict=True)])
-    elif isinstance(record.get("text"), str):
+    else:
+        check_form(record)
         ids = _ids(tokenizer, _ended(record["text"], tokenizer))
         example = Example(ids, list(ids))
-    else:
+    return Example(example.input_ids[:max_length], example.labels[:max_length])
+
+
+def check_form(record: Mapping[str, Any]) -> None:
+    """Raise ``DataError`` where a record is none of the forms above."""
+    pair = "prompt" in record and "completion" in record
+    if pair or "messages" in record or "conversations" in record:
+        return
+    if not isinstance(record.get("text"), str):
         raise DataError(
             f"the record has the keys {', '.join(map(repr, record)) or '(none)'}. It must have "
             "'prompt' and 'completion', or 'messages', or 'text'."
         )
-    return Example(example.input_ids[:max_length], example.labels[:max_length])
 
 
 def _completion(record: Mapping[str, Any], tokenizer: Tokenizer) -> Example:

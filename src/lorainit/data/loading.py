@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lorainit.data.chat import Tokenizer
-from lorainit.data.encoding import Example, encode
+from lorainit.data.encoding import Example, check_form, encode
 from lorainit.data.records import read_records
 from lorainit.errors import DataError
 from lorainit.types import IGNORED
@@ -29,6 +30,10 @@ class Records(Dataset[Example]):
         max_length: int = 1024,
         seed: int | None = None,
     ) -> None:
+        # In the order of the file, before they are shuffled and before long work.
+        for number, record in enumerate(records):
+            with _named(number):
+                check_form(record)
         self.order = list(range(len(records)))
         if seed is not None:
             random.Random(seed).shuffle(self.order)
@@ -41,10 +46,17 @@ class Records(Dataset[Example]):
 
     def __getitem__(self, index: int) -> Example:
         number = self.order[index]
-        try:
+        with _named(number):
             return encode(self.records[number], self.tokenizer, self.max_length)
-        except DataError as error:
-            raise DataError(f"record {number + 1}: {error}") from error
+
+
+@contextmanager
+def _named(number: int) -> Iterator[None]:
+    """A ``DataError`` inside names the record."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"record {number + 1}: {error}") from error
 
 
 def collate(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from typing import Any
 
 from torch import nn
 
 from lorainit.adapters.layers import configurations
-
-logger = logging.getLogger("lorainit")
+from lorainit.pipeline.summary import report_line
 
 
 def suggested_rate(model: nn.Module, adapter_name: str) -> float | None:
@@ -33,20 +31,24 @@ def is_default_rate(arguments: Any) -> bool:
     return rate is not None and rate == defaults.get("learning_rate")
 
 
-def set_rate(trainer: Any, rate: float | None) -> None:
+def set_rate(trainer: Any, rate: float | None, *, progress: bool = True) -> None:
     """Give the trainer the suggested rate where it has its default one and no optimizer; say what was done."""
     if rate is None:
         return
     arguments = trainer.args
     own = arguments.learning_rate
     if not is_default_rate(arguments):
-        logger.info(
-            "learning rate %.3g as you set it; with this start %.3g is suggested", own, rate
-        )
+        said = f"learning rate {own:.3g} as you set it; with this start {rate:.3g} is suggested"
     elif getattr(trainer, "optimizer", None) is not None:
-        logger.info(
-            "the optimizer has its learning rate already; with this start %.3g is suggested", rate
+        said = (
+            f"the optimizer has its learning rate already; with this start {rate:.3g} is suggested"
         )
     else:
         arguments.learning_rate = rate
-        logger.info("learning rate %.3g, suggested with the start (%.3g is the default)", rate, own)
+        said = (
+            f"learning rate {own:.3g}, which is the default, is now {rate:.3g}, suggested with the start; "
+            "set_learning_rate=False leaves it"
+        )
+        if not getattr(arguments, "warmup_steps", 1) and not getattr(arguments, "warmup_ratio", 0):
+            said += ". It is for a schedule with a short warmup, and warmup_steps is 0"
+    report_line(said, progress=progress)

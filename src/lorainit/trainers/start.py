@@ -129,7 +129,7 @@ def start_trainer(
             settings=settings,
         )
     if set_learning_rate:
-        set_rate(trainer, suggested_rate(started, name))
+        set_rate(trainer, suggested_rate(started, name), progress=settings.progress)
     return started
 
 

@@ -260,7 +260,9 @@ class Statistics(Mapping[str, LayerStatistics]):
             prints = layer_table.read_fingerprints(tensors, table)
         except FileNotFoundError as error:
             missing = "" if str(error) == str(path) else f": its part '{error}' is missing"
-            raise StatisticsFileError(f"there is no statistics file '{path}'{missing}") from None
+            raise StatisticsFileError(
+                f"there is no statistics file '{path}'{missing}. 'lorainit collect' writes one."
+            ) from None
         except OSError as error:
             raise StatisticsFileError(
                 f"'{path}' cannot be read ({error.strerror or error}). Look at its place and permissions, or "
