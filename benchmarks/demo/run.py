@@ -92,7 +92,8 @@ def run_method(settings: Settings, entry: Entry, data: Data, folder: Path) -> di
     recorder = _train(model, settings, rate, entry.label, data)
     _check_base_unchanged(model)
     model.save_pretrained(folder / "adapter")
-    reloaded = _reload(model, data, folder)
+    # What PEFT started itself it loads itself; it is what was started here that has to be shown.
+    reloaded = _reload(model, data, folder) if reads_data else None
     return {
         "method": entry.name,
         "label": entry.label if entry.rate else f"{entry.label} at {rate:.1g}, suggested",

@@ -34,16 +34,16 @@ class Settings:
 
     task: str = "chain_sum_short"
     max_length: int = 48
-    statistics_sequences: int = 64
-    statistics_batch: int = 16
+    statistics_sequences: int = 24
+    statistics_batch: int = 12
     rank: int = 8
     alpha: int = 16
-    rate_sequences: int = 32
-    steps: int = 20
-    batch_size: int = 8
+    rate_sequences: int = 16
+    steps: int = 16
+    batch_size: int = 6
     warmup_steps: int = 2
-    held_out: int = 96
-    score_steps: tuple[int, ...] = (3, 10)
+    held_out: int = 48
+    score_steps: tuple[int, ...] = (10,)
     score_batch: int = 16
     seed: int = 0
 
