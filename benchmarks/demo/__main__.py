@@ -3,7 +3,7 @@
 Plain LoRA at the common rate, 2e-4; plain LoRA and this package's default at the rates that it suggests;
 a base in 4 bits with and without what quantization took given back. All are trained on the same problems
 in the same order and scored on the same held-out ones; an adapter that was started here is saved and loaded
-again with stock PEFT in another process. Finished parts are found again under ``outputs/demo`` and not repeated.
+again with stock PEFT in another process. Finished parts are found again under ``outputs/demo``.
 
 It is one seed on one small task: which method is best is the question of ``benchmarks/README.md``.
 """
