@@ -91,6 +91,7 @@ STYLE = {
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
     "axes.grid": True,
+    "axes.axisbelow": True,
     "grid.color": "#e5e7eb",
     "grid.linewidth": 0.7,
     "xtick.color": "#6b7280",
@@ -124,9 +125,9 @@ def plot(
                 steps, losses, label=result["label"], color=known[result["method"]].color,
                 linewidth=2, marker="o", markersize=4.5, markeredgecolor="white",
             )  # fmt: skip
-        left.set(xlabel="optimizer step", ylabel="held-out loss per answer token", ylim=(0, None))
+        left.set(xlabel="optimizer step", ylabel="held-out loss per answer token")
         left.set_title("Training, each line at its rate")
-        left.legend(loc="lower left")
+        left.legend(loc="upper right")
         full = base["held_out"][0]["loss"]
         bars = [("full\nprecision", full, "#9ca3af")]
         if four_bits is not None:
