@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 import lorainit
 from tests.adapters import tiny
@@ -48,7 +49,7 @@ def usage(model: nn.Module) -> Usage:
     gc.collect()
     every = gc.get_objects()
     # Not isinstance(): objects that only look like others would be built by it.
-    held = {id(t): t for t in every if issubclass(type(t), Tensor) and not t.is_meta}
+    held = {id(t): t for t in every if _takes_memory(t)}
     tables = [vars(torch.nn.modules.module)[name] for name in _global_tables()]
     tables += [getattr(m, name) for m in model.modules() for name in HOOKS]
     return Usage(
@@ -59,6 +60,13 @@ def usage(model: nn.Module) -> Usage:
         threading.active_count(),
         sum(map(len, tables)),
     )
+
+
+def _takes_memory(thing: object) -> bool:
+    """Whether it is a tensor with entries: what a compiler traced with has none, and no size either."""
+    kind = type(thing)
+    tensor = issubclass(kind, Tensor) and not issubclass(kind, FakeTensor)
+    return tensor and not thing.is_meta  # type: ignore[attr-defined]
 
 
 def _global_tables() -> list[str]:
