@@ -34,11 +34,11 @@ class Settings:
 
     task: str = "chain_sum_short"
     max_length: int = 48
-    statistics_sequences: int = 24
-    statistics_batch: int = 12
+    statistics_sequences: int = 32
+    statistics_batch: int = 16
     rank: int = 8
     alpha: int = 16
-    rate_sequences: int = 16
+    rate_sequences: int = 24
     steps: int = 16
     batch_size: int = 6
     warmup_steps: int = 2
