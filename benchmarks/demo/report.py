@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks.common.cache import REPOSITORY
+from benchmarks.common.figures import STYLE
 from benchmarks.demo.settings import PACKAGES, Entry, Settings
 
 Result = dict[str, Any]
@@ -79,25 +80,6 @@ def table(settings: Settings, base: Result, four_bits: Result | None, results: l
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     lines = [_line(head, widths), _line(["-" * w for w in widths], widths)]
     return "\n".join(lines + [_line(row, widths) for row in rows])
-
-
-STYLE = {
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#9ca3af",
-    "axes.labelcolor": "#374151",
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e5e7eb",
-    "grid.linewidth": 0.7,
-    "xtick.color": "#6b7280",
-    "ytick.color": "#6b7280",
-    "legend.frameon": False,
-}
 
 
 def plot(

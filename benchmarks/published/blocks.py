@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 import statistics
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 from benchmarks.common.cache import REPOSITORY
 from benchmarks.published.sources import (
@@ -21,17 +19,13 @@ from benchmarks.published.sources import (
     tuned,
 )
 from benchmarks.quality.analysis.markdown import table
-from benchmarks.quality.analysis.rate_grid import (
-    BASELINE,
-    difference,
-    differences,
-    holm,
-    task_level_p,
-)
+from benchmarks.quality.analysis.rate_grid import BASELINE, compared, difference, differences
 from benchmarks.quality.analysis.suggested_rates import quantiles
 from benchmarks.quality.analysis.suggested_rates import table as rates_table
 from benchmarks.quality.experiment import GRID
 from benchmarks.quantized.optimality import table as optimality_table
+from benchmarks.quantized.recover import share_gone
+from benchmarks.quantized.recover import table as recovery_table
 from lorainit.calibration.learning_rate import suggested
 
 _NAMES = {
@@ -56,8 +50,7 @@ _QUANTIZED = {
     "auto(reference=True)": "Auto with reference",
 }
 
-_FORMS = {"both sides": "KroneckerQER", "QERA diagonal": 'QERA("diagonal")'}
-"""Methods by the names that their classes have."""
+_FIXED = (1e-4, 2e-4, 4.5e-4, 1e-3, 2.2e-3)
 
 _KINDS = {
     "nf4": "NF4 (bitsandbytes' values)",
@@ -67,43 +60,13 @@ _KINDS = {
 }
 
 
-def share_gone(record: Mapping[str, Any], name: str) -> float:
-    """What share of what quantization brought is gone."""
-    if name == "kl":
-        return 1 - record["kl"] / record["kl_before"]
-    return (record["loss_before"] - record["loss"]) / (record["loss_before"] - record["full_loss"])
-
-
 def quantized_recovery() -> str:
     """By grid, rank and method: KL and loss before any training, on plain text."""
-    rows = []
-    for r in recovery():
-        if r["data"] != "text" or r["kind"] not in _KINDS or r["rank"] not in (0, 8, 32):
-            continue
-        shares = ["", ""] if r["rank"] == 0 else [f"{share_gone(r, n):.0%}" for n in ("kl", "loss")]
-        where = _KINDS[r["kind"]] if r["rank"] == 0 else ""
-        rank = str(r["rank"] or "")
-        rows.append(
-            [
-                where,
-                rank,
-                _FORMS.get(r["method"], r["method"]),
-                f"{r['kl']:.3f}",
-                shares[0],
-                f"{r['loss']:.3f}",
-                shares[1],
-            ]
-        )
-    heads = [
-        "base",
-        "rank",
-        "start",
-        "KL to full precision",
-        "of it gone",
-        "loss",
-        "of the rise gone",
-    ]
-    return table(heads, rows)
+    return recovery_table(
+        r
+        for r in recovery()
+        if r["data"] == "text" and r["kind"] in _KINDS and r["rank"] in (0, 8, 32)
+    )
 
 
 def closed_forms() -> str:
@@ -116,40 +79,46 @@ def quantized_trained() -> str:
     """After training, each line at its best rate, beside plain LoRA on the same base and on the full one."""
     rows = []
     for kind, name in _KINDS.items():
-        cells = quantized_cells(kind)
-        labels = {label for lines in cells.values() for label in lines}
-        for label in sorted(labels, key=lambda label: (label != BASELINE, label)):
-            tasks = {task: lines for task, lines in cells.items() if label in lines}
+        cells, beside = quantized_cells(kind), differences(quantized_cells(kind))
+        for label, shown in _QUANTIZED.items():
             full = [
                 difference(task, lines[label], grid_cells()[task][BASELINE])
-                for task, lines in tasks.items()
+                for task, lines in cells.items()
+                if label in lines
             ]
-            beside = [
-                difference(task, lines[label], lines[BASELINE])
-                for task, lines in tasks.items()
-                if BASELINE in lines
-            ]
-            seeds = min(
-                len(set.intersection(*map(set, lines[label].values()))) for lines in tasks.values()
-            )
-            loss, points = Mean.of([d.loss for d in beside]), Mean.of([d.exact for d in beside])
+            if not full:
+                continue
+            loss = points = ""
+            if label != BASELINE:
+                loss = str(Mean.of([d.loss for d in beside[label]]))
+                points = Mean.of([d.exact for d in beside[label]]).rounded(1)
             rows.append(
                 [
                     name if label == BASELINE else "",
-                    _QUANTIZED.get(label, label),
-                    f"{len(tasks)} x {seeds}",
-                    "" if label == BASELINE else str(loss),
-                    ""
-                    if label == BASELINE
-                    else f"{points.value:+.1f} [{points.low:+.1f}, {points.high:+.1f}]",
+                    shown,
+                    f"{len(full)} x {min(d.seeds for d in full)}",
+                    loss,
+                    points,
                     f"{statistics.mean(d.loss for d in full):+.3f}",
                 ]
             )
     heads = [
-        "base", "start", "tasks x seeds", "test loss beside plain LoRA's on this base, nats",
+        "base", "start", "tasks x least seeds", "test loss beside plain LoRA's on this base, nats",
         "exact match, points", "loss above plain LoRA on the full-precision base",
     ]  # fmt: skip
     return table(heads, rows)
+
+
+def quantized_fixed_rates() -> str:
+    """The same at fixed rates: test loss beside plain LoRA's, both at that rate, means over tasks."""
+    rows = []
+    for kind, name in _KINDS.items():
+        cells = quantized_cells(kind)
+        for label, shown in _QUANTIZED.items():
+            if label != BASELINE and any(label in lines for lines in cells.values()):
+                means = [f"{at_rate(label, rate, cells).value:+.3f}" for rate in _FIXED]
+                rows.append([name, shown, *means])
+    return table(["base", "start", *(f"{rate:g}" for rate in _FIXED)], rows)
 
 
 def suggested_rates() -> str:
@@ -173,19 +142,16 @@ def fixed_rates() -> str:
 
 def tuned_lines() -> str:
     """Every line beside plain LoRA, each at its own best rate."""
-    found = differences(grid_cells())
-    ps = {label: task_level_p([d.loss for d in tasks]) for label, tasks in found.items()}
-    corrected = holm({label: p for label, p in ps.items() if not math.isnan(p)})
     rows = []
-    for label, tasks in sorted(found.items(), key=lambda item: tuned(item[0]).value):
+    for label, tasks, _, corrected in compared(grid_cells()):
         mean = Mean.of([100 * d.loss for d in tasks])
         rows.append(
             [
                 _NAMES.get(label, label),
                 f"{mean.tasks} x {min(d.seeds for d in tasks)}",
-                f"{mean.value:+.1f} [{mean.low:+.1f}, {mean.high:+.1f}]",
+                mean.rounded(1),
                 f"{mean.below}",
-                f"{corrected.get(label, math.nan):.2g}",
+                f"{corrected:.2g}",
             ]
         )
     heads = [
@@ -248,6 +214,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "quantized-recovery": quantized_recovery,
     "closed-forms": closed_forms,
     "quantized-trained": quantized_trained,
+    "quantized-fixed-rates": quantized_fixed_rates,
     "suggested-rates": suggested_rates,
     "fixed-rates": fixed_rates,
     "tuned-lines": tuned_lines,

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common.cache import REPOSITORY
-from benchmarks.demo.report import STYLE
-from benchmarks.published.blocks import share_gone
+from benchmarks.common.figures import STYLE
 from benchmarks.published.sources import at_rate, recovery
 from benchmarks.quality.experiment import GRID
+from benchmarks.quantized.recover import share_gone
 
 PICTURE = REPOSITORY / "docs" / "images" / "gains.png"
 

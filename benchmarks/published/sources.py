@@ -87,14 +87,17 @@ class Mean:
         below = sum(value < 0 for value in values)
         return cls(statistics.mean(values), low, high, below, len(values))
 
+    def rounded(self, digits: int) -> str:
+        return f"{self.value:+.{digits}f} [{self.low:+.{digits}f}, {self.high:+.{digits}f}]"
+
     def __str__(self) -> str:
-        return f"{self.value:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
+        return self.rounded(3)
 
 
-def at_rate(label: str, rate: float) -> Mean:
-    """Test loss of a line above plain LoRA's, both at one rate, over tasks."""
+def at_rate(label: str, rate: float, cells: Cells | None = None) -> Mean:
+    """Test loss of a line above plain LoRA's, both at one rate, over the tasks of `cells` (`grid_cells`)."""
     found = []
-    for lines in grid_cells().values():
+    for lines in (grid_cells() if cells is None else cells).values():
         if label in lines and BASELINE in lines:
             mine, plain = lines[label][rate], lines[BASELINE][rate]
             seeds = set(mine) & set(plain)

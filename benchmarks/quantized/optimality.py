@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 import lorainit
 from benchmarks.common.models import load_smollm2, load_smollm2_tokenizer
 from benchmarks.quantized.quantizers import QUANTIZERS, quantize
-from benchmarks.quantized.recover import METHODS, lora, text_batches
+from benchmarks.quantized.recover import METHODS, NAMES, lora, text_batches
 from lorainit.types import LayerStatistics
 
 OWN = {"LoftQ": "plain", "QERA diagonal": "diagonal", "QERA": "inputs", "both sides": "both"}
@@ -99,8 +99,7 @@ def table(records: list[dict[str, Any]]) -> str:
         excess = max(v[method] / v["least"] - 1 for v in own)
         # A float32 tie is none.
         beaten = sum(min(v[m] for m in OWN) < v[method] * (1 - 1e-6) for v in own)
-        name = {"both sides": "KroneckerQER"}.get(method, method)
-        lines.append(f"| {name} | {len(own)} | {excess:.1e} | {beaten} |")
+        lines.append(f"| {NAMES.get(method, method)} | {len(own)} | {excess:.1e} | {beaten} |")
     return "\n".join(lines)
 
 

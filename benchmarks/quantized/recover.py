@@ -16,7 +16,7 @@ import copy
 import json
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,9 @@ METHODS: dict[str, Any] = {
     "QERA": lorainit.QERA(),
     "both sides": lorainit.KroneckerQER(),
 }
+
+NAMES = {"both sides": "KroneckerQER", "QERA diagonal": 'QERA("diagonal")'}
+"""Of methods whose records have another name than their class."""
 
 
 def text_rows(tokenizer: Any, rows: int, length: int) -> Tensor:
@@ -139,18 +142,24 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 }  # fmt: skip
 
 
-def table(records: list[dict[str, Any]]) -> str:
+def share_gone(record: Mapping[str, Any], name: str) -> float:
+    """What share of the ``"kl"`` or of the rise of the ``"loss"`` that quantization brought is gone."""
+    least = 0.0 if name == "kl" else record["full_loss"]
+    before = record[f"{name}_before"]
+    return float((before - record[name]) / (before - least))
+
+
+def table(records: Iterable[Mapping[str, Any]]) -> str:
     """Markdown: KL and loss, and what share of each that quantization brought is gone."""
     lines = [
         "| grid, rank | start | KL | of it gone | loss | of the rise gone |",
         "|---|---|---|---|---|---|",
     ]
     for r in records:
-        rise = r["loss_before"] - r["full_loss"]
         where = r["kind"] if r["rank"] == 0 else f"{r['kind']}, {r['rank']}"
         lines.append(
-            f"| {where} | {r['method']} | {r['kl']:.4f} | {1 - r['kl'] / r['kl_before']:.0%} | "
-            f"{r['loss']:.4f} | {(r['loss_before'] - r['loss']) / rise:.0%} |"
+            f"| {where} | {NAMES.get(r['method'], r['method'])} | {r['kl']:.4f} | "
+            f"{share_gone(r, 'kl'):.0%} | {r['loss']:.4f} | {share_gone(r, 'loss'):.0%} |"
         )
     return "\n".join(lines)
 

@@ -7,7 +7,7 @@ import torch
 from benchmarks.quantized.optimality import OWN, of_layer
 from benchmarks.quantized.optimality import table as optimality_table
 from benchmarks.quantized.quantizers import GROUP, QUANTIZERS, by_bitsandbytes, normal_float
-from benchmarks.quantized.recover import table
+from benchmarks.quantized.recover import NAMES, table
 
 from lorainit.types import LayerStatistics
 
@@ -55,7 +55,7 @@ def test_each_closed_form_is_the_least_in_its_own_metric() -> None:
     found = of_layer(statistics, torch.randn(16, 24), 3)
     record = {"left": found}
     rows = [line.split("|")[1:5] for line in optimality_table([record]).splitlines()[2:]]
-    assert [name.strip() for name, *_ in rows] == [*list(OWN)[:-1], "KroneckerQER"]
+    assert [name.strip() for name, *_ in rows] == [NAMES.get(name, name) for name in OWN]
     for _, layers, excess, beaten in rows:
         assert int(layers) == 1
         assert abs(float(excess)) < 1e-5

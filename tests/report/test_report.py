@@ -19,7 +19,7 @@ from lorainit.errors import DataError
 from lorainit.report import Curve, read_curves, report
 from lorainit.report.drawing import DRAWN_LAYERS, _scale, spectra
 from lorainit.report.measure import _directions, _spectrum, measure_layer, place_of, spread
-from lorainit.report.rate_curve import of_comparison, of_measured
+from lorainit.report.rate_curve import of_measured, read_rate_curves
 from lorainit.report.sizes import sizes_of
 from tests.adapters import tiny
 from tests.statistics.test_convolutions import TARGETS, images, losses, network
@@ -409,8 +409,8 @@ def test_a_comparison_has_a_rate_curve_a_method(tmp_path: Path) -> None:
     }
     content["suggested_range"] = {"natural": [2e-4, 5e-4]}
     (tmp_path / "table.json").write_text(json.dumps(content))
-    (curve,) = of_comparison(tmp_path / "table.json")
+    (curve,) = read_rate_curves(tmp_path / "table.json")
     assert curve.points == ((1e-4, 2.0), (3e-4, 1.0))
     assert curve.suggested == (3e-4, 2e-4, 5e-4)
     (tmp_path / "other.json").write_text("[1]")
-    assert of_comparison(tmp_path / "other.json") == []
+    assert read_rate_curves(tmp_path / "other.json") == []

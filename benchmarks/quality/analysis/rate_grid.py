@@ -153,15 +153,19 @@ def task_level_p(values: Sequence[float]) -> float:
     return float(stats.ttest_1samp(values, 0.0).pvalue) if len(values) > 1 else math.nan
 
 
-def comparison(cells: Cells) -> str:
-    """Every line against plain LoRA, over tasks."""
+def compared(cells: Cells) -> list[tuple[str, list[Difference], float, float]]:
+    """Every line, best first: its differences from plain LoRA, p over tasks, and that corrected by Holm."""
     found = differences(cells)
     ps = {label: task_level_p([d.loss for d in tasks]) for label, tasks in found.items()}
     corrected = holm({label: p for label, p in ps.items() if not math.isnan(p)})
+    order = sorted(found, key=lambda label: statistics.mean(d.loss for d in found[label]))
+    return [(label, found[label], ps[label], corrected.get(label, math.nan)) for label in order]
+
+
+def comparison(cells: Cells) -> str:
+    """Every line against plain LoRA, over tasks."""
     rows = []
-    for label, tasks in sorted(
-        found.items(), key=lambda item: statistics.mean(d.loss for d in item[1])
-    ):
+    for label, tasks, p, corrected in compared(cells):
         losses = [100 * d.loss for d in tasks]
         low, high = interval(losses)
         points = [d.exact for d in tasks]
@@ -174,8 +178,8 @@ def comparison(cells: Cells) -> str:
                 f"{statistics.mean(losses):+.2f} [{low:+.2f}, {high:+.2f}]",
                 f"{statistics.mean(d.log_ratio for d in tasks):+.4f}",
                 f"{statistics.mean(points):+.2f} [{interval(points)[0]:+.2f}, {interval(points)[1]:+.2f}]",
-                f"{ps[label]:.2g}",
-                f"{corrected.get(label, math.nan):.2g}",
+                f"{p:.2g}",
+                f"{corrected:.2g}",
                 f"{sum(d.loss < 0 for d in tasks)}",
                 f"{better} / {worse}",
             ]

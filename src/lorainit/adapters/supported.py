@@ -7,7 +7,6 @@ is in no table comes from a PEFT that is newer than this package: it is refused 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import MISSING, Field, fields
 from typing import Any
 
@@ -56,31 +55,14 @@ WITHOUT_A_SAY = {
     "inference_mode": "PEFT's own",
 }
 
-_METHODS = {
-    "gaussian": "Gaussian",
-    "orthogonal": "Orthogonal",
-    "pissa": "PiSSA",
-    "olora": "OLoRA",
-    "eva": "EVA",
-    "corda": "CorDA",
-    "lora_ga": "LoraGA",
-    "loftq": "LoftQ",
-}
-
-
-def _method_of(value: object) -> str:
-    name = str(value).partition("_niter_")[0]
-    return f"lorainit.{_METHODS[name]}()" if name in _METHODS else "..."
-
-
-_OF_PEFTS_STARTS: dict[str, Callable[[object], str]] = {
-    "init_lora_weights": _method_of,
-    "eva_config": lambda _: "lorainit.EVA(...) with its settings",
-    "corda_config": lambda _: "lorainit.CorDA(...) with its settings",
-    "lora_ga_config": lambda _: "lorainit.LoraGA(...) with its settings",
-    "loftq_config": lambda _: "lorainit.LoftQ()",
-}
-"""Fields that choose PEFT's own start, and what to say of a value."""
+_OF_PEFTS_STARTS = (
+    "init_lora_weights",
+    "eva_config",
+    "corda_config",
+    "lora_ga_config",
+    "loftq_config",
+)
+"""Fields that choose PEFT's own start."""
 
 _FACTORS = "its factors are no plain pair of matrices that a start could be written into"
 
@@ -132,10 +114,10 @@ def check_supported(config: LoraConfig) -> None:
             )
         if field.name in _OF_PEFTS_STARTS:
             logger.warning(
-                "LoraConfig(%s=%r) has no say here, the method decides the start: pass method=%s",
+                "LoraConfig(%s=%r) has no say here: the start is that of method=..., where PEFT's "
+                "own stand as well: lorainit.PiSSA(), lorainit.EVA() and so on",
                 field.name,
                 getattr(config, field.name),
-                _OF_PEFTS_STARTS[field.name](getattr(config, field.name)),
             )
         known = field.name in HONOURED or field.name in WITHOUT_A_SAY
         if not known and field.name in {f.name for f in fields(LoraConfig)}:

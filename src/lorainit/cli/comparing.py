@@ -193,25 +193,21 @@ def _tuned(
         bar.total += options.steps
         attempt(suggested)
     for _ in range(_MORE_RATES if len(rates) > 1 else 0):
-        edge = _beyond(trials, rates[1] / rates[0])
-        if edge is None:
+        side = _outermost(trials)
+        if side is None:
             break
         bar.total += options.steps
-        attempt(edge)
+        factor = rates[1] / rates[0]
+        attempt(float(f"{trials[side]['rate'] * (factor if side else 1 / factor):.2g}"))
     return trials
 
 
-def _beyond(trials: Sequence[dict[str, Any]], factor: float) -> float | None:
-    """The next rate outwards, by the grid's factor, where the best of those tried is the outermost."""
-    by_rate = [trial["rate"] for trial in trials]
-    best = min(trials, key=lambda t: t["loss"])
-    if len(by_rate) < 2 or not math.isfinite(best["loss"]):
+def _outermost(trials: Sequence[dict[str, Any]]) -> int | None:
+    """Where the best of several rates is the lowest (0) or the highest (-1) that was tried."""
+    losses = [trial["loss"] for trial in trials]
+    if len(losses) < 2 or not math.isfinite(min(losses)):
         return None
-    if best["rate"] == by_rate[0]:
-        return float(f"{by_rate[0] / factor:.2g}")
-    if best["rate"] == by_rate[-1]:
-        return float(f"{by_rate[-1] * factor:.2g}")
-    return None
+    return {0: 0, len(losses) - 1: -1}.get(losses.index(min(losses)))
 
 
 def _train(
@@ -275,7 +271,7 @@ def _table(options: argparse.Namespace, result: dict[str, Any]) -> str:
         )
         ends = result["suggested_range"].get(name)
         lines.append(f"{name:<12}{tried}" + (f"  ({ends[0]:.1g} to {ends[1]:.1g})" if ends else ""))
-    edges = [name for name in order if _beyond(runs[name], 2.0) is not None]
+    edges = [name for name in order if _outermost(runs[name]) is not None]
     if edges:
         lines.append(
             f"best at the outermost rate tried: {', '.join(edges)}. Try further ones before you judge."

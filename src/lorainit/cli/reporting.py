@@ -14,8 +14,8 @@ from lorainit.cli.loading import load_model
 from lorainit.cli.outputs import check_file, is_page
 from lorainit.cli.shared import known_methods, load_data, lora_config, mean_loss, speaking
 from lorainit.report import report
-from lorainit.report.curves import Curve, read_curves
-from lorainit.report.rate_curve import of_comparison
+from lorainit.report.curves import read_curves
+from lorainit.report.rate_curve import read_rate_curves
 from lorainit.report.start_loss import StartLoss
 from lorainit.statistics import Statistics
 
@@ -26,8 +26,8 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         raise ValueError("--data is there to measure an adapter's loss on: give --adapter too.")
     with speaking(options):
         names = known_methods(options.methods)
-        curves = [curve for text in options.curves for curve in _curves(text)]
-        rates = [rate for text in options.curves for rate in of_comparison(_path(text))]
+        curves = [curve for text in options.curves for curve in read_curves(*_named(text))]
+        rates = [rate for text in options.curves for rate in read_rate_curves(_named(text)[0])]
         check_file(options.output, is_page)
         if options.reference:
             named_tensors(options.reference)  # before the model is loaded
@@ -56,15 +56,10 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     return result, "\n".join([f"{options.output}:", *(f"  {text}" for _, text in said)])
 
 
-def _path(text: str) -> Path:
+def _named(text: str) -> tuple[str, str | None]:
+    """Path and name of ``PATH`` or ``NAME=PATH``."""
     name, equals, path = text.partition("=")
-    return Path(path if equals else name)
-
-
-def _curves(text: str) -> list[Curve]:
-    """``PATH`` or ``NAME=PATH``."""
-    name, equals, path = text.partition("=")
-    return read_curves(path, name) if equals else read_curves(text)
+    return (path, name) if equals else (text, None)
 
 
 def _measured(options: argparse.Namespace, model: Any, data: Any) -> StartLoss:

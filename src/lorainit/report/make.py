@@ -63,7 +63,8 @@ def report(
         reference_weights: of a quantized model, the full-precision weights, as `lorainit.get_peft_model` takes
             them: the page shows what quantization took from every layer's outputs, and what the adapter gives
             back. Read layer by layer.
-        rates: losses by learning rate; those that the adapter's suggestion rests on stand before them.
+        rates: losses by learning rate, as `lorainit.report.read_rate_curves` gives them; those that the
+            adapter's suggestion rests on stand before them.
         title: of the page.
         progress: show a progress bar.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from html import escape
@@ -36,10 +37,10 @@ def of_measured(measured: Mapping[str, Any]) -> RateCurve | None:
     return RateCurve("after one step of signs", points, suggested) if len(points) > 1 else None
 
 
-def of_comparison(path: Path) -> list[RateCurve]:
+def read_rate_curves(path: str | os.PathLike[str]) -> list[RateCurve]:
     """Final losses of every method by rate, where the file is what ``lorainit compare`` wrote."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
         found = []
         for name, runs in content["runs"].items():
             points = _points((run["rate"], run["loss"]) for run in runs)
