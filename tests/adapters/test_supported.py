@@ -160,3 +160,22 @@ def test_pefts_own_starts_leave_the_base_alone(init: Any) -> None:
     train(wrapped)
     with wrapped.disable_adapter():
         assert torch.equal(logits(wrapped), logits(llama()))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
+        ({"eva_config": peft.EvaConfig(rho=2.0)}, "eva_config="),
+        ({"init_lora_weights": True}, None),
+        ({}, None),
+    ],
+)
+def test_a_start_that_peft_was_asked_for_is_answered(
+    arguments: dict[str, Any], said: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    lorainit.get_peft_model(llama(), config(**arguments), method=lorainit.Vanilla(), progress=False)
+    warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert [said in text and "method=" in text for text in warnings] == (
+        [] if said is None else [True]
+    )

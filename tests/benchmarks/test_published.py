@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
-from benchmarks.published import pages
+from benchmarks.published import pages, sources
 from benchmarks.published.blocks import BLOCKS
 from benchmarks.published.sources import Mean
 
@@ -35,3 +36,32 @@ def test_a_mean_says_its_interval() -> None:
     # t(0.975, 2) = 4.303, standard error 1 / sqrt(3)
     assert str(mean) == "+0.000 [-2.484, +2.484]"
     assert (mean.below, mean.tasks) == (1, 3)
+
+
+def run(loss: float) -> dict[str, Any]:
+    split = {"loss": loss, "exact": 0.5}
+    return {"test": split, "validation": split}
+
+
+def test_differences_are_of_the_same_rate_and_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two tasks, by hand: line less plain LoRA, seeds that both have, the mean over tasks."""
+    cells = {
+        "a": {
+            "vanilla": {1e-4: {0: run(2.0), 1: run(4.0)}, 1e-3: {0: run(1.0), 1: run(1.0)}},
+            "auto": {
+                1e-4: {0: run(1.5), 1: run(3.0), 2: run(99.0)},
+                1e-3: {0: run(1.0), 1: run(1.5), 2: run(9.0)},
+            },
+        },
+        "b": {
+            "vanilla": {1e-4: {0: run(1.0)}, 1e-3: {0: run(3.0)}},
+            "auto": {1e-4: {0: run(1.25)}, 1e-3: {0: run(2.0)}},
+        },
+        "c": {"vanilla": {1e-4: {0: run(0.0)}, 1e-3: {0: run(0.0)}}},
+    }
+    monkeypatch.setattr(sources, "grid_cells", lambda: cells)
+    low = sources.at_rate("auto", 1e-4)
+    assert (low.value, low.below, low.tasks) == (pytest.approx((-0.75 + 0.25) / 2), 1, 2)
+    assert sources.at_rate("auto", 1e-3, cells).value == pytest.approx((0.25 - 1.0) / 2)
+    # Each at its own best: a at 1e-3 both, b at 1e-4 both.
+    assert sources.tuned("auto").value == pytest.approx((0.25 + 0.25) / 2)

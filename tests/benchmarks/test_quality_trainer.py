@@ -7,10 +7,12 @@ import torch
 from benchmarks.common.tasks import IGNORED, Example
 from benchmarks.quality.data.order import batch_order
 from benchmarks.quality.data.pools import pools_from_examples
-from benchmarks.quality.initialization import start_of
+from benchmarks.quality.experiment import Experiment
+from benchmarks.quality.initialization import Initialiser, start_of
 from benchmarks.quality.training.llama import StackedLlama
 from benchmarks.quality.training.reference import score_plain, train_plain
 from benchmarks.quality.training.trainer import Job, StackTrainer
+from benchmarks.quantized.quantizers import quantize
 from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -144,3 +146,34 @@ def test_bfloat16_training_stays_near_float32(pools, method):
     wide, narrow = ends[torch.float32], ends[torch.bfloat16]
     assert narrow[0] == pytest.approx(wide[0], rel=5e-3)
     assert abs(narrow[20] - wide[20]) < 0.05 * (wide[0] - wide[20])
+
+
+def test_an_experiment_with_a_reference_starts_as_the_package_does(pools, monkeypatch) -> None:
+    """On a base of few bits; without the setting nothing is given back, without a reference it is an error."""
+    full, base = base_model(), base_model()
+    config = LoraConfig(target_modules="all-linear")
+    monkeypatch.setattr(
+        "benchmarks.quantized.quantizers.QUANTIZERS", {"signs": lambda w: w.sign() * 0.02}
+    )
+    quantize(base, "signs", config)
+    assert not torch.equal(
+        base.model.layers[0].mlp.up_proj.weight, full.model.layers[0].mlp.up_proj.weight
+    )
+    assert torch.equal(base.lm_head.weight, full.lm_head.weight)
+    wanted = Experiment(
+        "chain_sum",
+        "loftq",
+        1e-3,
+        settings={"reference": True},
+        model="smollm2-135m-instruct+signs",
+        rank=3,
+    )
+    found = Initialiser(base, reference=full)(wanted, pools["train"]).start
+    layer = "model.layers.1.mlp.down_proj"
+    a, b = found.factors[layer]
+    error = full.get_submodule(layer).weight - base.get_submodule(layer).weight
+    u, s, v = torch.linalg.svd(error.detach().double())
+    best = (u[:, :3] * s[:3]) @ v[:3]
+    assert float((wanted.scaling * (b @ a).double() - best).norm() / best.norm()) < 1e-4
+    with pytest.raises(ValueError, match="has no reference"):
+        Initialiser(base)(wanted, pools["train"])

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from lorainit.data import collate, encode, load_batches, read_records
+from lorainit.data.loading import Records
 from lorainit.errors import DataError, MissingExtraError
 from tests.life.words import TEMPLATE, tokenizer
 
@@ -122,6 +123,17 @@ def test_what_a_template_refuses_is_one_line_with_the_record(tmp_path: Path) -> 
 def test_bad_fields_beside_messages_are_named(change: dict[str, object]) -> None:
     with pytest.raises(DataError, match="'tools' must be a list"):
         encode({"messages": CHAT} | change, tokenizer())
+
+
+def test_the_first_record_of_another_form_is_named_before_any_is_read() -> None:
+    """In the file's order, whatever order the seed draws; an index counts from one."""
+    good, wrong = {"text": "a b"}, {"question": "a", "answer": "b"}
+    for place in (0, 3, 9):
+        records = [good] * place + [wrong] * (12 - place)
+        for seed in (0, 1, None):
+            with pytest.raises(DataError, match=rf"^record {place + 1}: .*'question', 'answer'"):
+                Records(records, tokenizer(), seed=seed)
+    assert len(Records([good] * 3, tokenizer(), seed=0)) == 3
 
 
 def test_a_byte_order_mark_is_read(tmp_path: Path) -> None:

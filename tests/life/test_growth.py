@@ -6,9 +6,11 @@ import threading
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from tests.adapters import tiny
-from tests.life.growth import growth, starts
+from tests.life.growth import growth, starts, usage
 
 
 def test_starts_in_a_loop_leave_nothing_behind() -> None:
@@ -40,3 +42,13 @@ def test_what_is_left_behind_is_seen() -> None:
                 held.close()
     found = {line.split(":")[0] for line in grown}
     assert found >= {"tensors", "objects", "descriptors", "threads", "hooks"}, grown
+
+
+def test_what_a_compiler_traced_with_is_no_memory() -> None:
+    model = tiny.llama()
+    before = usage(model).tensors
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    fake = mode.from_tensor(torch.zeros(5, 3), static_shapes=False)
+    real = torch.zeros(7, 3)
+    assert usage(model).tensors - before == real.numel() * real.element_size()
+    assert fake.shape[1] == 3

@@ -19,7 +19,7 @@ from lorainit.errors import DataError
 from lorainit.report import Curve, read_curves, report
 from lorainit.report.drawing import DRAWN_LAYERS, _scale, spectra
 from lorainit.report.measure import _directions, _spectrum, measure_layer, place_of, spread
-from lorainit.report.rate_curve import of_measured, read_rate_curves
+from lorainit.report.rate_curve import RateCurve, drawn, of_measured, read_rate_curves
 from lorainit.report.sizes import sizes_of
 from tests.adapters import tiny
 from tests.statistics.test_convolutions import TARGETS, images, losses, network
@@ -414,3 +414,19 @@ def test_a_comparison_has_a_rate_curve_a_method(tmp_path: Path) -> None:
     assert curve.suggested == (3e-4, 2e-4, 5e-4)
     (tmp_path / "other.json").write_text("[1]")
     assert read_rate_curves(tmp_path / "other.json") == []
+
+
+def test_the_suggestion_stands_where_its_rate_is() -> None:
+    """On a logarithmic axis from 1e-4 to 1e-2, 1e-3 is the middle; ends beyond the axis stand at its edges."""
+    points = ((1e-4, 3.0), (1e-3, 1.0), (1e-2, 2.0))
+    figure = drawn([RateCurve("x", points, (1e-3, 10**-3.5, 1.0))])
+    tried = [float(x) for x in re.findall(r'<circle[^>]* cx="([\d.]+)"', figure)]
+    (mark,) = (float(x) for x in re.findall(r'<line class="rank" x1="([\d.]+)"', figure))
+    ((left, width),) = re.findall(r'<rect class="range" x="([\d.]+)"[^>]* width="([\d.]+)"', figure)
+    assert mark == pytest.approx(tried[1]) == pytest.approx((tried[0] + tried[2]) / 2, abs=0.1)
+    assert float(left) == pytest.approx((3 * tried[0] + tried[2]) / 4, abs=0.1)
+    assert float(left) + float(width) == pytest.approx(tried[2], abs=0.1)
+    assert re.findall(r">rate ([^<]+)<", figure) == ["0.0001"]
+    unmarked = drawn([RateCurve("x", points)])
+    assert 'class="range"' not in unmarked
+    assert 'class="rank"' not in unmarked

@@ -208,6 +208,11 @@ def test_a_suggested_rate_takes_the_place_of_the_default_alone(
     lorainit.start_trainer(trainer, lorainit.PiSSA(), progress=False)
     assert trainer.args.learning_rate == expected
     assert "0.0123" in caplog.text
+    assert ("set_learning_rate=False" in caplog.text) == (not given)
+    assert "warmup_steps is 0" not in caplog.text
+    abrupt = build(tmp_path, **({"learning_rate": 5e-5, "warmup_steps": 0} | given))
+    lorainit.start_trainer(abrupt, lorainit.PiSSA(), progress=False)
+    assert ("warmup_steps is 0" in caplog.text) == (not given)
     left = build(tmp_path, learning_rate=5e-5)
     lorainit.start_trainer(left, lorainit.PiSSA(), set_learning_rate=False, progress=False)
     assert left.args.learning_rate == 5e-5

@@ -6,15 +6,12 @@ is in no table comes from a PEFT that is newer than this package: it is refused 
 
 from __future__ import annotations
 
-import logging
 from dataclasses import MISSING, Field, fields
 from typing import Any
 
 from peft import LoraConfig, PeftType
 
 from lorainit.errors import AdapterError
-
-logger = logging.getLogger("lorainit")
 
 HONOURED = {
     "r": "the rank",
@@ -55,14 +52,7 @@ WITHOUT_A_SAY = {
     "inference_mode": "PEFT's own",
 }
 
-_OF_PEFTS_STARTS = (
-    "init_lora_weights",
-    "eva_config",
-    "corda_config",
-    "lora_ga_config",
-    "loftq_config",
-)
-"""Fields that choose PEFT's own start."""
+_OF_A_START = ("init_lora_weights", "eva_config", "corda_config", "lora_ga_config", "loftq_config")
 
 _FACTORS = "its factors are no plain pair of matrices that a start could be written into"
 
@@ -112,19 +102,22 @@ def check_supported(config: LoraConfig) -> None:
             raise AdapterError(
                 f"LoraConfig({field.name}=...) is not served: {REFUSED[field.name]}."
             )
-        if field.name in _OF_PEFTS_STARTS:
-            logger.warning(
-                "LoraConfig(%s=%r) has no say here: the start is that of method=..., where PEFT's "
-                "own stand as well: lorainit.PiSSA(), lorainit.EVA() and so on",
-                field.name,
-                getattr(config, field.name),
-            )
         known = field.name in HONOURED or field.name in WITHOUT_A_SAY
         if not known and field.name in {f.name for f in fields(LoraConfig)}:
             raise AdapterError(
                 f"LoraConfig({field.name}=...) is not known to this version of lorainit, which may be older "
                 "than the installed PEFT. Leave it out, or use peft.get_peft_model."
             )
+
+
+def starts_asked_for(config: LoraConfig) -> list[str]:
+    """Fields that are set and choose a start of PEFT's, where the method has the say."""
+    known = {field.name: field for field in fields(config)}
+    return [
+        name
+        for name in _OF_A_START
+        if name in known and _is_set(known[name], getattr(config, name))
+    ]
 
 
 def _is_set(field: Field[Any], value: Any) -> bool:

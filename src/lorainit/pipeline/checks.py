@@ -12,6 +12,7 @@ from torch import nn
 
 from lorainit.adapters.layers import configurations, true_config
 from lorainit.adapters.patterns import with_ranks
+from lorainit.adapters.supported import starts_asked_for
 from lorainit.adapters.targets import Target, Targets, converted, match_targets
 from lorainit.adapters.weights import fingerprints, same_weight
 from lorainit.errors import (
@@ -159,12 +160,14 @@ def configuration(
         return config
     assert peft_config is not None
     config = copy.deepcopy(peft_config)
-    if config.init_lora_weights is not True:
-        logger.info(
-            "init_lora_weights=%r is not used: the method decides the start",
-            config.init_lora_weights,
+    for name in starts_asked_for(config):
+        logger.warning(
+            "LoraConfig(%s=%r) is not used: method=... decides the start, and has PEFT's own as well: "
+            "lorainit.PiSSA(), lorainit.EVA() and so on",
+            name,
+            getattr(config, name),
         )
-        config.init_lora_weights = True
+    config.init_lora_weights = True
     converted(model, config)
     return config
 
