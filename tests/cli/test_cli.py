@@ -73,6 +73,14 @@ def test_methods_say_what_the_model_computes_at_first(capsys: pytest.CaptureFixt
     assert table["orthogonal"]["start"] == "kept (B A = 0)"
 
 
+def test_the_table_of_methods_doubts_nothing(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    assert main(["methods"]) == 0
+    assert not caplog.records
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize("data", ["pairs", "chats"])
 def test_init_writes_an_adapter_that_peft_loads(place: Path, data: str, tmp_path: Path) -> None:
     line = (
@@ -222,6 +230,26 @@ def test_train_and_compare(place: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert (tmp_path / "t" / "adapter_model.safetensors").is_file()
     (curve,) = read_curves(tmp_path / "t")
     assert [loss for _, loss in curve.points] == losses
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        ("--max-steps 3", [1, 2, 3]),
+        ("--max-steps 3 --logging-steps 2", [1, 2, 3]),
+        ("--max-steps 7 --logging-steps 5", [1, 5, 7]),
+        ("--max-steps 41 --batch-size 1", [1, *range(3, 42, 3), 41]),
+    ],
+)
+def test_losses_of_the_first_and_the_last_step_are_recorded(
+    words: str, wanted: list[int], place: Path, tmp_path: Path
+) -> None:
+    """And in a long run about twenty."""
+    pytest.importorskip("trl")
+    line = "train --model @model --data @pairs.jsonl --method vanilla --rank 2 --learning-rate 1e-3"
+    assert run(place, f"{line} --max-length 16 --quiet --output {tmp_path}/t {words}") == 0
+    (curve,) = read_curves(tmp_path / "t")
+    assert [step for step, _ in curve.points] == wanted
 
 
 def test_the_rate_of_the_start_is_what_it_is_trained_at(

@@ -18,7 +18,6 @@ from torch import Tensor
 import lorainit
 from lorainit import LoraDA
 from lorainit.methods import FILet
-from lorainit.methods._lora_da_options import warn_of_few
 from lorainit.types import LayerStatistics
 from tests.adapters import tiny
 from tests.methods.common import IN, OUT, RANK, angle, layer, projector, relative, solve
@@ -123,18 +122,15 @@ def test_no_option_in_the_published_settings() -> None:
 
 @pytest.mark.parametrize("known", [256.0, None], ids=["length of a list", "sequences counted"])
 def test_a_sample_in_place_of_the_training_set_is_said(
-    known: float | None, caplog: pytest.LogCaptureFixture
+    known: float | None,
 ) -> None:
-    """Once; and the variance term is as much heavier as the sample is smaller."""
-    weight, statistics = layer()
+    """And the variance term is as much heavier as the sample is smaller."""
+    _, statistics = layer()
     statistics = replace(statistics, population=known, sequences=256.0)
-    warn_of_few.cache_clear()
-    with caplog.at_level(logging.WARNING, "lorainit"):
-        for _ in range(2):
-            LoraDA.paper().solve(weight, statistics, RANK, 1.0)
-    assert len(caplog.records) == 1
-    assert "taken to be 256" in caplog.text
-    assert "391 times heavier" in caplog.text
+    said = LoraDA.paper().doubt(statistics)
+    assert said is not None
+    assert "taken to be 256" in said
+    assert "391 times heavier" in said
     heavy = LoraDA.paper()._fisher(statistics).variance
     light = LoraDA.paper(population=100_000.0)._fisher(statistics).variance
     assert float(heavy / light) == pytest.approx(100_000 / 256)
@@ -150,13 +146,27 @@ def test_a_sample_in_place_of_the_training_set_is_said(
     ],
     ids=["said", "a training set's length", "no variance term", "no population in it"],
 )
-def test_nothing_is_said_where_nothing_is_wrong(
-    method: LoraDA, number: float, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_nothing_is_said_where_nothing_is_wrong(method: LoraDA, number: float) -> None:
+    _, statistics = layer()
+    assert method.doubt(replace(statistics, population=number)) is None
+
+
+def test_a_doubt_is_said_once_and_of_starts_alone(caplog: pytest.LogCaptureFixture) -> None:
+    """Solving for a look at the factors says nothing."""
+    from lorainit.solve.layers import _warn_once
+
     weight, statistics = layer()
-    warn_of_few.cache_clear()
-    method.solve(weight, replace(statistics, population=number), RANK, 1.0)
-    assert not caplog.records
+    assert LoraDA().doubt(replace(statistics, population=8.0)) is not None
+    _warn_once.cache_clear()
+    with caplog.at_level(logging.WARNING, "lorainit"):
+        LoraDA().solve(weight, replace(statistics, population=8.0), RANK, 1.0)
+        assert not caplog.records
+        for _ in range(2):
+            lorainit.get_peft_model(
+                tiny.llama(), tiny.config(), method=LoraDA(), data=[tiny.batch()], progress=False
+            )
+    assert len(caplog.records) == 1
+    assert "size of the training set" in caplog.text
 
 
 # --- FILet ----------------------------------------------------------------------------------

@@ -153,7 +153,15 @@ def train(
     warmup_ratio: Annotated[
         float, Option("share of the steps", "training", least=0, below=1)
     ] = 0.03,
-    logging_steps: Annotated[int, Option("between two records", "training", least=1)] = 10,
+    logging_steps: Annotated[
+        int | None,
+        Option(
+            "between two records of the loss, beside the first and the last step; default: a twentieth "
+            "of all steps",
+            "training",
+            least=1,
+        ),
+    ] = None,
     max_sequences: o.MaxSequences = 256,
     token_mask: o.TokenMask = "attention",
     loss_reduction: o.LossReduction = "sequence",

@@ -25,6 +25,9 @@ from lorainit.report.curves import STATE_FILE
 
 logger = logging.getLogger("lorainit")
 
+_SHARE_BETWEEN_RECORDS = 0.05
+"""Of all steps: about twenty records of the loss."""
+
 _USUAL_RATE = 2e-4
 """Where none can be measured: what most tools have as their default."""
 
@@ -60,7 +63,9 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
             max_steps=options.max_steps,
             warmup_steps=options.warmup_ratio,
             per_device_train_batch_size=options.batch_size,
-            logging_steps=options.logging_steps,
+            # Below one it is a share of all steps.
+            logging_steps=options.logging_steps or _SHARE_BETWEEN_RECORDS,
+            logging_first_step=True,
             max_length=None,
             save_strategy="no",
             report_to=[],
@@ -75,6 +80,7 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
             args=settings,
             train_dataset=datasets.Dataset.from_list(rows),
             processing_class=tokenizer,
+            callbacks=[_last_step_recorded()],
         )
         if options.quiet:
             from transformers import PrinterCallback
@@ -92,6 +98,17 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     if losses:
         text += f", loss {losses[0]:.4g} at first, {losses[-1]:.4g} at last"
     return result, text
+
+
+def _last_step_recorded() -> Any:
+    """A callback that has the Trainer log the last step, whatever `logging_steps` is."""
+    from transformers import TrainerCallback
+
+    class LastStep(TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            control.should_log = control.should_log or state.global_step >= state.max_steps
+
+    return LastStep()
 
 
 def _rate(options: argparse.Namespace, model: PeftModel) -> tuple[float, str]:

@@ -1,16 +1,11 @@
-"""Options of LoRA-DA's release that are off in its published run, and a warning about its ``N``."""
+"""Options of LoRA-DA's release that are off in its published run, and a doubt about its ``N``."""
 
 from __future__ import annotations
-
-import logging
-from functools import cache
 
 import torch
 from torch import Tensor
 
 from lorainit import linalg
-
-logger = logging.getLogger("lorainit")
 
 FEW = 1000
 """A training set of fewer sequences than this is taken for a sample of one."""
@@ -63,15 +58,12 @@ def balanced(subspace: Tensor, content: Tensor) -> tuple[Tensor, Tensor]:
     return linalg.split_evenly(u, s, subspace @ v)
 
 
-@cache
-def warn_of_few(number: float) -> None:
-    """Say once where ``N`` is so small that it may be a sample's size, not the training set's."""
+def doubt_of_few(number: float) -> str | None:
+    """What is said where ``N`` is so small that it may be a sample's size, not the training set's."""
     if number >= FEW:
-        return
-    logger.warning(
-        "LoRA-DA: N, the size of the training set, is taken to be %d, the number of sequences given. "
-        "If you will train on more, say so: LoraDA(population=...) or LoraDA.paper(population=...). The "
-        "published N is 100000; the variance term is %d times heavier here.",
-        number,
-        round(100_000 / max(number, 1.0)),
+        return None
+    return (
+        f"LoRA-DA: N, the size of the training set, is taken to be {number:.0f}, the number of sequences "
+        "given. If you will train on more, say so: LoraDA(population=...) or LoraDA.paper(population=...). "
+        f"The published N is 100000; the variance term is {100_000 / max(number, 1.0):.0f} times heavier here."
     )

@@ -341,10 +341,14 @@ class LoraDA:
         norm = torch.where(norm > 0, norm, torch.ones_like(norm))
         return subspace, change.mT @ subspace / norm[..., None, None]
 
+    def doubt(self, statistics: LayerStatistics) -> str | None:
+        """That ``N`` may be a sample's size; None where it is stated, large, or has no effect."""
+        if self.population is not None or self.beta == 0 or self.rescale_variance:
+            return None
+        return options.doubt_of_few(float(self._population(statistics, torch.zeros(())).max()))
+
     def _population(self, statistics: LayerStatistics, like: Tensor) -> Tensor:
         known = self.population if self.population is not None else statistics.population
         if known is None:
             known = statistics.sequences
-        if self.population is None and self.beta > 0 and not self.rescale_variance:
-            options.warn_of_few(float(torch.as_tensor(known).max()))
         return torch.as_tensor(known, dtype=like.dtype, device=like.device).clamp_min(1.0)

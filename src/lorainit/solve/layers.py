@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from itertools import groupby
 from typing import Literal
 
@@ -25,6 +26,7 @@ from lorainit.solve.words import all_words, narrowed
 from lorainit.statistics import Statistics
 from lorainit.types import (
     OF_INPUT,
+    DoubtsStatistics,
     Factors,
     LayerSpec,
     LayerStatistics,
@@ -61,6 +63,7 @@ def solve_layers(
     solved: dict[str, Factors] = {}
     sizes: dict[str, float] = {}
     silent: list[str] = []
+    doubts: dict[str | None, None] = {}
     bar = tqdm(
         total=len(targets),
         desc=type(method).__name__,
@@ -87,6 +90,8 @@ def solve_layers(
                             replace(layer, weight_error=reference.error(target, weight))
                             for target, weight, layer in zip(chunk, weights, layers, strict=True)
                         ]
+                    if isinstance(method, DoubtsStatistics):
+                        doubts |= dict.fromkeys(map(method.doubt, layers))
                     if method.needs & {"gradient", "output_second_moment"}:
                         silent += _without_gradient(chunk, layers)
                     part, held, layers, words = narrowed(
@@ -112,6 +117,8 @@ def solve_layers(
                     statistics.release(target.name)
             bar.update(sum(map(len, chunks)))
         collectives.raise_everywhere(failure)
+        for doubt in filter(None, doubts):
+            _warn_once(doubt)
         if silent:
             logger.warning(
                 "%s: the gradient of %d of %d layers is exactly zero (%s): the data say nothing about "
@@ -124,6 +131,12 @@ def solve_layers(
         if size > 1:
             solved, sizes = _exchanged(targets, owners, solved, sizes)
     return {name: solved[name] for name in targets}, {name: sizes[name] for name in targets}
+
+
+@cache
+def _warn_once(words: str) -> None:
+    """Where a start is made part by part, too."""
+    logger.warning(words)
 
 
 def _ranks_used(method: Method) -> int:

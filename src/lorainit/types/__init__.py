@@ -5,6 +5,7 @@ from lorainit.types.factors import Factors, LayerSpec
 from lorainit.types.layer_statistics import LayerStatistics
 from lorainit.types.method import (
     ChangesStart,
+    DoubtsStatistics,
     EstimatesSolve,
     EstimatesWorkspace,
     ForgetsStatistics,
@@ -44,6 +45,7 @@ __all__ = [
     "STATISTICS",
     "ChangesStart",
     "DampingMode",
+    "DoubtsStatistics",
     "EstimatesWorkspace",
     "Factors",
     "GradientDtype",

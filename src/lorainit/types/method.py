@@ -42,6 +42,14 @@ class Method(Protocol):
 
 
 @runtime_checkable
+class DoubtsStatistics(Method, Protocol):
+    """A method that says what is doubtful in statistics, where a start is made from them."""
+
+    def doubt(self, statistics: LayerStatistics) -> str | None:
+        """What to look at, in one line for the log; None: nothing."""
+
+
+@runtime_checkable
 class UsesDefaultStart(Method, Protocol):
     """A method that may ask for PEFT's own random start, of a new adapter, instead of factors."""
 
