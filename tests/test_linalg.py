@@ -11,6 +11,7 @@ from torch import Tensor
 from lorainit import linalg
 from lorainit.errors import FactorizationError, NonFiniteError, RankError
 from lorainit.linalg import damped_factors, leading, subspace_iteration, thresholds
+from lorainit.linalg.dense import gram_svd
 
 N = 800
 assert N > thresholds.DENSE_LIMIT
@@ -295,6 +296,42 @@ def test_float32_svd_by_gram(shape: tuple[int, int], rank: int) -> None:
         assert torch.allclose(vectors.mT @ vectors, eye.expand(2, -1, -1), atol=1e-5)
     bottom = linalg.bottom_singular(matrix, 4)
     assert torch.allclose(bottom[1], s[..., -4:])
+
+
+@pytest.mark.parametrize(
+    "name", ["flat", "steep", "less rank than is sought", "one of a stack is zero"]
+)
+@pytest.mark.parametrize("wide", [True, False])
+def test_leading_triplets_of_small_float32_matrices(
+    name: str, wide: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By iteration on the Gram matrix, and as near to the best cut in float64 as the dense way comes."""
+    n, m, k = 300, 340, 8
+    left, right = orthogonal(n), orthogonal(m, n, seed=1)
+    sizes = {
+        "flat": torch.linspace(2.0, 1.0, n, dtype=torch.float64),
+        "steep": 10.0 ** -torch.linspace(0, 60, n, dtype=torch.float64),
+        "less rank than is sought": torch.cat([ones(5), torch.zeros(n - 5).double()]),
+        "one of a stack is zero": torch.linspace(2.0, 1.0, n, dtype=torch.float64),
+    }[name]
+    matrix = ((left * sizes) @ right.mT).float()
+    zero = torch.zeros_like(matrix) if name == "one of a stack is zero" else matrix
+    stack = torch.stack([matrix, zero])
+    stack = stack if wide else stack.mT
+    dense = gram_svd(stack, k)
+    monkeypatch.setattr(leading, "eigh", lambda matrix: pytest.fail("decomposed whole"))
+    found = linalg.top_singular(stack, k)
+    eye = torch.eye(k).expand(2, k, k)
+    wanted = torch.stack([sizes[:k], 0 * sizes[:k] if zero is not matrix else sizes[:k]])
+    assert torch.allclose(found[1].double(), wanted, atol=3e-7 * float(sizes[0]))
+    for vectors in (found[0], found[2]):
+        assert torch.allclose(vectors.mT @ vectors, eye, atol=3e-6)
+
+    def missed(u: Tensor, s: Tensor, v: Tensor) -> Tensor:
+        cut = (u.double() * s.double().unsqueeze(-2)) @ v.double().mT
+        return (stack.double() - cut).norm(dim=(-2, -1))
+
+    assert bool((missed(*found) <= missed(*dense) * (1 + 1e-9) + 1e-6).all())
 
 
 def test_signs_do_not_depend_on_the_input_sign_or_dtype() -> None:

@@ -64,6 +64,19 @@ def test_layers_that_share_nothing_count_each() -> None:
     assert [len(chunk) for chunk in found] == [2, 2, 2]
 
 
+def test_a_processor_solves_what_fits_its_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However much memory there is; layers that share an input are not taken apart for it."""
+    needs, plenty = frozenset({"input_second_moment"}), 100 * (EACH + ONCE)
+    monkeypatch.setattr(stacks, "_CACHE_BYTES", 2 * (EACH + ONCE))
+    found = list(stacks_of(targets_of(SIX), plenty, needs))
+    assert [len(chunk) for chunk in found] == [2, 2, 2]
+    monkeypatch.setattr(stacks, "_CACHE_BYTES", 1)
+    found = list(stacks_of(targets_of(SIX), plenty, needs, shared_by_three()))
+    assert [len(chunk) for chunk in found] == [3, 3]
+    monkeypatch.setattr(stacks, "_CACHE_BYTES", plenty)
+    assert [len(chunk) for chunk in stacks_of(targets_of(SIX), plenty, needs)] == [6]
+
+
 @pytest.mark.parametrize("method", [LoraGA(), LoraOne(), EVA()], ids=lambda m: type(m).__name__)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_a_solve_takes_what_the_method_says(

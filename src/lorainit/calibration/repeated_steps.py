@@ -83,10 +83,11 @@ class RepeatedSteps:
         assert isinstance(method, GivesBack)
         self._reached = dict(self.targets)
         self._owners = layer_owners(self.targets, statistics)
+        groups = self._own_stacks(statistics, None)
         with collectives.shared_errors(), torch.no_grad():
             stacks = [
                 ways
-                for members in self._groups()
+                for members in groups
                 for ways in StepStack.all_compensated(method, members, statistics, errors)
             ]
         # A process without layers does not know how many ways there are.
@@ -117,11 +118,11 @@ class RepeatedSteps:
         known = set(statistics.names)
         self._reached = {name: t for name, t in self.targets.items() if name in known}
         self._owners = layer_owners(self._reached, statistics)
-        limits = self._limits()
+        limits, groups = self._limits(), self._own_stacks(statistics, None)
         with collectives.shared_errors():
             self._stacks = [
                 stack
-                for members in self._groups()
+                for members in groups
                 for stack in StepStack.all_measured(
                     self.method, members, statistics, self._at, limits, self.compensated
                 )
@@ -142,19 +143,19 @@ class RepeatedSteps:
         """
         method = self.method
         assert isinstance(method, ForgetsStatistics)
-        limits, rank = self._limits(), collectives.world()[0]
+        limits = self._limits()
         stacks: list[StepStack] = []
         owners: dict[str, int] = {}
         for part in parts:
             known = set(part.names)
-            reached = {name: t for name, t in self.targets.items() if name in known}
-            owners |= layer_owners(reached, part)
-            own = {name: t for name, t in reached.items() if owners[name] == rank}
-            size = stack_bytes(reached, method, max_memory)
+            self._reached = {name: t for name, t in self.targets.items() if name in known}
+            self._owners = layer_owners(self._reached, part)
+            owners |= self._owners
+            groups = self._own_stacks(part, max_memory)
             with collectives.shared_errors():
                 stacks += [
                     stack.forgetting(method, part, [0, *self._counts()])
-                    for members in stacks_of(own, size, method.needs, part)
+                    for members in groups
                     for stack in StepStack.all_measured(method, members, part, {}, limits)
                 ]
             del part
@@ -208,17 +209,12 @@ class RepeatedSteps:
             n: (torch.zeros_like(left), right) for n, (left, right) in self._at.items()
         }
 
-    def _groups(self) -> list[list[Target]]:
-        """This process's layers, those of one shape, rank and device together."""
-        groups: dict[tuple[Any, ...], list[Target]] = {}
-        for name, target in self._reached.items():
-            if self._owners[name] == collectives.world()[0]:
-                spec = target.spec
-                device = next((p.device for p in target.module.parameters()), None)
-                alone = name if spec.one_hot else ""
-                key = (spec.out_features, spec.in_features, spec.rank, device, alone)
-                groups.setdefault(key, []).append(target)
-        return list(groups.values())
+    def _own_stacks(self, statistics: Statistics, max_memory: int | None) -> list[list[Target]]:
+        """This process's layers, as many together as are solved at once; every process has to call this."""
+        size = stack_bytes(self._reached, self.method, max_memory)
+        rank = collectives.world()[0]
+        own = {name: t for name, t in self._reached.items() if self._owners[name] == rank}
+        return list(stacks_of(own, size, self.method.needs, statistics))
 
     def _pairs(
         self,

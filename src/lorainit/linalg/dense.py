@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -53,15 +55,23 @@ def lapack_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-def gram_svd(matrix: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+def gram_svd(
+    matrix: Tensor, k: int, leading: Callable[[Tensor, int], Tensor] | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Leading ``k`` triplets of a float32 matrix by way of the smaller Gram matrix, in float64.
 
     The QR decomposition in place of a division by singular values keeps the second set of vectors
     orthonormal where singular values vanish.
+
+    Args:
+        matrix: ``(..., m, n)``.
+        k: how many.
+        leading: gives the eigenvectors of the ``k`` largest eigenvalues, those first; default `eigh`.
     """
     wide = matrix.shape[-2] <= matrix.shape[-1]
     work = double_precision(matrix if wide else matrix.mT)
-    near = eigh(work @ work.mT)[1][..., -k:].flip(-1)
+    gram = work @ work.mT
+    near = eigh(gram)[1][..., -k:].flip(-1) if leading is None else leading(gram, k)
     far, triangle = torch.linalg.qr(work.mT @ near)
     diagonal = triangle.diagonal(dim1=-2, dim2=-1)
     far = far * torch.where(diagonal < 0, -1.0, 1.0).unsqueeze(-2)

@@ -11,7 +11,7 @@ from lorainit.linalg import subspace_iteration
 from lorainit.linalg.dense import eigh, gram_svd, lapack_svd
 from lorainit.linalg.signs import fix_signs, fix_triplet_signs
 from lorainit.linalg.split_precision import SplitMatrix
-from lorainit.linalg.thresholds import block_width, dense_limit, on_matrix_units
+from lorainit.linalg.thresholds import block_width, dense_limit, iterates, on_matrix_units
 
 _SYMMETRIC_LIMIT = 256
 """The same of leading eigenvectors, whose iteration needs one product a step, not two."""
@@ -23,6 +23,10 @@ _BOUND_MARGIN = 1.05
 EACH = 3e-4
 """In float32 a pair has converged when its residual is below this times its own value: where the spectrum is
 flat that is a sine of a few thousandths, and 1e-7 of what the subspace holds (docs/performance.md)."""
+
+_GRAM_LEAST, _GRAM_EACH = 1e-14, 1e-8
+"""Of a small Gram matrix in float64: a pair's residual is below the first times the largest value, or the
+second times its own; its vectors are those of a dense decomposition to all digits of float32."""
 
 _NOISE = 1e-2
 """How far products of left singular vectors may be from those of orthonormal ones."""
@@ -67,7 +71,7 @@ def smallest_of_operator(
     """
     n = like.shape[-2]
     width = block_width(like, k) if start is None else start.shape[-1]
-    if n <= dense_limit(like) or 2 * width >= n:
+    if not iterates(like) or 2 * width >= n:
         return None
     goal = _tolerance(like, tolerance)
 
@@ -124,20 +128,20 @@ def bound_of_operator(apply: subspace_iteration.Apply, like: Tensor) -> Tensor:
 
 
 def largest_eigenvectors(
-    matrix: Tensor, k: int, *, tolerance: float | None = None
+    matrix: Tensor, k: int, *, tolerance: float | None = None, each: float | None = None
 ) -> tuple[Tensor, Tensor]:
     """Orthonormal eigenvectors of the ``k`` largest eigenvalues of a positive semidefinite matrix.
 
     Dense where it is small, above that by filtered subspace iteration until every residual
-    ``|M v - mu v|`` is below ``tolerance`` times the largest eigenvalue (in float32 by default also
-    `EACH` times its own), or dense if it never is.
+    ``|M v - mu v|`` is below ``tolerance`` times the largest eigenvalue or ``each`` times its own (default: in
+    float32, where no tolerance is given, `EACH`; else 0), or dense if it never is.
 
     Returns:
         Eigenvalues ``(..., k)`` descending, eigenvectors ``(..., n, k)``.
     """
     if matrix.dim() == 4 and matrix.stride(1) == 0 and matrix.shape[1] > 1:
         # Layers that share an input.
-        found = largest_eigenvectors(matrix[:, 0], k, tolerance=tolerance)
+        found = largest_eigenvectors(matrix[:, 0], k, tolerance=tolerance, each=each)
         values, vectors = (t.unsqueeze(1).expand(-1, matrix.shape[1], *t.shape[1:]) for t in found)
         return values, vectors
     n = matrix.shape[-1]
@@ -145,9 +149,10 @@ def largest_eigenvectors(
     if n > min(dense_limit(matrix), _SYMMETRIC_LIMIT) and 4 * width < n:
         tiny = torch.finfo(matrix.dtype).tiny
 
-        goal, each = _tolerance(matrix, tolerance), _each(matrix, tolerance)
+        goal = _tolerance(matrix, tolerance)
+        own = _each(matrix, tolerance) if each is None else each
         ritz = subspace_iteration.symmetric_ritz(
-            matrix.matmul, k, lambda v: torch.maximum(goal * v[..., :1], each * v).clamp_min(tiny)
+            matrix.matmul, k, lambda v: torch.maximum(goal * v[..., :1], own * v).clamp_min(tiny)
         )
         zero = torch.zeros(matrix.shape[:-2], dtype=torch.float64, device=matrix.device)
         # In plain float32: halves are no quicker here, and as many bytes again (docs/performance.md).
@@ -186,7 +191,8 @@ def top_singular(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Leading ``k`` singular triplets ``(U, S, V)`` of ``(..., m, n)``, signs fixed.
 
-    Dense up to `dense_limit` (in the smaller dimension). Above it by filtered subspace iteration
+    Dense up to `dense_limit` (in the smaller dimension; float32 by the leading eigenvectors of the Gram matrix,
+    see `gram_svd`). Above it by filtered subspace iteration
     (`subspace_iteration`), until every residual ``|M^T u - s v|`` is below ``tolerance * S[0]`` (in
     float32 by default also `EACH` times its own value); a dense SVD finishes what does not converge. On
     matrix units residuals are measured by products in `SplitMatrix`, some 1e-7 of ``S[0]`` off.
@@ -202,7 +208,11 @@ def top_singular(
     if matrix.dtype == torch.float64:
         u, s, v = lapack_svd(matrix)
         return fix_triplet_signs(u[..., :k], s[..., :k], v[..., :k])
-    return fix_triplet_signs(*gram_svd(matrix, k))
+    return fix_triplet_signs(*gram_svd(matrix, k, _leading_of_gram))
+
+
+def _leading_of_gram(gram: Tensor, k: int) -> Tensor:
+    return largest_eigenvectors(gram, k, tolerance=_GRAM_LEAST, each=_GRAM_EACH)[1]
 
 
 def largest_singular_value(matrix: Tensor) -> Tensor:

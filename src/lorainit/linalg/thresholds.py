@@ -10,6 +10,9 @@ from lorainit.linalg import subspace_iteration
 DENSE_LIMIT = 768
 """Up to this size a dense eigen- or singular value decomposition is as quick as iterating (CPU)."""
 
+OPERATOR_LIMIT = 224
+"""The same of the eigenvectors of a matrix that is never formed: forming it takes as long as they do (CPU)."""
+
 DENSE_LIMIT_CUDA = 128
 """The same on CUDA, where small dense decompositions wait for one another."""
 
@@ -21,7 +24,7 @@ def dense_limit(like: Tensor) -> int:
 
 def iterates(like: Tensor) -> bool:
     """Whether ``(..., n, m)`` is large enough for operators that are never formed."""
-    return like.shape[-2] > dense_limit(like)
+    return like.shape[-2] > (DENSE_LIMIT_CUDA if like.is_cuda else OPERATOR_LIMIT)
 
 
 def has_matrix_units(like: Tensor) -> bool:

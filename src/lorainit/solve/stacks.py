@@ -16,6 +16,9 @@ from lorainit.statistics.memory.plan import statistic_bytes
 from lorainit.types import OF_INPUT, EstimatesSolve, EstimatesWorkspace, LayerStatistics, Method
 
 _STACK_BYTES = 1 << 30
+_CACHE_BYTES = 1 << 25
+"""On a processor larger stacks are no quicker: what does not fit its caches takes up to twice as long
+(docs/performance.md). Layers that share an input stay together all the same."""
 
 _SHARE_OF_FREE = 10
 _SHARE_OF_BUDGET = 16
@@ -78,7 +81,7 @@ def stacks_of(
         held = None if statistics is None else statistics.get(name)
         source = 0 if held is None else input_key(held)
         groups.setdefault(key, {}).setdefault(source, []).append(target)
-    for (rows, columns, *_, alone), sources in groups.items():
+    for (rows, columns, *_, device, alone), sources in groups.items():
         sizes = statistic_bytes((rows, columns), needs - {"gradient"}, one_hot=bool(alone))
         once = sum(size for name, size in sizes.items() if name in OF_INPUT)
         each = 4 * matrices * rows * columns + sum(sizes.values()) - once
@@ -87,7 +90,8 @@ def stacks_of(
             together = statistics is not None and len(members) * each + once <= budget
             by_number.setdefault(len(members) if together else 1, []).extend(members)
         for number, members in by_number.items():
-            whole = number * max(1, budget // (number * each + once))
+            quick = budget if device is not None and device.type == "cuda" else _CACHE_BYTES
+            whole = number * max(1, min(budget, quick) // (number * each + once))
             for first in range(0, len(members), whole):
                 yield members[first : first + whole]
 
