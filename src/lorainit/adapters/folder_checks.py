@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +11,8 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 
 from lorainit.adapters.config_checks import check_config
-from lorainit.adapters.serving import CONFIG_FILE, WEIGHTS_FILE
+from lorainit.adapters.config_file import check_files
+from lorainit.adapters.serving import WEIGHTS_FILE
 from lorainit.errors import AdapterError, LorainitError, NonFiniteError
 
 
@@ -44,19 +44,7 @@ def readable_config(path: Path) -> LoraConfig:
     Raises:
         AdapterError, RankError, TargetError: there is none, or it cannot be used.
     """
-    file = path / CONFIG_FILE
-    if not file.is_file():
-        raise AdapterError(
-            f"{path} holds no adapter_config.json. Give the folder that save_pretrained wrote, or "
-            "a checkpoint-* folder of a Trainer; an adapter on a model hub must be downloaded first."
-        )
-    try:
-        if not isinstance(json.loads(file.read_text(encoding="utf-8")), dict):
-            raise ValueError("it holds no table")
-    except (OSError, ValueError, RecursionError) as error:
-        raise AdapterError(
-            f"{file} is damaged ({str(error)[:120] or type(error).__name__}). Save the adapter again."
-        ) from error
+    check_files(path)
     config = PeftConfig.from_pretrained(str(path))
     if not isinstance(config, LoraConfig):
         raise AdapterError(
@@ -74,15 +62,6 @@ def readable_weights(path: Path) -> frozenset[str]:
         NonFiniteError: with the first tensor that holds NaN or infinity.
     """
     file = path / WEIGHTS_FILE
-    if not file.is_file():
-        if (path / "adapter_model.bin").is_file():
-            raise AdapterError(
-                f"the weights in {path} are pickled (adapter_model.bin), and reading a pickle can run code "
-                "that is hidden in it. If you trust it, load it with PEFT and save it again."
-            )
-        raise AdapterError(
-            f"{path} holds no {WEIGHTS_FILE}. Give the folder that save_pretrained wrote, complete."
-        )
     try:
         with safe_open(str(file), framework="pt") as weights:
             names = frozenset(weights.keys())

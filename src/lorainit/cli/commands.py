@@ -9,10 +9,12 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any
 
 from lorainit.cli import options as o
+from lorainit.cli.checks import check_numbers, check_places
 from lorainit.cli.options import Option
+from lorainit.cli.quiet import quiet_import
 
 
 @dataclass(frozen=True)
@@ -330,23 +332,11 @@ COMMANDS: dict[str, Callable[..., Outcome]] = {
 
 
 def _run(module: str, command: str, arguments: dict[str, Any]) -> Outcome:
-    """Import what does the work, which takes seconds, only now.
-
-    Raises:
-        ValueError: a number that is none, or out of its range.
-    """
-    hints = get_type_hints(COMMANDS[command], include_extras=True)
-    for name, value in arguments.items():
-        option = next(m for m in hints[name].__metadata__ if isinstance(m, Option))
-        many = option.many in (int, float) and not isinstance(value, str)
-        for number in value if many else [value]:
-            if isinstance(number, int | float) and not isinstance(number, bool):
-                try:
-                    o.check_number(option, number)
-                except ValueError as error:
-                    raise ValueError(f"--{name.replace('_', '-')} {error}") from None
-    from lorainit.cli.quiet import quiet_import
-
-    found = quiet_import(f"lorainit.cli.{module}")
-    values, text = found.run(Namespace(command=command, **arguments))
+    """Check what can be checked quickly, and import what does the work, which takes seconds, only then."""
+    check_numbers(COMMANDS[command], arguments)
+    options = Namespace(command=command, **arguments)
+    check_places(options)
+    if command != "methods":
+        quiet_import("lorainit.cli.choices").check_choices(options)
+    values, text = quiet_import(f"lorainit.cli.{module}").run(options)
     return Outcome(values, text)

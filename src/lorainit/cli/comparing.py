@@ -19,12 +19,10 @@ from torch.utils.data import Subset
 from tqdm.auto import tqdm
 
 from lorainit.calibration.learning_rate import LearningRate
+from lorainit.cli.choices import class_of, needs_of
 from lorainit.cli.loading import load_model
-from lorainit.cli.outputs import check_file, is_comparison
 from lorainit.cli.plan import plan
 from lorainit.cli.shared import (
-    class_of,
-    known_methods,
     load_records,
     lora_config,
     mean_loss,
@@ -47,17 +45,15 @@ _MORE_RATES = 2
 
 def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """The table: start, best rate and held-out loss of every method, and the same at the suggested rate."""
-    names = known_methods(options.methods)
-    rates = _checked(options.learning_rates)
-    needs = frozenset().union(*(class_of(name)().needs for name in names))
+    names = list(options.methods)
+    rates = sorted({float(rate) for rate in options.learning_rates})
+    needs = needs_of(names)
     with speaking(options):
         if options.dry_run:
             # The suggested rate is tried too.
             runs = len(names) * (len(rates) + 1)
             trained = runs * options.steps * options.batch_size
             return plan(options, needs, trained=trained, rates=len(names))
-        if options.output:
-            check_file(options.output, is_comparison)
         records = load_records(options)
         if len(records) < options.held_out + options.batch_size:
             raise DataError(
@@ -70,16 +66,6 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     if options.output:
         write_text(Path(options.output), json.dumps(result, indent=1) + "\n")
     return result, _table(options, result)
-
-
-def _checked(given: Sequence[float]) -> list[float]:
-    rates = sorted({float(rate) for rate in given})
-    if not rates or not (rates[0] > 0 and math.isfinite(rates[-1])):
-        raise ValueError(
-            f"--learning-rates {','.join(map(str, given))}: write positive numbers with commas, "
-            "1e-4,3e-4."
-        )
-    return rates
 
 
 def _runs(

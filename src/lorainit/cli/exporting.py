@@ -8,14 +8,12 @@ from typing import Any
 from lorainit.adapters.export import export
 from lorainit.adapters.load import load_adapter
 from lorainit.cli.loading import load_model
-from lorainit.cli.outputs import check_folder
 from lorainit.cli.shared import speaking
 
 
 def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Load the adapter on its model and write it for servers."""
     with speaking(options):
-        check_folder(options.output, options.model)
         model = load_adapter(load_model(options), options.adapter)
         report = export(model, options.output, rank=options.rank, max_rank=options.max_rank)
     result = {

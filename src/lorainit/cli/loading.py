@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from lorainit.errors import DataError
-from lorainit.models.pretrained import check_layers, load_whole
+from lorainit.models.pretrained import load_whole
 
 
 def device_of(options: argparse.Namespace) -> torch.device:
@@ -69,7 +69,6 @@ def load_tokenizer(options: argparse.Namespace) -> Any:
     """The model's tokenizer."""
     from transformers import AutoTokenizer
 
-    _check_folder(options.model)
     try:
         return AutoTokenizer.from_pretrained(options.model, **_trust(options))
     except Exception as error:  # whatever readers of the many kinds of tokenizers raise
@@ -89,8 +88,6 @@ def _check_kind(options: argparse.Namespace) -> Any:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     name = options.model
-    _check_folder(name)
-    check_layers(name)
     try:
         config = AutoConfig.from_pretrained(name, **_trust(options))
     except Exception as error:  # configurations check themselves each in its own way
@@ -126,15 +123,3 @@ def _refuse_code(options: argparse.Namespace, error: Exception | None) -> None:
         f"'{options.model}' comes with Python code of its own, which is not run unasked. Read it, and if you "
         "trust it give --trust-remote-code."
     ) from None
-
-
-def _check_folder(name: str) -> None:
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or os.sep != "/"
-    if os.path.isdir(name):
-        if not os.path.isfile(os.path.join(name, "config.json")):
-            raise DataError(
-                f"'{name}' holds no config.json. Give the folder that the model's save_pretrained "
-                "wrote."
-            )
-    elif looks_local or os.path.exists(name):
-        raise DataError(f"there is no model folder '{name}'. Give one that save_pretrained wrote.")

@@ -9,8 +9,7 @@ from pathlib import Path
 
 from lorainit.files.aside import Aside
 from lorainit.files.folder import is_interrupted
-from lorainit.statistics.store.sharded_files import check_target
-from lorainit.statistics.store.statistics import FORMAT
+from lorainit.files.marked import STATISTICS, check_target
 
 
 def is_page(content: bytes) -> bool:
@@ -50,7 +49,7 @@ def check_statistics_file(output: str) -> None:
     path = Path(output)
     if path.is_dir():
         raise OSError(f"--output {output} cannot be written: it is a folder. Give a file's name.")
-    check_target(path, FORMAT)
+    check_target(path, STATISTICS)
     _check_writable(path.parent, output)
 
 

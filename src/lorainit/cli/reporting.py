@@ -10,9 +10,9 @@ from typing import Any
 from lorainit.adapters.layers import true_config
 from lorainit.adapters.load import load_adapter
 from lorainit.adapters.tensor_sources import named_tensors
+from lorainit.cli.checks import named_path
 from lorainit.cli.loading import load_model
-from lorainit.cli.outputs import check_file, is_page
-from lorainit.cli.shared import known_methods, load_data, lora_config, mean_loss, speaking
+from lorainit.cli.shared import load_data, lora_config, mean_loss, speaking
 from lorainit.report import report
 from lorainit.report.curves import read_curves
 from lorainit.report.rate_curve import read_rate_curves
@@ -22,13 +22,9 @@ from lorainit.statistics import Statistics
 
 def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Write the page; its advice is the result."""
-    if options.data and not options.adapter:
-        raise ValueError("--data is there to measure an adapter's loss on: give --adapter too.")
     with speaking(options):
-        names = known_methods(options.methods)
-        curves = [curve for text in options.curves for curve in read_curves(*_named(text))]
-        rates = [rate for text in options.curves for rate in read_rate_curves(_named(text)[0])]
-        check_file(options.output, is_page)
+        curves = [curve for text in options.curves for curve in read_curves(*named_path(text))]
+        rates = [rate for text in options.curves for rate in read_rate_curves(named_path(text)[0])]
         if options.reference:
             named_tensors(options.reference)  # before the model is loaded
         statistics = Statistics.load(options.statistics)
@@ -44,7 +40,7 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
             config,
             statistics,
             options.output,
-            methods=names,
+            methods=list(options.methods),
             loss=loss,
             curves=curves,
             reference_weights=options.reference,
@@ -54,12 +50,6 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         )
     result = {"output": options.output, "advice": [{"kind": k, "text": t} for k, t in said]}
     return result, "\n".join([f"{options.output}:", *(f"  {text}" for _, text in said)])
-
-
-def _named(text: str) -> tuple[str, str | None]:
-    """Path and name of ``PATH`` or ``NAME=PATH``."""
-    name, equals, path = text.partition("=")
-    return (path, name) if equals else (text, None)
 
 
 def _measured(options: argparse.Namespace, model: Any, data: Any) -> StartLoss:

@@ -1,11 +1,9 @@
-"""What several commands do: read data, a configuration, a method and its settings."""
+"""What several commands do: read data, a configuration."""
 
 from __future__ import annotations
 
 import argparse
-import ast
 import contextlib
-import dataclasses
 import logging
 import math
 import sys
@@ -20,8 +18,6 @@ from torch.utils.data import DataLoader
 from lorainit.cli.loading import load_tokenizer
 from lorainit.data import IGNORED, Records, batches_of, read_records
 from lorainit.data.nested import to_device
-from lorainit.methods import METHODS
-from lorainit.types import Method
 
 
 @contextlib.contextmanager
@@ -82,52 +78,6 @@ def modules_of(given: str | Sequence[str]) -> str | list[str]:
     names = [name.strip() for name in given.split(",") if name.strip()]
     plain = all(part.replace("_", "").isalnum() for name in names for part in name.split("."))
     return names if names and plain and given != "all-linear" else given
-
-
-def known_methods(names: Sequence[str]) -> list[str]:
-    """The names of methods, each known, at least one.
-
-    Raises:
-        ValueError: there is no method of that name.
-    """
-    for name in names or [""]:
-        class_of(name)
-    return list(names)
-
-
-def class_of(name: str) -> Any:
-    """The class of a method by its name."""
-    if name not in METHODS:
-        raise ValueError(f"there is no method '{name}'. There are: {', '.join(METHODS)}.")
-    return METHODS[name]
-
-
-def method_of(options: argparse.Namespace) -> Method:
-    """The method, with the settings given."""
-    kind = class_of(options.method)
-    base = kind.paper() if options.paper else kind()
-    known = {field.name for field in dataclasses.fields(kind)}
-    changes: dict[str, object] = {}
-    for name, value in (options.set or {}).items():
-        if name not in known:
-            there = ", ".join(field.name for field in dataclasses.fields(kind)) or "none"
-            raise ValueError(
-                f"--set {name}={value}: {options.method} has no setting '{name}'; there are: {there}."
-            )
-        changes[name] = _value(value) if isinstance(value, str) else value
-    method: Method = dataclasses.replace(base, **changes)
-    return method
-
-
-def _value(text: str) -> object:
-    lowered = {"true": True, "false": False, "none": None}
-    if text.lower() in lowered:
-        return lowered[text.lower()]
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        # What is no literal, or nested too deeply for the parser, is a text.
-        return text
 
 
 def sample_arguments(options: argparse.Namespace) -> dict[str, Any]:

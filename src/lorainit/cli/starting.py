@@ -10,24 +10,20 @@ from peft import PeftModel
 
 from lorainit.adapters.origin import origin_of
 from lorainit.adapters.save import save_adapter
+from lorainit.cli.choices import class_of, known_methods, method_of, needs_of
 from lorainit.cli.loading import load_model
-from lorainit.cli.outputs import check_folder, check_statistics_file
 from lorainit.cli.plan import plan
 from lorainit.cli.shared import (
-    class_of,
-    known_methods,
     load_data,
     lora_config,
-    method_of,
     sample_arguments,
     size_in_words,
     speaking,
 )
-from lorainit.errors import MissingStatisticError
 from lorainit.pipeline import collect_statistics, get_peft_model
 from lorainit.report.sizes import sizes_of
 from lorainit.statistics import Statistics
-from lorainit.types import ReadsReference, settings_of
+from lorainit.types import settings_of
 
 
 def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -37,14 +33,9 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 
 def _collect(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    needs = frozenset().union(*(class_of(name)().needs for name in known_methods(options.method)))
-    if not needs:
-        raise ValueError(
-            f"--method {','.join(options.method)} reads no statistics: there is nothing to do."
-        )
+    needs = needs_of(options.method)
     if options.dry_run:
         return plan(options, needs)
-    check_statistics_file(options.output)
     data = load_data(options)
     assert data is not None
     found = collect_statistics(
@@ -75,18 +66,6 @@ def _init(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
             steps=getattr(method, "steps", 1),
             searched=calibrated,
             rates=int(bool(options.data)),
-        )
-    check_folder(options.output, options.model)
-    if method.needs and not (options.data or options.statistics):
-        raise MissingStatisticError(
-            f"{options.method} reads {', '.join(sorted(method.needs))}: give --data, or "
-            "--statistics from 'lorainit collect'."
-        )
-    needs_reference = isinstance(method, ReadsReference) and method.needs_reference
-    if needs_reference and not options.reference:
-        raise MissingStatisticError(
-            f"{options.method} needs the weights that the base was quantized from: give --reference, the "
-            "folder of the full-precision checkpoint."
         )
     model = start_model(options, method)
     save_adapter(model, options.output)

@@ -12,13 +12,13 @@ from torch.utils.data import Dataset
 from lorainit.adapters.load import load_adapter
 from lorainit.adapters.origin import origin_of
 from lorainit.adapters.save import adapter_files
+from lorainit.cli.choices import method_of
 from lorainit.cli.loading import device_of, load_model, load_tokenizer
-from lorainit.cli.outputs import check_folder
 from lorainit.cli.plan import plan
-from lorainit.cli.shared import load_data, load_records, method_of, sample_arguments, speaking
+from lorainit.cli.shared import load_data, load_records, sample_arguments, speaking
 from lorainit.cli.starting import start_model
 from lorainit.data import Example
-from lorainit.errors import DataError, MissingExtraError
+from lorainit.errors import DataError
 from lorainit.pipeline import suggest_learning_rate
 from lorainit.pipeline.rate import SEQUENCES
 from lorainit.report.curves import STATE_FILE
@@ -34,21 +34,14 @@ _USUAL_RATE = 2e-4
 
 def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Load or make a start, and train it."""
-    try:
-        import datasets
-        import trl
-    except ImportError as error:
-        raise MissingExtraError(
-            f"'lorainit train' needs {error.name}: install it with pip install 'lorainit[train]'"
-        ) from error
-    if bool(options.adapter) == bool(options.method):
-        raise ValueError("give --adapter, a start made before, or --method, to make one; not both.")
+    import datasets
+    import trl
+
     with speaking(options):
         tokenizer = load_tokenizer(options)
         examples: Dataset[Example] = load_records(options, tokenizer)
         if options.dry_run:
             return _plan(options, len(examples))  # type: ignore[arg-type]
-        check_folder(options.output, options.model)
         rows = _rows(examples)
         if options.adapter:
             model = load_adapter(load_model(options), options.adapter, is_trainable=True)

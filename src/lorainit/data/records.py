@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from pathlib import Path
 from typing import Any
 
 from lorainit.errors import DataError, MissingExtraError
-
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.%:\[\]+-]+)?(?<!\.jsonl)(?<!\.json)")
-"""``owner/name``, with a split perhaps; a relative path of a JSON file is none."""
+from lorainit.files.names import is_data_set
 
 
 def read_records(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -25,11 +22,9 @@ def read_records(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         DataError: no such file or data set, no records, or a line that is no JSON object.
         MissingExtraError: a name is given, and ``datasets`` is not installed.
     """
-    if _HUB_NAME.fullmatch(str(path)) and not Path(path).is_file():
+    if is_data_set(path):
         return _from_hub(str(path))
     path = Path(path)
-    if not path.is_file():
-        raise DataError(f"there is no data file '{path}'. Give a file of JSON lines.")
     records = []
     try:
         with path.open(encoding="utf-8-sig") as file:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lorainit import linalg
+from lorainit.types import LayerStatistics
 
 FEW = 1000
 """A training set of fewer sequences than this is taken for a sample of one."""
@@ -58,12 +59,20 @@ def balanced(subspace: Tensor, content: Tensor) -> tuple[Tensor, Tensor]:
     return linalg.split_evenly(u, s, subspace @ v)
 
 
-def doubt_of_few(number: float) -> str | None:
+def population(stated: float | None, statistics: LayerStatistics, like: Tensor) -> Tensor:
+    """``N``, at least 1: as stated, or else what the statistics know."""
+    known = statistics.population if stated is None else stated
+    known = statistics.sequences if known is None else known
+    return torch.as_tensor(known, dtype=like.dtype, device=like.device).clamp_min(1.0)
+
+
+def doubt_of_few(population: Tensor) -> str | None:
     """What is said where ``N`` is so small that it may be a sample's size, not the training set's."""
+    number = float(population.max())
     if number >= FEW:
         return None
     return (
         f"LoRA-DA: N, the size of the training set, is taken to be {number:.0f}, the number of sequences "
         "given. If you will train on more, say so: LoraDA(population=...) or LoraDA.paper(population=...). "
-        f"The published N is 100000; the variance term is {100_000 / max(number, 1.0):.0f} times heavier here."
+        f"The published N is 100000; the variance term is {100_000 / number:.0f} times heavier here."
     )

@@ -253,7 +253,7 @@ class LoraDA:
             return linalg.damped_cholesky(moment, z_damping(moment), "the input second moment")
 
         y_inverse = 1.0 / (diagonal + y_damping.unsqueeze(-1))
-        number = self._population(statistics, y_damping)
+        number = options.population(self.population, statistics, y_damping)
         variance = self.beta * y_inverse.sum(-1) / number
         root, bound = linalg.once(factor, second), 1 / z_damping(second)
         found = _Fisher(root, gradient.to(y_inverse.device), y_inverse, variance, bound)
@@ -345,10 +345,4 @@ class LoraDA:
         """That ``N`` may be a sample's size; None where it is stated, large, or has no effect."""
         if self.population is not None or self.beta == 0 or self.rescale_variance:
             return None
-        return options.doubt_of_few(float(self._population(statistics, torch.zeros(())).max()))
-
-    def _population(self, statistics: LayerStatistics, like: Tensor) -> Tensor:
-        known = self.population if self.population is not None else statistics.population
-        if known is None:
-            known = statistics.sequences
-        return torch.as_tensor(known, dtype=like.dtype, device=like.device).clamp_min(1.0)
+        return options.doubt_of_few(options.population(None, statistics, torch.zeros(())))

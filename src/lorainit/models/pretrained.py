@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 
 from lorainit.errors import DataError
+from lorainit.models.place import check_layers
 
 logger = logging.getLogger("lorainit")
 
@@ -93,30 +93,6 @@ def check_whole(name: str, found: Mapping[str, Any], new_head: tuple[str, ...] =
             f"the weights in '{name}' do not fit the model ({str(errors[0])[:200]}). Give the folder "
             "that the model's save_pretrained wrote, complete."
         )
-
-
-_MOST_LAYERS = 10_000
-"""Above any model's; building more takes for ever before the first weight is missed."""
-
-
-def check_layers(name: str) -> None:
-    """Refuse a configuration, in a folder, of more layers than any model has.
-
-    Raises:
-        DataError: with the number.
-    """
-    try:
-        table = json.loads((Path(name) / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        # A name on the hub; or transformers says what is wrong.
-        return
-    for key in ("num_hidden_layers", "num_layers", "n_layer", "n_layers"):
-        count = table.get(key) if isinstance(table, dict) else None
-        if isinstance(count, int | float) and count > _MOST_LAYERS:
-            raise DataError(
-                f"the config.json in '{name}' asks for {str(count)[:20]} layers ({key}): it is damaged. Give "
-                "the folder that the model's save_pretrained wrote."
-            )
 
 
 def _refuse(name: str, what: str, keys: list[str]) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -21,6 +20,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lorainit.files.aside import Aside, lock, sweep
+from lorainit.files.marked import INDEX, check_target, index_of, is_shard, mark_of, table_of
 
 _DTYPES = {
     torch.float64: "F64",
@@ -29,11 +29,6 @@ _DTYPES = {
     torch.float16: "F16",
 }
 """Their names in a safetensors header."""
-
-INDEX = ".index.json"
-
-_LARGEST_HEADER = 100_000_000
-"""Bytes; what safetensors itself reads."""
 
 
 class Entry(NamedTuple):
@@ -119,11 +114,6 @@ def _put_shards(
     return known
 
 
-def index_of(path: Path) -> Path:
-    """Where the index of shards lies that are named after `path`."""
-    return path.with_name(path.name + INDEX)
-
-
 def _parts(entries: Sequence[Entry], max_bytes: int) -> list[list[Entry]]:
     parts: list[list[Entry]] = [[]]
     size = 0
@@ -172,67 +162,13 @@ def _write_tensor(file: BinaryIO, tensor: Tensor) -> None:
     file.write(flat.numpy().data)
 
 
-def check_target(path: Path, mark: str) -> None:
-    """Refuse to write over what is not of this format: other files keep their place.
-
-    Raises:
-        FileExistsError: a file or an index of that name is somebody else's.
-    """
-    if path.exists() and (not path.is_file() or mark_of(path.resolve()) != mark):
-        raise FileExistsError(
-            f"'{path}' is there and holds something else, which is not written over. Choose another "
-            "name"
-        )
-    index = index_of(path)
-    if index.exists() and _table(index)["metadata"].get("format") != mark:
-        raise FileExistsError(
-            f"'{index}' is there and is the index of other files, which are not written over. Choose "
-            "another name"
-        )
-    longest = f"{path.stem}-{'0' * 16}-00000-of-00000{path.suffix}"
-    if max(len(os.fsencode(longest)), len(os.fsencode(index.name))) > 255:
-        raise OSError(f"the name '{path.name[:40]}...' is too long. Choose a shorter one")
-
-
-def mark_of(path: Path) -> str | None:
-    """The format that the header of a safetensors file names; None of any other file, or of a link."""
-    try:
-        number = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
-        with os.fdopen(number, "rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            text = file.read(size) if size <= _LARGEST_HEADER else b""
-        found = json.loads(text)["__metadata__"]["format"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None
-    return found if isinstance(found, str) else None
-
-
-def _table(index: Path) -> dict[str, Any]:
-    """The metadata and the places that an index names; empty ones of what is no index."""
-    try:
-        table = json.loads(index.read_text(encoding="utf-8"))
-        metadata, places = table["metadata"], table["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        metadata = places = None
-    if not isinstance(metadata, dict) or not isinstance(places, dict):
-        return {"metadata": {}, "weight_map": {}}
-    return {"metadata": metadata, "weight_map": places}
-
-
-def _is_shard(path: Path, name: object) -> bool:
-    """Whether this module gives shards of `path` such names."""
-    stem, suffix = re.escape(path.stem), re.escape(path.suffix)
-    pattern = rf"{stem}-[0-9a-f]{{8,16}}-\d{{5}}-of-\d{{5}}{suffix}"
-    return isinstance(name, str) and re.fullmatch(pattern, name) is not None
-
-
 def _files_of(path: Path, mark: str) -> list[Path]:
     """What a save under this name has left: its own files alone, by their names and their mark."""
     found = [path] if path.is_file() and mark_of(path.resolve()) == mark else []
-    table = _table(index_of(path))
+    table = table_of(index_of(path))
     if table["metadata"].get("format") == mark:
         found.append(index_of(path))
-        shards = {name for name in table["weight_map"].values() if _is_shard(path, name)}
+        shards = {name for name in table["weight_map"].values() if is_shard(path, name)}
         found += [p for name in sorted(shards) if mark_of(p := path.with_name(name)) == mark]
     return found
 
@@ -241,13 +177,13 @@ def _sweep_shards(path: Path, mark: str) -> None:
     """Remove shards of a save that was killed: no index names them, and nobody writes them now."""
     for name in os.listdir(path.parent):
         shard = path.with_name(name)
-        if not _is_shard(path, name) or mark_of(shard) != mark:
+        if not is_shard(path, name) or mark_of(shard) != mark:
             continue
         with contextlib.suppress(OSError):
             number = os.open(shard, os.O_RDONLY)
             try:
                 # Read after the lock: whoever held it may have written the index meanwhile.
-                if lock(number) and name not in _table(index_of(path))["weight_map"].values():
+                if lock(number) and name not in table_of(index_of(path))["weight_map"].values():
                     shard.unlink()
             finally:
                 os.close(number)

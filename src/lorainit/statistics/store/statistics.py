@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lorainit._version import __version__
 from lorainit.errors import StatisticsFileError
+from lorainit.files.marked import STATISTICS, no_statistics
 from lorainit.parallel import collectives
 from lorainit.parallel.exchange import broadcast_from_owners
 from lorainit.statistics.store import layer_table
@@ -25,9 +26,6 @@ from lorainit.statistics.store.partition import Shares, shares_of, table_of, wri
 from lorainit.statistics.store.sharded_files import Entry, Stored, opened, write
 from lorainit.types import LayerStatistics
 from lorainit.types.byte_size import parse_bytes
-
-FORMAT = "lorainit-statistics"
-"""In the header of every file: what bears it is this package's own."""
 
 _FORMAT_VERSION = 2
 """Version 1 had no triangles and no shards."""
@@ -196,7 +194,7 @@ class Statistics(Mapping[str, LayerStatistics]):
             triangles = {key: width for theirs in every for key, width in theirs.items()}
             layers = table.records
         header = {
-            "format": FORMAT,
+            "format": STATISTICS,
             "version": str(_FORMAT_VERSION),
             "lorainit": __version__,
             "layers": json.dumps(layers),
@@ -260,9 +258,7 @@ class Statistics(Mapping[str, LayerStatistics]):
             prints = layer_table.read_fingerprints(tensors, table)
         except FileNotFoundError as error:
             missing = "" if str(error) == str(path) else f": its part '{error}' is missing"
-            raise StatisticsFileError(
-                f"there is no statistics file '{path}'{missing}. 'lorainit collect' writes one."
-            ) from None
+            raise no_statistics(path, missing) from None
         except OSError as error:
             raise StatisticsFileError(
                 f"'{path}' cannot be read ({error.strerror or error}). Look at its place and permissions, or "
@@ -331,7 +327,7 @@ def _shares(table: Mapping[str, Mapping[str, Any]], file: Stored) -> Shares | No
 
 
 def _check_header(path: Path, header: Mapping[str, str]) -> None:
-    if header.get("format") != FORMAT:
+    if header.get("format") != STATISTICS:
         raise StatisticsFileError(
             f"'{path}' is a safetensors file, but not one of lorainit's statistics. Give the "
             "file that "
