@@ -11,6 +11,7 @@ from typing import Any
 
 from peft import PeftModel
 
+from lorainit.adapters.card import CARD_FILE, write_card
 from lorainit.adapters.serving import CONFIG_FILE, SIDE_FILE, WEIGHTS_FILE
 from lorainit.errors import AdapterError
 from lorainit.files.folder import replaced_files
@@ -26,7 +27,8 @@ def save_adapter(model: PeftModel, folder: str | os.PathLike[str], **peft_argume
 
     PEFT writes the weights first and the configuration afterwards, into the folder itself: a kill or a
     full disk in between leaves new weights with the old configuration. Here everything is written aside,
-    and takes its place when it is whole. The files are PEFT's own, and the side file. Of an adapter that
+    and takes its place when it is whole. The files are PEFT's own, the side file, and a model card
+    that says how the adapter was started (one that somebody has edited is kept). Of an adapter that
     DeepSpeed's ZeRO-3 has partitioned every process makes the call, and the first one writes.
 
     Args:
@@ -46,6 +48,7 @@ def save_adapter(model: PeftModel, folder: str | os.PathLike[str], **peft_argume
             return
         with adapter_files(folder) as aside:
             model.save_pretrained(str(aside), **peft_arguments)
+            write_card(model, aside)
 
 
 @contextlib.contextmanager
@@ -59,7 +62,7 @@ def adapter_files(folder: str | os.PathLike[str]) -> Iterator[Path]:
     if path.is_file():
         raise AdapterError(f"{path} is a file: give a folder.")
     with replaced_files(path, key=CONFIG_FILE, obsolete=_OBSOLETE) as aside:
-        if (path / "README.md").is_file():
+        if (path / CARD_FILE).is_file():
             # PEFT adds to a model card that is there.
-            shutil.copy2(path / "README.md", aside / "README.md")
+            shutil.copy2(path / CARD_FILE, aside / CARD_FILE)
         yield aside

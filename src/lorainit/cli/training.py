@@ -9,6 +9,7 @@ from typing import Any
 from peft import PeftModel
 from torch.utils.data import Dataset
 
+from lorainit.adapters.card import write_card
 from lorainit.adapters.load import load_adapter
 from lorainit.adapters.origin import origin_of
 from lorainit.adapters.save import adapter_files
@@ -82,6 +83,7 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         trainer.train()
         with adapter_files(options.output) as aside:
             model.save_pretrained(str(aside))
+            write_card(model, aside)
             # What 'lorainit report --curves' and people look for.
             trainer.state.save_to_json(str(aside / STATE_FILE))
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
