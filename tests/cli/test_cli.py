@@ -356,6 +356,9 @@ def test_report_from_the_shell(
     assert run(place, f"{line} --json") == 0
     advice = json.loads(capsys.readouterr().out)["advice"]
     assert advice
+    # The side file names what it was started from.
+    assert run(place, f"{line.replace(f'--statistics {file} ', '')} --json") == 0
+    assert json.loads(capsys.readouterr().out)["advice"] == advice
     text = page.read_text(encoding="utf-8")
     assert "It is anchored" in text
     assert "Measured on" not in text

@@ -36,6 +36,8 @@ MISTAKES = {
     "compare --model @m --data @no.jsonl": "no data file",
     "compare --model @m --data @d.jsonl --output @d.jsonl": "holds something else",
     "report --model @m --statistics @s": "no statistics file",
+    "report --model @m": "lorainit init --statistics",
+    "report --model @m --adapter @cut": "lorainit init --statistics",
     "report --model @m --statistics @d.jsonl --data @d.jsonl": "give --adapter",
     "report --model @m --statistics @d.jsonl --curves a=@c --output @r.html": "nothing at",
     "export --model @m --adapter @a --output @o": "adapter_config.json",

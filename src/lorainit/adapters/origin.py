@@ -46,6 +46,8 @@ class Origin:
         heads: where heads beside the adapter were fitted first: their names under ``fitted`` (none where
             they were left as they are), ``loss_before`` and ``loss_after`` on the sequences held back, the
             ``standard_error`` of the difference, the number of these ``sequences``, and the ``weight_decay``.
+        statistics: the file that it was started from, as ``lorainit init`` was given it; what
+            ``lorainit report`` reads by default.
     """
 
     anchored: bool
@@ -53,6 +55,7 @@ class Origin:
     version: str = __version__
     measured: Mapping[str, Any] = field(default_factory=dict)
     heads: Mapping[str, Any] = field(default_factory=dict)
+    statistics: str | None = None
 
 
 class StartedLoraConfig(LoraConfig):  # type: ignore[misc]
@@ -132,6 +135,7 @@ def read_origin(folder: Path, config: LoraConfig) -> Origin | None:
             str(content["version"]),
             dict(content.get("measured", {})),
             dict(content.get("heads", {})),
+            content.get("statistics"),
         )
         digest = content.get("weights_sha256")
     except (ValueError, KeyError, TypeError, RecursionError) as error:

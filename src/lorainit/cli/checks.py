@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from lorainit.adapters.config_file import check_files
+from lorainit.adapters.serving import SIDE_FILE
 from lorainit.cli.options import Option, check_number
 from lorainit.cli.outputs import (
     check_file,
@@ -17,7 +20,7 @@ from lorainit.cli.outputs import (
     is_comparison,
     is_page,
 )
-from lorainit.errors import AdapterError, DataError, MissingExtraError
+from lorainit.errors import AdapterError, DataError, MissingExtraError, MissingStatisticError
 from lorainit.files.marked import check_statistics_there
 from lorainit.files.names import is_data_set
 from lorainit.models.place import check_place
@@ -57,6 +60,8 @@ def check_places(options: argparse.Namespace) -> None:
         )
     if given("output") and not given("dry_run"):
         _check_output(options)
+    if options.command == "report" and not options.statistics:
+        options.statistics = _statistics_of(options.adapter)
     if given("statistics"):
         check_statistics_there(Path(options.statistics))
     if given("adapter"):
@@ -68,6 +73,20 @@ def check_places(options: argparse.Namespace) -> None:
                 f"--curves: there is nothing at '{path}'. Give a Trainer's folder, or what "
                 "'lorainit compare --output' wrote."
             )
+
+
+def _statistics_of(adapter: str | None) -> str:
+    """The file that an adapter's ``lorainit.json`` says it was started from."""
+    named = None
+    if adapter:
+        with contextlib.suppress(OSError, ValueError, AttributeError, RecursionError):
+            named = json.loads((Path(adapter) / SIDE_FILE).read_text("utf-8")).get("statistics")
+    if not isinstance(named, str):
+        raise MissingStatisticError(
+            "give --statistics, which 'lorainit collect' writes, or an --adapter that 'lorainit init "
+            "--statistics' started: its lorainit.json names them."
+        )
+    return named
 
 
 def named_path(text: str) -> tuple[str, str | None]:

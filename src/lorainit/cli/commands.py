@@ -248,7 +248,7 @@ def compare(
 def report(
     *,
     model: o.Model,
-    statistics: o.StatisticsFile,
+    statistics: o.StatisticsOfStart = None,
     output: Annotated[str, Option("the page", "output", "FILE")] = "report.html",
     adapter: Annotated[
         str | None, Option("a start, to show its size and its loss", "adapter", "FOLDER")

@@ -111,8 +111,14 @@ MaxMemory = Annotated[
         "SIZE",
     ),
 ]
-StatisticsFile = Annotated[
-    str, Option("what 'lorainit collect' wrote", "statistics", metavar="FILE")
+StatisticsOfStart = Annotated[
+    str | None,
+    Option(
+        "what 'lorainit collect' wrote; default: the file that --adapter was started from with "
+        "'lorainit init --statistics', which its lorainit.json names",
+        "statistics",
+        metavar="FILE",
+    ),
 ]
 OptionalStatistics = Annotated[
     str | None, Option("what 'lorainit collect' wrote", "statistics", metavar="FILE")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import statistics as stats
 from typing import Any
 
 from peft import PeftModel
 
-from lorainit.adapters.origin import origin_of
+from lorainit.adapters.origin import origin_of, remember
 from lorainit.adapters.save import save_adapter
 from lorainit.cli.choices import class_of, known_methods, method_of, needs_of
 from lorainit.cli.loading import load_model
@@ -76,12 +77,16 @@ def start_model(options: argparse.Namespace, method: Any) -> PeftModel:
     """The model with its started adapter, as the options say."""
     path = getattr(options, "statistics", None)
     statistics = Statistics.load(path) if path else None
-    return get_peft_model(
+    model = get_peft_model(
         load_model(options), lora_config(options), method=method, data=load_data(options),
         statistics=statistics, reference_weights=getattr(options, "reference", None),
         cap_rank=getattr(options, "cap_rank", False), suggest_rate=bool(options.data),
         **sample_arguments(options),
     )  # fmt: skip
+    origin = origin_of(model, "default")
+    if path and origin is not None:
+        remember(model, "default", dataclasses.replace(origin, statistics=str(path)))
+    return model
 
 
 def _result(
