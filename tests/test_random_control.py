@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import lorainit
-from lorainit.cli.shared import method_of
+from lorainit.cli.choices import method_of
 from tests.adapters import tiny
 
 Pairs = dict[str, tuple[Tensor, Tensor]]
