@@ -16,6 +16,7 @@ from lorainit.cli.loading import load_model, load_tokenizer
 from lorainit.cli.parser import with_file
 from lorainit.data import read_records
 from lorainit.errors import LorainitError
+from lorainit.models.place import check_place
 from lorainit.report import read_curves
 from tests.adapters import tiny
 from tests.cli.place import make_place
@@ -96,6 +97,7 @@ def subjects(folder: Path) -> dict[str, Subject]:
         options = argparse.Namespace(
             model=str(place), device="cpu", dtype="auto", trust_remote_code=False
         )
+        check_place(options.model)
         load_tokenizer(options)
         load_model(options)
 
