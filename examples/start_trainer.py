@@ -39,6 +39,9 @@ def main() -> None:
         "logging_steps": 1,
         "report_to": [],
     }
+    if preferences:
+        # TRL's default, 1e-6, is for training all weights. For supervised training a rate is measured.
+        settings["learning_rate"] = 3e-4
     build, config = (DPOTrainer, DPOConfig) if preferences else (SFTTrainer, SFTConfig)
     trainer = build(
         model=AutoModelForCausalLM.from_pretrained(arguments.model),

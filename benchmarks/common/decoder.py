@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 @dataclass(frozen=True)
 class Shape:
-    """A decoder's sizes."""
+    """A decoder's sizes; its projections in so many bits by HQQ, if any."""
 
     hidden: int
     inner: int
@@ -22,6 +22,7 @@ class Shape:
     kv_heads: int
     vocabulary: int
     tied: bool = False
+    bits: int = 0
 
 
 def width(hidden: int) -> Shape:
@@ -32,6 +33,8 @@ def width(hidden: int) -> Shape:
 
 SHAPES = {
     "llama-2-7b": Shape(4096, 11008, 32, 32, 32, 32000),
+    "llama-2-70b, 4 bits": Shape(8192, 28672, 80, 64, 8, 32000, bits=4),
+    "tiny, 4 bits": Shape(64, 192, 2, 4, 2, 257, bits=4),
     "smollm2-135m": Shape(576, 1536, 30, 9, 3, 49152, tied=True),
     "tiny": Shape(64, 176, 2, 4, 2, 257),
     **{f"width {n}": width(n) for n in (32, 64, 1024, 2048, 4096, 8192)},
@@ -90,14 +93,39 @@ def build(shape: Shape, device: torch.device) -> LlamaForCausalLM:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     with torch.device("meta"):
         model = LlamaForCausalLM(config).to(dtype)
-    model.to_empty(device=device)
     torch.manual_seed(0)
+    if shape.bits:
+        quantize(model, shape.bits, device)
+    for module in model.modules():
+        if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
+            module.to_empty(device=device, recurse=False)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.fill_(1.0) if "norm" in name else parameter.normal_(0, 0.02)
+            if parameter.is_floating_point():
+                parameter.fill_(1.0) if "norm" in name else parameter.normal_(0, 0.02)
     model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
     model.tie_weights()
     return model.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def quantize(model: nn.Module, bits: int, device: torch.device) -> None:
+    """Random projections in HQQ's form, in groups of 64, one after the other: whole, they would not fit."""
+    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+
+    form = BaseQuantizeConfig(nbits=bits, group_size=64, axis=1)
+    # To the nearest value: what it rounds is random.
+    form["weight_quant_params"]["optimize"] = False
+    for module in list(model.modules()):
+        for name, layer in list(module.named_children()):
+            if name in PROJECTIONS:
+                dtype = layer.weight.dtype
+                whole = nn.Linear(
+                    layer.in_features, layer.out_features, bias=False, device=device, dtype=dtype
+                )
+                whole.weight.normal_(0, 0.02)
+                packed = HQQLinear(whole, form, compute_dtype=dtype, device=str(device))
+                setattr(module, name, packed)
 
 
 def batches_of(case: Case) -> list[dict[str, Tensor]]:

@@ -23,7 +23,7 @@ from benchmarks.common.json_lines import read, say
 from benchmarks.common.models import smollm2_folder
 from benchmarks.common.provenance import provenance
 from benchmarks.preference.plan import pending
-from benchmarks.preference.table import table
+from benchmarks.preference.table import by_rate, table
 from benchmarks.preference.training import SUGGESTED, Bench, Settings
 
 
@@ -64,7 +64,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--model", type=Path, help="a folder; SmolLM2-135M-Instruct if not given")
-    parser.add_argument("--methods", default="vanilla,lora-da,natural,eva,auto")
+    parser.add_argument("--methods", default="vanilla,lora-da,eva,auto")
     parser.add_argument("--rates", default=f"3e-5,1e-4,3e-4,1e-3,3e-3,{SUGGESTED}")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--tuning-seeds", type=int, default=2)
@@ -82,7 +82,8 @@ def main() -> None:
     shared = {"model": model, **dataclasses.asdict(settings)}
     if not options.table:
         print(work(options, settings, shared))
-    print(table(records_of(options.out, shared)))
+    records = records_of(options.out, shared)
+    print(f"{table(records)}\n\n{by_rate(records)}")
 
 
 if __name__ == "__main__":

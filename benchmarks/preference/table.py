@@ -62,3 +62,16 @@ def _with_interval(values: Sequence[float], sign: str = "") -> str:
     low, high = bootstrap(values)
     interval = "" if math.isnan(low) else f" [{low:{sign}.4f}, {high:{sign}.4f}]"
     return f"{mean(values):{sign}.4f}{interval}"
+
+
+def by_rate(records: Sequence[dict[str, Any]]) -> str:
+    """Mean test loss of every method at every rate, over the seeds that all of its rates have."""
+    rates = sorted({r["asked_rate"] for r in records} - {SUGGESTED}, key=float)
+    lines = ["| method | seeds | " + " | ".join(rates) + " |", "|---" * (len(rates) + 2) + "|"]
+    for method in dict.fromkeys(r["method"] for r in records):
+        rows = [_rows(records, method, rate) for rate in rates]
+        common = sorted(set.intersection(*(set(found) for found in rows)))
+        losses = [mean([found[seed]["test_loss"] for seed in common]) for found in rows]
+        cells = [f"{loss:.4f}" for loss in losses] if common else ["-"] * len(rates)
+        lines.append(f"| {method} | {len(common)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)

@@ -9,7 +9,9 @@ from benchmarks.common.decoder import Case
 
 
 def big_plan(
-    shape: str = "llama-2-7b", widths: Sequence[int] = (1024, 2048, 4096, 8192)
+    shape: str = "llama-2-7b",
+    widths: Sequence[int] = (1024, 2048, 4096, 8192),
+    quantized: str = "llama-2-70b, 4 bits",
 ) -> list[Case]:
     """The plan for an accelerator."""
     base = Case("", "", shape)
@@ -30,6 +32,7 @@ def big_plan(
         replace(base, name="floor", kind="floor"),
         replace(base, name="LoRA-DA", kind="start", limit=90),
         replace(base, name="full Sy", kind="full", method="natural", limit=110),
+        replace(base, name="Auto", kind="start", method="auto", limit=120),
         *(
             replace(base, name=f"solve {m}, synthetic", kind="solve", method=m, limit=30)
             for m in ("lora_da", "filet", "natural")
@@ -55,6 +58,22 @@ def big_plan(
         ),
         replace(tight, name="LoRA-DA, 64 x 512", options={}),
         replace(tight, name="factors within 24 GiB", kind="budget"),
+        *(
+            replace(
+                small,
+                name=f"{name} within {size}, 70B in 4 bits",
+                kind="start",
+                method=method,
+                shape=quantized,
+                limit=600,
+                options={"max_memory": size},
+            )
+            for name, method, size in (
+                ("Auto", "auto", "78 GiB"),
+                ("LoRA-DA", "lora_da", "46 GiB"),
+                ("Auto", "auto", "46 GiB"),
+            )
+        ),
         replace(small, name="share", kind="share", batch=32),
         replace(peers, name="PEFT LoRA-GA", kind="peft_lora_ga"),
         replace(peers, name="LoRA-GA", kind="start", method="lora_ga"),
@@ -108,13 +127,16 @@ def processor_plan() -> list[Case]:
         replace(small, name="floor, CPU", kind="floor"),
         replace(small, name="pass LoRA-DA, CPU", kind="pass"),
         replace(small, name="pass full Sy, CPU", kind="pass", method="natural"),
+        replace(small, name="LoRA-DA, CPU", kind="start"),
+        replace(small, name="Auto, CPU", kind="start", method="auto"),
+        replace(small, name="share, CPU", kind="share"),
     ]
 
 
 def tiny_plan() -> list[Case]:
     """Every case of the large plan at sizes that a CPU runs in seconds."""
     cases = []
-    for case in big_plan("tiny", (32, 64, 32, 64)[:2]):
+    for case in big_plan("tiny", (32, 64, 32, 64)[:2], "tiny, 4 bits"):
         options = dict(case.options)
         if "ranks" in options:
             options["ranks"] = [2, 4]

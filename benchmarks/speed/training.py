@@ -9,7 +9,7 @@ import peft
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common.clock import Clock
+from benchmarks.common.clock import Clock, host_peak_gib
 from benchmarks.common.decoder import Case, batches_of, config, floor
 
 
@@ -35,4 +35,8 @@ def run_share(case: Case, model: nn.Module, clock: Clock) -> dict[str, Any]:
     wrapped.unload()
     model.eval()
     seconds = clock.seconds["steps"] / steps
-    return {"step_seconds": seconds, "epoch_seconds": seconds * 100_000 / case.batch}
+    return {
+        "step_seconds": seconds,
+        "epoch_seconds": seconds * 100_000 / case.batch,
+        "host_gib": host_peak_gib(),
+    }

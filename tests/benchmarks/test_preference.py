@@ -8,7 +8,7 @@ import pytest
 from benchmarks.common.tasks import Problem
 from benchmarks.preference.data import wrong_answer
 from benchmarks.preference.plan import best_rate, known, pending
-from benchmarks.preference.table import table
+from benchmarks.preference.table import by_rate, table
 from benchmarks.preference.training import SUGGESTED
 
 METHODS, RATES = ["vanilla", "eva"], ["0.1", "0.2", SUGGESTED]
@@ -62,6 +62,11 @@ def test_the_table_compares_seed_by_seed() -> None:
     assert cells[1:4] == ["eva", "1e-06 (best, edge of the grid)", "5"]
     assert cells[9] == "-0.1000 [-0.1000, -0.1000]"
     assert cells[6].startswith("0.3200 [0.3")
+
+
+def test_rates_are_compared_on_common_seeds() -> None:
+    lines = by_rate(made(5)).splitlines()
+    assert lines[2:] == ["| vanilla | 2 | 0.5050 | 0.4050 |", "| eva | 2 | 0.4050 | 0.3050 |"]
 
 
 def test_a_wrong_answer_is_another_problems() -> None:

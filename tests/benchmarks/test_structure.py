@@ -24,6 +24,7 @@ PAGES = [
 RECORDS = {
     "architectures/results/architectures.jsonl": "architectures/tables.py",
     "methods_report/results/methods_report.json": "methods_report/__main__.py",
+    "preference/results/preference.jsonl": "preference/__main__.py",
     "quality/results/records/*.jsonl": "quality/records.py",
     "quality/results/one_step/*.jsonl": "quality/one_step.py",
     "quality/results/suggested-rates.md": "quality/suggested.py",

@@ -228,3 +228,22 @@ def test_the_measured_rate_is_given_to_the_trainer(tmp_path: Path) -> None:
     model = lorainit.start_trainer(given, lorainit.LoraDA(), progress=False)
     assert learning_rate.suggested_rate(model, "default") is None
     assert given.args.learning_rate == 1e-3
+
+
+@pytest.mark.parametrize("kind", ["DPOTrainer", "RewardTrainer", "KTOTrainer"])
+def test_of_preferences_no_rate_is_suggested(
+    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A default that stays is warned of; one that the user chose is not."""
+    caplog.set_level(logging.INFO, logger="lorainit")
+    trainer = build(tmp_path, learning_rate=5e-5)
+    trainer.__class__ = type(kind, (type(trainer),), {})
+    model = lorainit.start_trainer(trainer, lorainit.LoraDA(), loss="model", progress=False)
+    assert learning_rate.suggested_rate(model, "default") is None
+    assert trainer.args.learning_rate == 5e-5
+    assert "its default, stays" in caplog.text
+    caplog.clear()
+    given = build(tmp_path, learning_rate=1e-3)
+    given.__class__ = type(kind, (type(given),), {})
+    lorainit.start_trainer(given, lorainit.LoraDA(), loss="model", progress=False)
+    assert "stays" not in caplog.text

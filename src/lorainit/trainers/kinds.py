@@ -20,6 +20,11 @@ Loss = Literal["model", "trainer"]
 _PAIRS = frozenset({"DPOTrainer", "RewardTrainer"})
 """Trainers of TRL whose batches hold all chosen answers, then all rejected ones."""
 
+_PREFERENCES = frozenset(
+    {"DPOTrainer", "KTOTrainer", "ORPOTrainer", "CPOTrainer", "BCOTrainer", "RewardTrainer"}
+)
+"""Trainers of TRL that learn from answers that are liked more and less."""
+
 _NEEDED = ("model", "args", "accelerator", "state", "compute_loss", "get_train_dataloader")
 
 
@@ -113,8 +118,7 @@ def loss_of(trainer: Any) -> Loss:
 def examples_in(trainer: Any, content: object) -> int:
     """How many examples a batch of the trainer's holds: sequences, or pairs of answers."""
     count = Batch.arrived(content, 0, own_loss=True).sequences
-    names = {kind.__name__ for kind in type(trainer).__mro__}
-    return max(1, count // 2) if names & _PAIRS else max(1, count)
+    return max(1, count // 2) if _is_one_of(trainer, _PAIRS) else max(1, count)
 
 
 def is_on_policy(trainer: Any) -> bool:
@@ -122,3 +126,12 @@ def is_on_policy(trainer: Any) -> bool:
     return hasattr(trainer, "_generate_and_score_completions") and hasattr(
         trainer.args, "steps_per_generation"
     )
+
+
+def has_preferences(trainer: Any) -> bool:
+    """Whether the trainer learns from answers that are liked more and less."""
+    return _is_one_of(trainer, _PREFERENCES)
+
+
+def _is_one_of(trainer: Any, names: frozenset[str]) -> bool:
+    return any(kind.__name__ in names for kind in type(trainer).__mro__)

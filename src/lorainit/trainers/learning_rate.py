@@ -9,6 +9,7 @@ from torch import nn
 
 from lorainit.adapters.layers import configurations
 from lorainit.pipeline.summary import report_line
+from lorainit.trainers.kinds import has_preferences, is_on_policy
 
 
 def suggested_rate(model: nn.Module, adapter_name: str) -> float | None:
@@ -29,6 +30,27 @@ def is_default_rate(arguments: Any) -> bool:
     defaults = {field.name: field.default for field in dataclasses.fields(arguments)}
     rate = getattr(arguments, "learning_rate", None)
     return rate is not None and rate == defaults.get("learning_rate")
+
+
+def has_judged_rate(trainer: Any) -> bool:
+    """Whether suggested rates were judged on losses like this trainer's.
+
+    Of rewards on answers that change with the policy nothing is known. Of preferences it is known that one
+    step hardly ever lowers the loss of other pairs, so that no rate is found, or one that is ten times too
+    low (benchmarks/README.md, Preferences).
+    """
+    return not (is_on_policy(trainer) or has_preferences(trainer))
+
+
+def say_default_rate(trainer: Any, *, progress: bool = True) -> None:
+    """Where no rate can be suggested and the class's default stands, say what that means for an adapter."""
+    if wants_rate(trainer):
+        report_line(
+            f"learning rate {trainer.args.learning_rate:.3g} of {type(trainer).__name__}, its default, "
+            "stays: of its loss none can be suggested. What suits full fine-tuning hardly moves an adapter: "
+            "with DPO, rates from 1e-4 to 1e-3 were best in benchmarks/README.md",
+            progress=progress,
+        )
 
 
 def set_rate(trainer: Any, rate: float | None, *, progress: bool = True) -> None:

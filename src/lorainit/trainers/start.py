@@ -31,7 +31,13 @@ from lorainit.trainers.kinds import (
     is_on_policy,
     loss_of,
 )
-from lorainit.trainers.learning_rate import set_rate, suggested_rate, wants_rate
+from lorainit.trainers.learning_rate import (
+    has_judged_rate,
+    say_default_rate,
+    set_rate,
+    suggested_rate,
+    wants_rate,
+)
 from lorainit.trainers.loss import TrainerLoss
 from lorainit.trainers.on_policy import check_advantages
 from lorainit.trainers.optimizer import check_optimizer
@@ -71,7 +77,8 @@ def start_trainer(
         adapter_name: of the adapter to start. Default: the active one.
         set_learning_rate: measure a learning rate with the start, as `suggest_learning_rate` does, where the
             trainer has its class's default and no optimizer yet, and give it to the trainer; the log says it.
-            Not for on-policy trainers, nor for methods that read no data.
+            Not for on-policy trainers nor for those of preferences, where a default that stays is warned of;
+            nor for methods that read no data.
         reference_weights: see `get_peft_model`.
         calibration_share: see `get_peft_model`.
         fit_heads: see `get_peft_model`.
@@ -100,10 +107,8 @@ def start_trainer(
     if needs_data:
         check_reference(model, name)
         _say_place(trainer, model)
-    # Of rewards on answers that change with the policy nothing is known.
-    suggest_rate = (
-        needs_data and set_learning_rate and wants_rate(trainer) and not is_on_policy(trainer)
-    )
+    judged = has_judged_rate(trainer)
+    suggest_rate = needs_data and set_learning_rate and wants_rate(trainer) and judged
     with ExitStack() as stack:
         stack.enter_context(unchanged_rng(input_device(model)))
         stack.enter_context(unchanged_trainer(trainer))
@@ -128,7 +133,9 @@ def start_trainer(
             precision=precision,
             settings=settings,
         )
-    if set_learning_rate:
+    if set_learning_rate and not judged:
+        say_default_rate(trainer, progress=settings.progress)
+    elif set_learning_rate:
         set_rate(trainer, suggested_rate(started, name), progress=settings.progress)
     return started
 
