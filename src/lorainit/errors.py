@@ -47,3 +47,8 @@ class MissingExtraError(LorainitError, ImportError):
 
 class ProcessError(LorainitError, RuntimeError):
     """Another process of the group failed, so this one stops too."""
+
+
+def first_line(error: Exception) -> str:
+    """What an error of another library says, in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

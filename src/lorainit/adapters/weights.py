@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lorainit.adapters.dequantize import dequantized
 from lorainit.adapters.targets import weight_shape
-from lorainit.errors import AdapterError, NonFiniteError
+from lorainit.errors import AdapterError, NonFiniteError, first_line
 from lorainit.linalg import all_finite
 from lorainit.parallel.partitioned import is_partitioned, whole
 
@@ -75,10 +75,9 @@ def _floating(module: nn.Module, name: str) -> Tensor:
         try:
             return dequantized(module)
         except Exception as error:  # whatever the layer's own reader or forward raises
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise AdapterError(
                 f"the weight of layer '{name}' ({type(module).__name__}) cannot be dequantized: "
-                f"{first}. "
+                f"{first_line(error)}. "
                 "Leave the layer out with exclude_modules."
             ) from error
 

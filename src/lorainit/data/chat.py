@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from lorainit.errors import DataError
+from lorainit.errors import DataError, first_line
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -169,11 +169,6 @@ def common_length(first: Sequence[int], second: Sequence[int]) -> int:
             break
         length += 1
     return length
-
-
-def first_line(error: Exception) -> str:
-    """What an error of another library says, in one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _default_of(template: Any) -> str:

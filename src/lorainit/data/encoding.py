@@ -17,8 +17,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lorainit.data.chat import ChatTemplate, Tokenizer, common_length, first_line
-from lorainit.errors import DataError
+from lorainit.data.chat import ChatTemplate, Tokenizer, common_length
+from lorainit.errors import DataError, first_line
 from lorainit.types import IGNORED
 
 

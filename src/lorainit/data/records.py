@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lorainit.errors import DataError, MissingExtraError
+from lorainit.errors import DataError, MissingExtraError, first_line
 from lorainit.files.names import is_data_set
 
 
@@ -52,9 +52,8 @@ def _from_hub(name: str) -> list[dict[str, Any]]:
     try:
         found = [dict(record) for record in load_dataset(place, split=split or "train")]
     except Exception as error:  # whatever the hub, the network or the files' readers raise
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(
-            f"there is no data file '{name}', and the hub gave no data set of that name ({first}). "
+            f"there is no data file '{name}', and the hub gave no data set of that name ({first_line(error)}). "
             "Look at the name, the split and the network, or give a file of JSON lines."
         ) from error
     if not found:

@@ -6,7 +6,7 @@ import json
 import os
 from pathlib import Path
 
-from lorainit.errors import DataError
+from lorainit.errors import DataError, first_line
 from lorainit.files.names import is_hub_name
 
 _SECONDS = 5.0
@@ -52,11 +52,10 @@ def _check_hub(name: str) -> None:
         status = getattr(getattr(error, "response", None), "status_code", 0)
         if status == 429 or status >= 500:
             return
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(
             f"there is no model folder '{name}', no such model in the cache ({HF_HUB_CACHE}), and the hub gave "
-            f"none ({first[:160]}). Look at the name and the network; a private model wants 'hf auth login'. "
-            "Without a network set HF_HUB_OFFLINE=1, and give a folder or what the cache holds."
+            f"none ({first_line(error)[:160]}). Look at the name and the network; a private model wants 'hf "
+            "auth login'. Without a network set HF_HUB_OFFLINE=1, and give a folder or what the cache holds."
         ) from None
 
 
