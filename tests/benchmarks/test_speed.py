@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from benchmarks.common import json_lines
+from benchmarks.common.decoder import PROJECTIONS, SHAPES, batches_of, build
 from benchmarks.speed import figure
 from benchmarks.speed import measure as speed
 from benchmarks.speed import tables as table
@@ -68,3 +69,19 @@ def test_a_case_that_fails_says_so_and_the_next_begins(tmp_path, monkeypatch) ->
     tried = [r for r in speed.measure(cases("LoRA-DA"), CPU, out, 1e6) if r["name"] == "LoRA-DA"]
     assert ["error" in r for r in tried] == [True, False]
     json.dumps(records)
+
+
+def test_a_shape_in_four_bits_is_made_of_packed_layers() -> None:
+    """Of the random weights that it was made from, to what four bits keep; nothing is left on meta."""
+    kind = pytest.importorskip("hqq.core.quantize").HQQLinear
+    model = build(SHAPES["tiny, 4 bits"], CPU)
+    packed = [m for n, m in model.named_modules() if n.rpartition(".")[2] in PROJECTIONS]
+    assert len(packed) == 2 * len(PROJECTIONS)
+    assert all(isinstance(layer, kind) for layer in packed)
+    for layer in packed:
+        assert 0.018 < float(layer.dequantize().std()) < 0.022
+        # Two numbers of four bits a byte.
+        assert 2 * layer.W_q.numel() == layer.dequantize().numel()
+    assert not any(parameter.is_meta for parameter in model.parameters())
+    batch = batches_of(cases("LoRA-DA")[0])[0]
+    assert bool(model(**batch).loss.isfinite())
