@@ -26,8 +26,8 @@ from typing import Any
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # DeepSpeed, where it is installed, is not used and need not look for a card.
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
-# Threads that wait a few microseconds and then sleep: nearly as quick on an idle machine as threads that spin, and
-# quicker where other programs want the same cores (docs/performance.md). Read when torch is loaded.
+# Threads that wait a few microseconds and then sleep: nearly as quick on an idle machine as threads that
+# spin, and quicker where other programs want the same cores (docs/performance.md). Read when torch is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 # Optional packages tell of their own missing extensions at import; it is no news of this program.
 for _name in ("torchao", "torch.utils._pytree"):
