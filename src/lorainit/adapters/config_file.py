@@ -1,4 +1,4 @@
-"""The configuration file of a saved adapter, found before anything heavy is imported."""
+"""The files of a saved adapter, looked for before anything heavy is imported."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from lorainit.adapters.serving import CONFIG_FILE, WEIGHTS_FILE
 from lorainit.errors import AdapterError
 
 
-def check_files(path: Path) -> None:
-    """Refuse a folder that holds no readable configuration, or no weights.
+def check_config_file(path: Path) -> None:
+    """Refuse a folder that holds no readable configuration.
 
     Raises:
         AdapterError: with the file, and what to give.
@@ -28,6 +28,14 @@ def check_files(path: Path) -> None:
         raise AdapterError(
             f"{file} is damaged ({str(error)[:120] or type(error).__name__}). Save the adapter again."
         ) from error
+
+
+def check_weights_file(path: Path) -> None:
+    """Refuse a folder that holds no weights, or pickled ones.
+
+    Raises:
+        AdapterError: with the file, and what to give.
+    """
     if (path / WEIGHTS_FILE).is_file():
         return
     if (path / "adapter_model.bin").is_file():

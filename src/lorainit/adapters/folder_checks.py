@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 
 from lorainit.adapters.config_checks import check_config
-from lorainit.adapters.config_file import check_files
+from lorainit.adapters.config_file import check_config_file, check_weights_file
 from lorainit.adapters.serving import WEIGHTS_FILE
 from lorainit.errors import AdapterError, LorainitError, NonFiniteError
 
@@ -44,7 +44,7 @@ def readable_config(path: Path) -> LoraConfig:
     Raises:
         AdapterError, RankError, TargetError: there is none, or it cannot be used.
     """
-    check_files(path)
+    check_config_file(path)
     config = PeftConfig.from_pretrained(str(path))
     if not isinstance(config, LoraConfig):
         raise AdapterError(
@@ -61,6 +61,7 @@ def readable_weights(path: Path) -> frozenset[str]:
         AdapterError: there are none, they are pickled, cut off or damaged.
         NonFiniteError: with the first tensor that holds NaN or infinity.
     """
+    check_weights_file(path)
     file = path / WEIGHTS_FILE
     try:
         with safe_open(str(file), framework="pt") as weights:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from lorainit.adapters.config_file import check_files
+from lorainit.adapters.config_file import check_config_file, check_weights_file
 from lorainit.adapters.serving import SIDE_FILE
 from lorainit.cli.options import Option, check_number
 from lorainit.cli.outputs import (
@@ -65,7 +65,8 @@ def check_places(options: argparse.Namespace) -> None:
     if given("statistics"):
         check_statistics_there(Path(options.statistics))
     if given("adapter"):
-        check_files(Path(options.adapter))
+        check_config_file(Path(options.adapter))
+        check_weights_file(Path(options.adapter))
     for text in given("curves") or ():
         path = named_path(text)[0]
         if not Path(path).exists():
