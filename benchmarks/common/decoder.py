@@ -52,6 +52,7 @@ class Case:
         zipf: tokens by Zipf's law, where not all alike.
         cap_of: name of the case whose peak this one must stay below.
         limit: seconds after which it is stopped.
+        offloaded: whether the weights wait on the host.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Case:
     cap_of: str = ""
     limit: int = 60
     options: dict[str, Any] = field(default_factory=dict)
+    offloaded: bool = False
 
     def sizes(self) -> Shape:
         """The model's shape."""

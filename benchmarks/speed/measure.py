@@ -81,7 +81,7 @@ def measure(
             # Printed, not recorded: it names the machine's own folders.
             traceback.print_exc()
             built = None
-        if case.kind in CHANGES_MODEL:
+        if case.kind in CHANGES_MODEL or case.offloaded:
             built = None
         record["seconds"] = clock.seconds
         record["all_seconds"] = time.monotonic() - begin

@@ -60,6 +60,17 @@ def big_plan(
         replace(tight, name="factors within 24 GiB", kind="budget"),
         *(
             replace(
+                tight,
+                name=f"{name} within 8 GiB, weights on the host",
+                method=method,
+                batch=32,
+                offloaded=True,
+                options={"max_memory": "8 GiB"},
+            )
+            for name, method in (("LoRA-DA", "lora_da"), ("Auto", "auto"))
+        ),
+        *(
+            replace(
                 small,
                 name=f"{name} within {size}, 70B in 4 bits",
                 kind="start",

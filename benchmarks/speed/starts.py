@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
+import accelerate
 import torch
 from torch import Tensor, nn
 
@@ -82,6 +83,8 @@ def run_pass(case: Case, model: nn.Module, clock: Clock) -> dict[str, Any]:
 
 def run_start(case: Case, model: nn.Module, clock: Clock) -> dict[str, Any]:
     """From batches to an installed adapter by one public call, which is taken out again."""
+    if case.offloaded:
+        offload(model, clock)
     warm(case, model)
     reset_peak(clock.device)
     with lines() as said, clock.watching(*PARTS_OF_A_START) as parts, clock.stretch("total"):
@@ -102,6 +105,17 @@ def run_start(case: Case, model: nn.Module, clock: Clock) -> dict[str, Any]:
     }
     wrapped.unload()
     return known
+
+
+def offload(model: nn.Module, clock: Clock) -> None:
+    """Weights to the host; the seconds of copying all of them to the device once are kept as `bus`."""
+    weights = [weight.detach() for weight in model.to("cpu").parameters()]
+    accelerate.cpu_offload(model, execution_device=clock.device)
+    cleared()
+    reset_peak(clock.device)
+    with clock.stretch("bus"):
+        for weight in weights:
+            weight.to(clock.device)
 
 
 def run_budget(case: Case, model: nn.Module, clock: Clock) -> dict[str, Any]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -20,6 +21,9 @@ from lorainit.parallel.sharding import is_sharded
 from lorainit.statistics.loss.batch_loss import batch_loss
 from lorainit.statistics.loss.vocabulary import tokens_named
 from lorainit.statistics.settings import Subject
+
+_SEQUENCES, _LABELS = 8, 512
+"""Lengths of a step are compared on so many sequences and label tokens, if there are more; see `of_some`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +61,32 @@ class DisplacedLoss:
     subject: Subject
     batches: Sequence[Batch]
     terms: dict[str, LowRank] = field(default_factory=dict)
-    _parts: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
+    _parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = field(default_factory=list)
+    _shift: tuple[float, float] = (0.0, 0.0)
+
+    def of_some(self, base: float) -> DisplacedLoss:
+        """The same of the first batches alone, where these do for comparing displacements; else itself.
+
+        They hold at least `_SEQUENCES` sequences and `_LABELS` label tokens over all processes. What it gives
+        is an estimate of the loss of all: `base`, and what they differ by from their own part of it.
+
+        Args:
+            base: what the newest call gave.
+        """
+        size = collectives.world()[1]
+        sequences = accumulate(int(n) for _, n, _, _ in self._parts)
+        labels = accumulate(int(tokens) for _, _, tokens, _ in self._parts)
+        enough = (
+            count
+            for count, (n, tokens) in enumerate(zip(sequences, labels, strict=True), 1)
+            if n * size >= _SEQUENCES and tokens * size >= _LABELS
+        )
+        count = collectives.maximum(next(enough, len(self.batches)))
+        if count >= collectives.maximum(len(self.batches)):
+            return self
+        some = replace(self, batches=self.batches[:count], _parts=self._parts[:count])
+        some._shift = base, some._mean()
+        return some
 
     def __call__(self, terms: Mapping[str, LowRank]) -> float:
         """The mean over all processes' sequences, or label tokens."""
@@ -66,13 +95,14 @@ class DisplacedLoss:
         # Every trial draws the same numbers, if the model or the loss draws any.
         with unchanged_rng(self.subject.device), torch.no_grad():
             parts = [self._part(batch) for batch in self.batches]
-        # One read of the device at the end. Who runs more rounds than it has batches, because the others
-        # do, does not count them.
-        sums = [
-            torch.stack([losses.sum(), unit.to(losses)]) * batch.counts
-            for (losses, _, unit), batch in zip(parts, self.batches, strict=True)
-        ]
+        # Who runs more rounds than it has batches, because the others do, does not count them.
         self._parts = [p for p, batch in zip(parts, self.batches, strict=True) if batch.counts]
+        base, own = self._shift
+        return base + (self._mean() - own)
+
+    def _mean(self) -> float:
+        """Of the newest losses, over all processes; one read of the device."""
+        sums = [torch.stack([losses.sum(), unit.to(losses)]) for losses, _, _, unit in self._parts]
         total, count = torch.stack(sums).cpu().double().sum(0).tolist() if sums else (0.0, 0.0)
         total, count = collectives.sum_counts([total, count])
         return total / count if count else math.nan
@@ -80,18 +110,18 @@ class DisplacedLoss:
     @property
     def latest(self) -> SequenceLosses:
         """This process's losses of the newest call, sequence by sequence."""
-        losses = [losses.reshape(-1).cpu() for losses, _, _ in self._parts]
+        losses = [losses.reshape(-1).cpu() for losses, _, _, _ in self._parts]
         return SequenceLosses(
             torch.cat(losses) if losses else torch.zeros(0),
-            float(sum(int(sequences) for _, sequences, _ in self._parts)),
-            float(sum(int(unit) for _, _, unit in self._parts)),
+            float(sum(int(sequences) for _, sequences, _, _ in self._parts)),
+            float(sum(int(unit) for _, _, _, unit in self._parts)),
         )
 
-    def _part(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """A batch's losses, how many sequences they are, and what their sum is divided by."""
+    def _part(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """A batch's losses, how many sequences and label tokens they are of, and what their sum is divided by."""
         settings = self.subject.settings
         reduction = settings.loss_reduction
         with tokens_named(self.subject.model, batch):
             result = batch_loss(self.subject.model, batch.content, reduction, settings.loss_fn)
         unit = result.sequences if reduction == "sequence" else result.label_tokens
-        return result.per_sequence, result.sequences, unit
+        return result.per_sequence, result.sequences, result.label_tokens, unit

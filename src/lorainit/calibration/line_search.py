@@ -54,6 +54,14 @@ class SearchResult:
         difference = self.start_loss - self.loss
         return difference / self.start_loss if self.is_share else difference
 
+    def on(self, gain: Gain) -> SearchResult:
+        """The result with its gain measured on more sequences; at the start, if it is not clear there."""
+        if not gain.clear:
+            return replace(
+                self, length=0.0, loss=self.start_loss, gain_by_sequence=None, unclear=gain
+            )
+        return replace(self, loss=self.start_loss - gain.mean, gain_by_sequence=gain)
+
     @property
     def unmoved(self) -> bool:
         """Whether the loss is the same at every length: it compares with a reference that moves along."""

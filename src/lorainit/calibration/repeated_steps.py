@@ -18,7 +18,7 @@ from torch import Tensor
 from lorainit.adapters.targets import Target
 from lorainit.calibration.held_out_loss import DisplacedLoss, HeldOutLoss
 from lorainit.calibration.line_search import SearchResult, clear_result, search_length
-from lorainit.calibration.paired import SequenceLosses
+from lorainit.calibration.paired import SequenceLosses, gain
 from lorainit.calibration.sizes import FIRST_SIZE, length_for, relative_sizes, weight_norms
 from lorainit.calibration.step_stack import ErrorOf, Pairs, StepStack
 from lorainit.models.displacement import LowRank
@@ -252,10 +252,13 @@ class RepeatedSteps:
     def _search(self, loss: DisplacedLoss) -> tuple[SearchResult, int]:
         """Length, and how many directions to use: as many as before, then more or fewer near by.
 
-        What is taken lowers the loss clearly over the sequences, see `clear_result`.
+        What is taken lowers the loss clearly over the sequences, see `clear_result`. Where there are many,
+        some are compared on, and what is taken is measured on all.
         """
         counts = self._counts()
         base = loss(self.present())
+        of_all, before_all = loss, loss.latest
+        loss = of_all.of_some(base)
         before, measured = loss.latest, list[SequenceLosses]()
         trials: list[tuple[float, float]] = []
         used: list[int] = []
@@ -306,6 +309,9 @@ class RepeatedSteps:
         result = SearchResult(best[0], best[1], base, tuple(trials))
         result, taken = clear_result(result, before, measured)
         self.directions = best[2] if taken is None else used[taken]
+        if loss is not of_all and result.length > 0:
+            of_all(self._terms(lambda s: s.moved(result.length, self.directions)))  # type: ignore[arg-type]
+            result = result.on(gain(before_all, of_all.latest))
         return result, self.directions
 
     def _first_length(self, directions: int) -> float:

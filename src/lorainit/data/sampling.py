@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from lorainit.data.batch import Batch
+from lorainit.data.joining import joined
 from lorainit.data.reading import ALL_MASKED, Reader, Reading, shared_population
 from lorainit.errors import DataError
 from lorainit.parallel import collectives
@@ -62,7 +63,8 @@ class Sample:
             fold: another one holds back other units; after as many as it takes, all have been.
 
         Returns:
-            Kept and held back; each may be empty on a process, not on all.
+            Kept and held back; each may be empty on a process, not on all. What is held back runs in
+            batches as large as the sample's.
 
         Raises:
             DataError: too few units for both, or a share that is not between 0 and 1.
@@ -89,6 +91,9 @@ class Sample:
                 f"data has {units} {what}, too few to hold back {share:.0%} for measuring the length of "
                 f"the start: give at least {every}, or a method with a fixed length."
             )
+        rows = max((batch.rows for batch in self.batches), default=1)
+        positions = max((batch.positions for batch in self.batches), default=1)
+        held = joined(held, rows, positions)
         return Sample(kept, self.population), Sample(held, self.population)
 
 

@@ -26,7 +26,8 @@ class BlockPlan:
         nbytes: bytes of all statistics together.
         largest: bytes of the heaviest group's statistics.
         budget: bytes that everything on the device may take.
-        held: bytes that are there all along: the model, what else there was, sums of layers outside of blocks.
+        held: bytes that are there all along: the model, or a block's weights where they wait elsewhere, what
+            else there was, sums of layers outside of blocks.
         batch: how batches are run; its bytes are those of the larger of the forward pass and a block's run.
         on_device: bytes of the blocks' inputs that wait there.
         on_host: bytes of those that wait on the host.
@@ -99,6 +100,7 @@ def make_block_plan(
     nbytes = sum(weigher.added(name) for name in shapes)
     weigher.restart()
     held += sum(weigher.added(name) for name in chain.outside) + int(taken.others * positions)
+    held += taken.weights
     waiting = int(taken.inputs * positions)
     passing = int(taken.gradients * positions)
     free = 0 if device.type == "cpu" else waiting

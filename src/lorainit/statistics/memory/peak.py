@@ -43,8 +43,10 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def _note(self, value: Any, *, new: bool) -> None:
-        # Tensors that wrap others (sharded, quantized) have no storage of their own.
+        # Tensors that wrap others (sharded, quantized) have no storage of their own, and meta ones no bytes.
         if type(value) not in (Tensor, nn.Parameter) or value.layout != torch.strided:
+            return
+        if value.is_meta:
             return
         storage = value.untyped_storage()
         key = storage._cdata

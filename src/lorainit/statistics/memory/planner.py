@@ -18,6 +18,7 @@ from lorainit.data.batch import Batch
 from lorainit.data.even_rounds import even_rounds
 from lorainit.models.convolution import convolution_shape
 from lorainit.models.introspection import model_dtype
+from lorainit.models.resident import offloaded_bytes
 from lorainit.models.state import measuring
 from lorainit.parallel import collectives
 from lorainit.parallel.sharding import is_sharded
@@ -89,7 +90,7 @@ def plan_passes(subject: Subject, batches: Sequence[Batch], workspace: int = 0) 
     if budget is None or (own is None and is_easy(nbytes, budget, held)) or None in found.values():
         return Chosen(make_plan(shapes, needs, None, element=element, gradient=gradient))
     shared, position = _footprint(subject, batches, device)
-    sizes = _batch_sizes(batches, position)
+    sizes = _batch_sizes(batches, position, offloaded_bytes(subject.model)[1])
     known: _Known = {"shared": shared, "element": element, "gradient": gradient, "held": held}
     plan = make_plan(shapes, needs, budget, **known, batches=sizes)
     if len(plan.passes) == 1 and plan.batch.rows is None and plan.peak <= budget:
@@ -190,7 +191,7 @@ def _footprint(
                 if loss is not None and loss.requires_grad:
                     torch.autograd.backward(loss)
                 del loss
-                taken = peak() / batch.positions
+                taken = max(0, peak() - offloaded_bytes(model)[1]) / batch.positions
     groups: dict[int, list[str]] = {}
     for name, sums in state.layers.items():
         groups.setdefault(id(sums.inputs), []).append(name)
@@ -203,8 +204,11 @@ def _row_positions(batch: Batch) -> float:
     return batch.positions / max(1, batch.rows)
 
 
-def _batch_sizes(batches: Sequence[Batch], position: float) -> list[BatchSize]:
-    """The batches as they come, and cut to fewer and fewer rows, where that can be done."""
+def _batch_sizes(batches: Sequence[Batch], position: float, weights: int) -> list[BatchSize]:
+    """The batches as they come, and cut to fewer and fewer rows, where that can be done.
+
+    Beside what its positions take, a batch takes the largest weight that is fetched for it.
+    """
     whole = max((b.positions for b in batches), default=1)
     row = max((_row_positions(b) for b in batches), default=1.0)
     most = max((b.rows for b in batches), default=1)
@@ -218,8 +222,8 @@ def _batch_sizes(batches: Sequence[Batch], position: float) -> list[BatchSize]:
     # In two parts, three, four: every number of rows that makes fewer batches than the next one.
     cut = [] if together else list(dict.fromkeys(-(-most // parts) for parts in range(2, most + 1)))
     return [
-        BatchSize(None, whole, int(whole * position)),
-        *(BatchSize(rows, int(rows * row), int(rows * row * position)) for rows in cut),
+        BatchSize(None, whole, weights + int(whole * position)),
+        *(BatchSize(rows, int(rows * row), weights + int(rows * row * position)) for rows in cut),
     ]
 
 

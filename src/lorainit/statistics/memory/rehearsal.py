@@ -15,6 +15,7 @@ from lorainit.data.batch import Batch
 from lorainit.linalg.dtypes import HALF
 from lorainit.models.blocks import block_of_layers, list_blocks
 from lorainit.models.introspection import innermost_model
+from lorainit.models.resident import offloaded_bytes
 from lorainit.models.state import measuring, unchanged_rng
 from lorainit.statistics.blocks.block_pass import BlockPass
 from lorainit.statistics.blocks.calls import Boundary, Chain, NotByBlocksError
@@ -41,6 +42,7 @@ class BlockBytes:
         gradients: between two blocks.
         forward: of a batch, in the forward pass and the backward of what comes after the blocks.
         block: of a batch, in one block's forward and backward.
+        weights: bytes of the block that has most offloaded weights, which are there while it runs.
     """
 
     inputs: float
@@ -48,6 +50,7 @@ class BlockBytes:
     gradients: float
     forward: float
     block: float
+    weights: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,7 +176,7 @@ def _by_blocks(subject: Subject, row: Batch, chain: Chain, seen: _Seen) -> Block
         walk.forward()
         forward = peak()
     others: dict[int, int] = {}
-    passing = block = 0
+    passing = block = weights = 0
     for place in range(len(chain.blocks)):
         for call, _ in walk.calls(place):
             for value in call.arguments:
@@ -198,9 +201,11 @@ def _by_blocks(subject: Subject, row: Batch, chain: Chain, seen: _Seen) -> Block
         found.clear()
         with peak_bytes(subject.device) as peak:
             walk.collect(place, chain.layers[place])
-            block = max(block, peak())
+            fetched, _ = offloaded_bytes(chain.blocks[place])
+            block, weights = max(block, peak() - fetched), max(weights, fetched)
         walk.free(place)
     kept, rest = walk.keeper.there, sum(others.values())
+    forward -= offloaded_bytes(subject.model)[1]
     positions = row.positions
     return BlockBytes(
         kept / positions,
@@ -208,6 +213,7 @@ def _by_blocks(subject: Subject, row: Batch, chain: Chain, seen: _Seen) -> Block
         passing / positions,
         max(0, forward - kept - rest - passing) / positions,
         max(0, block - passing) / positions,
+        max(weights, offloaded_bytes(subject.model)[1]),
     )
 
 

@@ -1,0 +1,113 @@
+"""Weights that wait on the host: a graph keeps none of them on the device, and gradients are the same."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import accelerate
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lorainit.models.resident import fetched_again, offloaded_bytes, resident
+from lorainit.statistics.memory.peak import LiveBytes
+from tests.statistics import models
+
+
+class _Elsewhere(dict[str, Tensor]):
+    """Offloaded weights; each is copied when it is fetched, as from a host to a device."""
+
+    fetched = 0
+
+    def __getitem__(self, key: str) -> Tensor:
+        type(self).fetched += 1
+        return super().__getitem__(key).clone()
+
+
+def offloaded(model: nn.Module) -> nn.Module:
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    for part in model.modules():
+        hook: Any = getattr(part, "_hf_hook", None)
+        if getattr(hook, "offload", False):
+            names = [name for name, _ in part.named_parameters(recurse=False)]
+            hook.weights_map = _Elsewhere({name: hook.weights_map[name] for name in names})
+            # Copies of one weight have addresses of their own.
+            hook.tied_params_names = set()
+    return model
+
+
+def batch() -> dict[str, Tensor]:
+    ids = torch.randint(1, models.VOCABULARY, (2, 5), generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids, "labels": ids}
+
+
+def gradient_of_embeddings(model: nn.Module) -> tuple[Tensor, int, int]:
+    """Gradient of what the embedding gives; bytes that wait for the backward; weights fetched by it."""
+    kept: list[Tensor] = []
+    embedding: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
+    handle = embedding.register_forward_hook(
+        lambda m, args, output: kept.append(output.requires_grad_()) or None
+    )
+    gc.disable()
+    try:
+        with LiveBytes() as meter:
+            loss = model(**batch(), use_cache=False).loss
+            waiting, fetched = meter.live, _Elsewhere.fetched
+            (gradient,) = torch.autograd.grad(loss, kept[0])
+    finally:
+        gc.enable()
+        handle.remove()
+    return gradient, waiting, _Elsewhere.fetched - fetched
+
+
+def frozen(build: Callable[..., nn.Module]) -> nn.Module:
+    return build(torch.float64).requires_grad_(False)
+
+
+@pytest.mark.parametrize("build", [models.llama, models.gpt2])
+@pytest.mark.parametrize("again", [True, False])
+def test_a_graph_keeps_no_offloaded_weights(build: Callable[..., nn.Module], again: bool) -> None:
+    truth, own, _ = gradient_of_embeddings(frozen(build))
+    model = offloaded(frozen(build))
+    total, largest = offloaded_bytes(model)
+    inside: AbstractContextManager[None] = fetched_again(model) if again else nullcontext()
+    with inside:
+        found, waiting, fetched = gradient_of_embeddings(model)
+    torch.testing.assert_close(found, truth, rtol=1e-12, atol=0)
+    assert all(weight.is_meta for weight in model.parameters())
+    if again:
+        assert fetched > 0
+        assert waiting - own <= largest
+    else:
+        assert fetched == 0
+        assert waiting - own > total / 2
+    hooks = [h for m in model.modules() if (h := getattr(m, "_hf_hook", None)) is not None]
+    assert not any({"pre_forward", "post_forward"} & set(vars(hook)) for hook in hooks)
+
+
+def test_a_resident_block_is_not_fetched_again() -> None:
+    model = offloaded(frozen(models.llama))
+    block = model.model.layers[0]  # type: ignore[index, union-attr]
+    weights = sum(1 for _ in block.parameters())
+    with fetched_again(model), resident(block):
+        before = _Elsewhere.fetched
+        gradient_of_embeddings(model)
+        elsewhere = _Elsewhere.fetched - before
+    # What is outside of the block is fetched forward and for the backward of what needs it.
+    with fetched_again(model):
+        before = _Elsewhere.fetched
+        gradient_of_embeddings(model)
+    # Norms' weights are vectors, which their backward reads too.
+    assert _Elsewhere.fetched - before == elsewhere + 2 * weights
+    assert offloaded_bytes(block)[0] == sum(p.numel() * 8 for p in block.parameters())
+
+
+def test_nothing_is_done_where_nothing_is_offloaded() -> None:
+    model = frozen(models.llama)
+    with fetched_again(model):
+        loss = model(**batch()).loss
+    assert offloaded_bytes(model) == (0, 0)
+    assert isinstance(loss, Tensor)
