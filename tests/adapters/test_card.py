@@ -56,6 +56,28 @@ def test_the_card_says_what_was_started_and_how_it_is_loaded(tmp_path: Path) -> 
     assert "More Information Needed" not in card.text
 
 
+def test_the_card_says_how_many_sequences_the_statistics_rest_on(tmp_path: Path) -> None:
+    batch = tiny.batch(rows=12)
+    card = saved(tiny.start(tiny.llama(), lorainit.EVA(), data=[batch]), tmp_path / "eva")
+    assert "- **Statistics:** of 12 sequences\n" in card.text
+    # A fifth of them measures the length.
+    card = saved(tiny.start(tiny.llama(), lorainit.Natural(), data=[batch]), tmp_path / "natural")
+    assert "- **Statistics:** of 10 sequences, beside 2 that were held back" in card.text
+    assert "on 2 sequences" in card.text
+    statistics = lorainit.collect_statistics(
+        tiny.llama(),
+        tiny.config(),
+        data=[tiny.batch(rows=7)],
+        needs=lorainit.EVA().needs,
+        progress=False,
+    )
+    card = saved(
+        tiny.start(tiny.llama(), lorainit.EVA(), statistics=statistics), tmp_path / "given"
+    )
+    assert "- **Statistics:** of 7 sequences\n" in card.text
+    assert "**Statistics" not in saved(started(lorainit.PiSSA()), tmp_path / "none").text
+
+
 def test_an_anchored_start_is_said(tmp_path: Path) -> None:
     card = saved(started(lorainit.PiSSA()), tmp_path / "a")
     assert "**Rank:** 8, the second half of which is the frozen start" in card.text

@@ -369,6 +369,52 @@ def test_report_from_the_shell(
     assert "Measured on 16 records of pairs.jsonl" in page.read_text(encoding="utf-8")
 
 
+def test_report_takes_statistics_of_the_records_that_the_start_was_made_from(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = tmp_path / "mine.jsonl"
+    shutil.copy(place / "pairs.jsonl", records)
+    started = f"init --model @model --data {records} --method natural --rank 4 --quiet"
+    assert run(place, f"{started} --output {tmp_path / 'start'}") == 0
+    measured = json.loads((tmp_path / "start" / "lorainit.json").read_text())["measured"]
+    line = f"report --model @model --adapter {tmp_path / 'start'} --quiet --json"
+
+    def page(words: str) -> tuple[str, list[str]]:
+        file = tmp_path / "page.html"
+        capsys.readouterr()
+        assert run(place, f"{line} {words} --output {file}") == 0
+        said = json.loads(capsys.readouterr().out)["advice"]
+        return file.read_text(encoding="utf-8"), [entry["text"] for entry in said]
+
+    # The same numbers as from a file of statistics, bit for bit.
+    file = tmp_path / "s.safetensors"
+    assert run(place, f"collect --model @model --data {records} --output {file} --quiet") == 0
+    alone = page("")
+    assert alone == page(f"--statistics {file}")
+    assert "What rank 4 keeps" in alone[0]
+    assert f"<td>{measured['start_loss']:.4f}</td>" in alone[0]
+    # The very records: the loss is that of those held back, not of those that the start has seen.
+    assert page(f"--data {records}") == alone
+    other = page("--data @chats.jsonl --max-sequences 16")
+    assert "Measured on 16 records of chats.jsonl" in other[0]
+    assert other != alone
+    # Without them there is what the record says.
+    records.unlink()
+    bare = page("")
+    assert "What rank 4 keeps" not in bare[0]
+    assert "Spectra" not in bare[0]
+    assert f"<td>{measured['start_loss']:.4f}</td>" in bare[0]
+    assert "How far the adapter goes" in bare[0]
+    assert bare[1][0] == alone[1][0]  # the rate
+    assert "--data FILE" in bare[1][1]
+
+
+def test_report_of_data_alone(place: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    assert run(place, f"report --model @model --data @pairs.jsonl --rank 4 --output {page}") == 0
+    assert "What rank 4 keeps" in page.read_text(encoding="utf-8")
+
+
 def test_train_names_the_extra(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,7 +15,7 @@ from peft import LoraConfig
 import lorainit
 from lorainit.adapters.origin import origin_of
 from lorainit.adapters.targets import match_targets
-from lorainit.errors import DataError
+from lorainit.errors import DataError, MissingStatisticError
 from lorainit.report import Curve, read_curves, report
 from lorainit.report.drawing import DRAWN_LAYERS, _scale, spectra
 from lorainit.report.measure import _directions, _spectrum, measure_layer, place_of, spread
@@ -92,6 +92,28 @@ def test_the_loss_at_the_start_is_the_measured_one(
     text = page.read_text(encoding="utf-8")
     assert f"<td>{measured['base_loss']:.4f}</td>" in text
     assert f"<td>{measured['start_loss']:.4f}</td>" in text
+
+
+def test_without_statistics_there_is_what_the_adapter_says(
+    page: Path, statistics: lorainit.Statistics, tmp_path: Path
+) -> None:
+    model = tiny.start(tiny.llama(), lorainit.Natural(), data=[tiny.batch(rows=12)])
+    said = report(model, tiny.config(), None, tmp_path / "p.html", progress=False)
+    whole = report(model, tiny.config(), statistics, tmp_path / "w.html", progress=False)
+    bare, text = ((tmp_path / f"{n}.html").read_text(encoding="utf-8") for n in ("p", "w"))
+    assert [said[0], said[2]] == [whole[0], whole[2]]  # rate and method; the rank wants statistics
+    assert said[1] != whole[1]
+    titles = [re.findall(r"<h2>(.*?)</h2>", found) for found in (bare, text)]
+    assert titles[0] == ["The loss at the start", "How far the adapter goes", "Every layer"]
+    assert set(titles[0]) < set(titles[1])
+    parser = Balanced()
+    parser.feed(bare)
+    assert parser.open == []
+    with pytest.raises(MissingStatisticError, match="give statistics"):
+        report(
+            model, tiny.config(), None, tmp_path / "p.html",
+            reference_weights=tiny.llama(), progress=False,
+        )  # fmt: skip
 
 
 def test_the_origin_keeps_what_was_measured(tmp_path: Path) -> None:

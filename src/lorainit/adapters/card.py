@@ -120,7 +120,13 @@ def _targets(config: LoraConfig) -> str:
 
 
 def _measured(measured: Mapping[str, Any]) -> Iterator[str]:
-    """Losses and rate, where they were measured."""
+    """What was read, losses and rate, where they were measured."""
+    if "statistics_sequences" in measured:
+        yield f"- **Statistics:** of {measured['statistics_sequences']:.0f} sequences"
+    elif "data_sequences" in measured:
+        held = measured.get("sequences", 0.0)
+        more = f", beside {held:.0f} that were held back" if held else ""
+        yield f"- **Statistics:** of {measured['data_sequences'] - held:.0f} sequences{more}"
     if "start_loss" in measured:
         count = f" on {measured['sequences']:.0f} sequences" if "sequences" in measured else ""
         line = (

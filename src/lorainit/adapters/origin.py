@@ -40,7 +40,9 @@ class Origin:
         measured: where the length was measured: ``base_loss``, ``start_loss``, on the sequences held
             back, and the ``length``; where plain LoRA was taken in place of the start that was measured,
             that one's loss as ``refused_loss``; and how many ``sequences`` they rest on, with the standard
-            error of their difference as ``gain_error``. Where a learning rate was suggested:
+            error of their difference as ``gain_error``. How many sequences were read: ``data_sequences`` of the
+            data, those held back among them, ``statistics_sequences`` of statistics that were given. Where a
+            learning rate was suggested:
             ``learning_rate``, its range ``learning_rate_low`` and ``learning_rate_high``, the
             ``one_step_rate``, and every rate and loss that was tried under ``learning_rate_trials``.
         heads: where heads beside the adapter were fitted first: their names under ``fitted`` (none where
@@ -48,6 +50,8 @@ class Origin:
             ``standard_error`` of the difference, the number of these ``sequences``, and the ``weight_decay``.
         statistics: the file that it was started from, as ``lorainit init`` was given it; what
             ``lorainit report`` reads by default.
+        data: the same of the records, of which ``lorainit report`` takes statistics where there is no file of
+            them.
     """
 
     anchored: bool
@@ -56,6 +60,7 @@ class Origin:
     measured: Mapping[str, Any] = field(default_factory=dict)
     heads: Mapping[str, Any] = field(default_factory=dict)
     statistics: str | None = None
+    data: str | None = None
 
 
 class StartedLoraConfig(LoraConfig):  # type: ignore[misc]
@@ -136,6 +141,7 @@ def read_origin(folder: Path, config: LoraConfig) -> Origin | None:
             dict(content.get("measured", {})),
             dict(content.get("heads", {})),
             content.get("statistics"),
+            content.get("data"),
         )
         digest = content.get("weights_sha256")
     except (ValueError, KeyError, TypeError, RecursionError) as error:

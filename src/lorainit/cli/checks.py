@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.util
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from lorainit.adapters.config_file import check_config_file, check_weights_file
-from lorainit.adapters.serving import SIDE_FILE
 from lorainit.cli.options import Option, check_number
 from lorainit.cli.outputs import (
     check_file,
@@ -20,7 +17,8 @@ from lorainit.cli.outputs import (
     is_comparison,
     is_page,
 )
-from lorainit.errors import AdapterError, DataError, MissingExtraError, MissingStatisticError
+from lorainit.cli.report_sources import find_statistics
+from lorainit.errors import AdapterError, DataError, MissingExtraError
 from lorainit.files.marked import check_statistics_there
 from lorainit.files.names import is_data_set
 from lorainit.models.place import check_place
@@ -60,9 +58,9 @@ def check_places(options: argparse.Namespace) -> None:
         )
     if given("output") and not given("dry_run"):
         _check_output(options)
-    if options.command == "report" and not options.statistics:
-        options.statistics = _statistics_of(options.adapter)
-    if given("statistics"):
+    if options.command == "report":
+        find_statistics(options)
+    elif given("statistics"):
         check_statistics_there(Path(options.statistics))
     if given("adapter"):
         check_config_file(Path(options.adapter))
@@ -74,20 +72,6 @@ def check_places(options: argparse.Namespace) -> None:
                 f"--curves: there is nothing at '{path}'. Give a Trainer's folder, or what "
                 "'lorainit compare --output' wrote."
             )
-
-
-def _statistics_of(adapter: str | None) -> str:
-    """The file that an adapter's ``lorainit.json`` says it was started from."""
-    named = None
-    if adapter:
-        with contextlib.suppress(OSError, ValueError, AttributeError, RecursionError):
-            named = json.loads((Path(adapter) / SIDE_FILE).read_text("utf-8")).get("statistics")
-    if not isinstance(named, str):
-        raise MissingStatisticError(
-            "give --statistics, which 'lorainit collect' writes, or an --adapter that 'lorainit init "
-            "--statistics' started: its lorainit.json names them."
-        )
-    return named
 
 
 def named_path(text: str) -> tuple[str, str | None]:
@@ -107,8 +91,10 @@ def _check_together(options: argparse.Namespace) -> None:
             raise ValueError(
                 "give --adapter, a start made before, or --method, to make one; not both."
             )
-    if options.command == "report" and options.data and not options.adapter:
-        raise ValueError("--data is there to measure an adapter's loss on: give --adapter too.")
+    if options.command == "report" and options.data and options.statistics and not options.adapter:
+        raise ValueError(
+            "--data beside --statistics is there to measure an adapter's loss on: give --adapter too."
+        )
     if options.command == "compare" and not options.learning_rates:
         raise ValueError("--learning-rates: write positive numbers with commas, 1e-4,3e-4.")
 

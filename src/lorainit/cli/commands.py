@@ -273,6 +273,7 @@ def report(
     rslora: o.RsLora = False,
     target_modules: o.TargetModules = "all-linear",
     max_sequences: o.MaxSequences = 256,
+    max_memory: o.MaxMemory = None,
     max_length: o.MaxLength = 1024,
     batch_size: o.BatchSize = 8,
     seed: o.Seed = 0,
@@ -284,9 +285,13 @@ def report(
     r"""Write one HTML page: what the data asks of each layer, and what a rank keeps of it.
 
     With --adapter its rank and layers are taken, and how far it goes is shown; with --data its loss
-    is measured beside the base model's.
+    is measured beside the base model's, unless these are the records that it was started from.
 
     Example::
+
+        lorainit report --model ./model --adapter start
+
+    With statistics from a file, records that were held back, and runs to draw::
 
         lorainit report --model ./model --statistics target.safetensors --adapter start \
             --data held.jsonl --curves trained,compared.json --output report.html

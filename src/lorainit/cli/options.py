@@ -114,8 +114,8 @@ MaxMemory = Annotated[
 StatisticsOfStart = Annotated[
     str | None,
     Option(
-        "what 'lorainit collect' wrote; default: the file that --adapter was started from with "
-        "'lorainit init --statistics', which its lorainit.json names",
+        "what 'lorainit collect' wrote; default: the file that --adapter was started from, or statistics "
+        "taken of --data, or else of the records that it was started from",
         "statistics",
         metavar="FILE",
     ),

@@ -84,8 +84,9 @@ def start_model(options: argparse.Namespace, method: Any) -> PeftModel:
         **sample_arguments(options),
     )  # fmt: skip
     origin = origin_of(model, "default")
-    if path and origin is not None:
-        remember(model, "default", dataclasses.replace(origin, statistics=str(path)))
+    if origin is not None:
+        known = {"statistics": path and str(path), "data": options.data and str(options.data)}
+        remember(model, "default", dataclasses.replace(origin, **known))
     return model
 
 
@@ -123,6 +124,7 @@ def _result(
     text += (
         f"\nnext: lorainit train --model {options.model} --adapter {options.output} --data "
         f"{options.data or 'train.jsonl'} --output trained\n"
+        f"or look at it first: lorainit report --model {options.model} --adapter {options.output}\n"
         f'or in a program of yours: lorainit.load_adapter(model, "{options.output}")'
     )
     return result, text

@@ -24,9 +24,14 @@ def index_of(path: Path) -> Path:
     return path.with_name(path.name + INDEX)
 
 
+def is_there(path: Path) -> bool:
+    """Whether there is a file of that name, or shards."""
+    return path.is_file() or index_of(path).is_file()
+
+
 def check_statistics_there(path: Path) -> None:
     """Raise StatisticsFileError where there is neither a file nor shards of that name."""
-    if not path.is_file() and not index_of(path).is_file():
+    if not is_there(path):
         raise no_statistics(path)
 
 

@@ -50,7 +50,7 @@ from lorainit.pipeline.heads import StartedHeads, start_heads
 from lorainit.pipeline.measurements import Measurements
 from lorainit.pipeline.rate import RATE_NEEDS, rate_if_any
 from lorainit.pipeline.start import Precision, Start, find_start, needs_sample
-from lorainit.pipeline.summary import measured_losses, report_line, summary
+from lorainit.pipeline.summary import measured_losses, report_line, sequences_read, summary
 from lorainit.statistics.settings import (
     CollectOptions,
     CollectSettings,
@@ -255,6 +255,7 @@ def _started(
         # Ranks were perhaps redistributed for the start that is not taken.
         config = configured
     left_out = targets.left_out | start.unused
+    read = sequences_read(statistics, sample if sampled else None)
     with (
         unchanged_rng_on_error(measurements.device),
         whole(adapter_parameters(model, adapter_name), written=True),
@@ -271,7 +272,7 @@ def _started(
                 adapter_name,
                 start.factors,
                 settings_of(method),
-                measured_losses(start),
+                read | measured_losses(start),
                 targets.filled_up,
                 heads.record(),
             )

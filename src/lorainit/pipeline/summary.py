@@ -12,7 +12,10 @@ from tqdm.auto import tqdm
 
 from lorainit.calibration import SearchResult
 from lorainit.calibration.learning_rate import LearningRate
+from lorainit.data.sampling import Sample
+from lorainit.parallel import collectives
 from lorainit.pipeline.start import Start
+from lorainit.statistics import Statistics
 from lorainit.types import Method
 
 logger = logging.getLogger("lorainit")
@@ -46,6 +49,21 @@ def _by_sequence(search: SearchResult) -> dict[str, float]:
         return {}
     error = {"gain_error": found.error} if math.isfinite(found.error) else {}
     return {"sequences": float(found.sequences)} | error
+
+
+def sequences_read(statistics: Statistics | None, sample: Sample | None) -> dict[str, float]:
+    """How many sequences a start rests on, over all processes: every one has to call this.
+
+    Args:
+        statistics: that were given.
+        sample: of the data, where they are read for the start; sequences held back are among them.
+    """
+    found = {}
+    if statistics is not None and "sequences" in statistics.metadata:
+        found["statistics_sequences"] = float(statistics.metadata["sequences"])
+    if sample is not None:
+        found["data_sequences"] = collectives.sum_counts([sample.sequences])[0]
+    return found
 
 
 def report_line(line: str, *, progress: bool) -> None:

@@ -84,8 +84,8 @@ def _rank(layers: Sequence[LayerReport], rank: int) -> tuple[str, str]:
     kept = [layer for layer in layers if layer.kept is not None]
     if not kept:
         return "note", (
-            f"Rank: keep r = {rank} for now; what it keeps of the gradient can be told from statistics of "
-            "`lorainit collect --method natural`."
+            f"Rank: keep r = {rank} for now; what it keeps of the gradient is told by statistics of "
+            "`lorainit collect --method natural`, or those that the report takes of `--data FILE`."
         )
     median = stats.median(float(layer.kept or 0) for layer in kept)
     doubled = stats.median(sum(layer.signal[: 2 * layer.rank]) for layer in kept)

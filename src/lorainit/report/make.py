@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from lorainit.adapters.origin import origin_of
 from lorainit.adapters.targets import match_targets
 from lorainit.adapters.tensor_sources import TensorSource
+from lorainit.errors import MissingStatisticError
 from lorainit.files.atomic import write_text
 from lorainit.methods import METHODS
 from lorainit.methods.vanilla import Vanilla
@@ -35,7 +36,7 @@ _DEPTHS_COMPARED = 8
 def report(
     model: nn.Module,
     peft_config: LoraConfig,
-    statistics: Statistics,
+    statistics: Statistics | None,
     output: str | os.PathLike[str],
     *,
     methods: Sequence[str] = ("lora-da", "natural", "lora-one", "eva", "pissa"),
@@ -53,7 +54,8 @@ def report(
         model: that the statistics were collected from; or a PeftModel of it, of whose adapter the page
             shows the size, and the loss before and after, too.
         peft_config: says which layers, and the rank.
-        statistics: of these layers, or more.
+        statistics: of these layers, or more. None: the page has what the adapter and its record say: its
+            sizes, the loss at the start, the rates that were tried.
         output: the page's file.
         methods: names of methods whose subspaces are compared, where the statistics serve them.
         adapter_name: of the adapter shown, where `model` is a PeftModel.
@@ -75,13 +77,21 @@ def report(
     Raises:
         TargetError, StatisticsFileError, RankError: the three do not fit together.
         AdapterError: the reference weights are not what was quantized.
-        MissingStatisticError: reference weights are given, and the statistics hold no input second moment.
+        MissingStatisticError: reference weights are given, and no statistics, or none that hold the inputs'
+            second moment.
     """
     targets = match_targets(model, peft_config)
-    check_statistics(statistics, targets, Vanilla())
+    if statistics is not None:
+        check_statistics(statistics, targets, Vanilla())
+    elif reference_weights is not None:
+        raise MissingStatisticError(
+            "what quantization took is measured in the inputs' second moment: give statistics, which "
+            "collect_statistics takes, or records to take them of."
+        )
     if not isinstance(model, PeftModel):
         with_possible_ranks(model, peft_config, targets, Vanilla(), cap_rank=False)
-    served = methods_served(statistics, {name: METHODS[name]() for name in methods})
+    known = {name: METHODS[name]() for name in methods}
+    served = {} if statistics is None else methods_served(statistics, known)
     sizes: Mapping[str, float] = {}
     origin, adapter = None, False
     if isinstance(model, PeftModel) and adapter_name in model.peft_config:
@@ -91,9 +101,9 @@ def report(
             loss = measured_loss(origin.measured)
         if origin is not None and (trials := of_measured(origin.measured)) is not None:
             rates = [trials, *rates]
-    measured = [t for name, t in targets.layers.items() if name in statistics]
+    measured = [t for n, t in targets.layers.items() if statistics is None or n in statistics]
     reference, displacements = None, {}
-    if reference_weights is not None:
+    if reference_weights is not None and statistics is not None:
         reference = reference_of(reference_weights, measured, statistics)
         if adapter:
             displacements = displacements_of(model, adapter_name)
@@ -107,19 +117,20 @@ def report(
     )
     layers = []
     for target in bar:
+        taken = None if statistics is None else statistics[target.name]
         found = measure_layer(
             target,
-            statistics[target.name],
+            taken,
             served if target.name in compared else {},
             spectra=spectra,
             size=sizes.get(target.name),
         )
-        if reference is not None:
+        if reference is not None and taken is not None:
             found.quantization = quantization_loss(
-                target, statistics[target.name], reference, displacements.get(target.name)
+                target, taken, reference, displacements.get(target.name)
             )
         layers.append(found)
-    metadata: dict[str, Any] = {**statistics.metadata}
+    metadata: dict[str, Any] = {} if statistics is None else {**statistics.metadata}
     anchored = origin is not None and origin.anchored
     facts = Facts(metadata, peft_config.r, anchored, loss, list(served), list(curves), rates)
     said = advice(layers, metadata, rank=peft_config.r, adapter=adapter, origin=origin, loss=loss)

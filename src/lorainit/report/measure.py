@@ -70,7 +70,7 @@ class LayerReport:
 
 def measure_layer(
     target: Target,
-    statistics: LayerStatistics,
+    statistics: LayerStatistics | None,
     methods: Mapping[str, Method],
     *,
     size: float | None = None,
@@ -80,7 +80,7 @@ def measure_layer(
 
     Args:
         target: the layer.
-        statistics: of it.
+        statistics: of it; without them there are its shape and the adapter's size alone.
         methods: by name, those whose subspaces are compared.
         size: of an adapter, see `LayerReport`.
         spectra: of inputs that layers share, with the directions, by the id of their sum; read and
@@ -94,10 +94,12 @@ def measure_layer(
         projection,
         (spec.out_features, spec.in_features),
         spec.rank,
-        positions=float(statistics.positions),
         size=size,
         configured_name=target.configured_name,
     )
+    if statistics is None:
+        return found
+    found.positions = float(statistics.positions)
     have = statistics.available
     count = max(_KEPT_VALUES, 2 * spec.rank)
     with torch.no_grad():

@@ -69,30 +69,16 @@ def render(
         advice: weight and words.
         title: of the page.
     """
-    rank = facts.rank
     sections = [
         f"<h1>{escape(title)}</h1>" + _advice(advice),
         _facts(layers, facts),
         start_section(facts.loss),
         rates_section(facts.rates),
         curves_section(facts.curves),
-        section(
-            "Where the data leans",
-            "Each layer's share of the mean gradient's energy, |G|². The stronger the colour, the more a layer "
-            "can move the loss; the scale is logarithmic.",
-            energy_map(layers),
-            lead=where_energy_is(layers),
-        ),
-        *quantization_sections(layers),
-        section(
-            f"What rank {rank} keeps",
-            "Share of the whitened gradient's energy in its leading directions, layer by layer: what a "
-            "natural step of this rank keeps of the whole one.",
-            share_map(layers, lambda layer: layer.kept, top=1.0),
-        ),
-        spectra_section(layers, rank),
-        *sample_sections(layers),
     ]
+    # Without statistics there are the adapter and its record alone.
+    if any(layer.positions for layer in layers):
+        sections += _data_sections(layers, facts.rank)
     if facts.methods:
         sections.append(
             section(
@@ -123,13 +109,35 @@ def render(
     )
 
 
+def _data_sections(layers: Sequence[LayerReport], rank: int) -> list[str]:
+    """What the statistics say of the layers."""
+    return [
+        section(
+            "Where the data leans",
+            "Each layer's share of the mean gradient's energy, |G|². The stronger the colour, the more a layer "
+            "can move the loss; the scale is logarithmic.",
+            energy_map(layers),
+            lead=where_energy_is(layers),
+        ),
+        *quantization_sections(layers),
+        section(
+            f"What rank {rank} keeps",
+            "Share of the whitened gradient's energy in its leading directions, layer by layer: what a "
+            "natural step of this rank keeps of the whole one.",
+            share_map(layers, lambda layer: layer.kept, top=1.0),
+        ),
+        spectra_section(layers, rank),
+        *sample_sections(layers),
+    ]
+
+
 def _facts(layers: Sequence[LayerReport], facts: Facts) -> str:
     metadata = facts.metadata
     shown = {
         "layers": f"{len(layers)}",
         "sequences": _count(metadata.get("sequences")),
         "label tokens": _count(metadata.get("label_tokens")),
-        "positions": _count(max((layer.positions for layer in layers), default=0)),
+        "positions": _count(max((layer.positions for layer in layers), default=0) or None),
         "mask": str(metadata.get("token_mask", "–")),
         "loss": str(metadata.get("loss_reduction", "–")),
         "rank": str(facts.rank),
