@@ -118,7 +118,7 @@ class DisplacedLoss:
         )
 
     def _part(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """A batch's losses, how many sequences and label tokens they are of, and what their sum is divided by."""
+        """A batch's losses, their sequences and label tokens, and what their sum is divided by."""
         settings = self.subject.settings
         reduction = settings.loss_reduction
         with tokens_named(self.subject.model, batch):

@@ -1,4 +1,4 @@
-"""Weights that wait on the host or on disk (accelerate's offloading): how often they travel, and what stays of them."""
+"""Weights that wait on the host or on disk (offloading): how often they travel, what stays of them."""
 
 from __future__ import annotations
 
