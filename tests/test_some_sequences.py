@@ -78,7 +78,9 @@ def test_what_is_taken_is_measured_on_all(
     monkeypatch.setattr(held_out_loss, "_LABELS", 10**6)
     other, many = started(caplog)
     assert few < many / 2
-    assert origin_of(other, "default").measured["start_loss"] == pytest.approx(result["start_loss"], rel=0.1)
+    assert origin_of(other, "default").measured["start_loss"] == pytest.approx(
+        result["start_loss"], rel=0.1
+    )
 
 
 def test_a_gain_that_is_not_clear_on_all_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
