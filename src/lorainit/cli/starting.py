@@ -85,8 +85,10 @@ def start_model(options: argparse.Namespace, method: Any) -> PeftModel:
     )  # fmt: skip
     origin = origin_of(model, "default")
     if origin is not None:
-        known = {"statistics": path and str(path), "data": options.data and str(options.data)}
-        remember(model, "default", dataclasses.replace(origin, **known))
+        paths = (path, options.data)
+        file, records = (str(given) if given else None for given in paths)
+        origin = dataclasses.replace(origin, statistics=file, data=records)
+        remember(model, "default", origin)
     return model
 
 

@@ -51,7 +51,7 @@ def fetched_again(model: nn.Module) -> Iterator[None]:
             return tensor.detach()
         return _Fetched(
             hook.weights_map, name, tensor.device, tensor.dtype,
-            tensor.size(), tensor.stride(), tensor.storage_offset(),
+            tensor.size(), tensor.stride(), int(tensor.storage_offset()),
         )  # fmt: skip
 
     with ExitStack() as stack:
