@@ -113,8 +113,10 @@ def build(shape: Shape, device: torch.device) -> LlamaForCausalLM:
 @torch.no_grad()
 def quantize(model: nn.Module, bits: int, device: torch.device) -> None:
     """Random projections in HQQ's form, in groups of 64, one after the other: whole, they would not fit."""
-    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+    from hqq.core.quantize import BaseQuantizeConfig, HQQBackend, HQQLinear
 
+    # As for training: a graph keeps no weights that were made full again.
+    HQQLinear.set_backend(HQQBackend.PYTORCH_BACKPROP)
     form = BaseQuantizeConfig(nbits=bits, group_size=64, axis=1)
     # To the nearest value: what it rounds is random.
     form["weight_quant_params"]["optimize"] = False

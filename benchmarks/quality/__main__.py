@@ -18,6 +18,7 @@ import time
 from benchmarks.quality import stages
 from benchmarks.quality.arguments import add_common, experiments_of
 from benchmarks.quality.bench import Bench
+from benchmarks.quality.experiment import GRID
 from benchmarks.quality.models.loading import choose_device, full_precision, load_model
 from benchmarks.quality.records import read_records
 from benchmarks.quality.time_limit import Clock, OutOfTime
@@ -33,6 +34,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", help="name, or name:key=value;key=value")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(stages.SEEDS))
     parser.add_argument("--rates", type=int, default=2, help="learning rates taken from the search")
+    parser.add_argument("--at", type=float, nargs="+", default=list(GRID), help="rates of a grid")
     parser.add_argument(
         "--set",
         nargs="*",

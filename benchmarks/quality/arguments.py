@@ -31,7 +31,7 @@ def experiments_of(arguments: argparse.Namespace, known: list[Record]) -> list[E
     if arguments.stage == "search":
         return stages.search(methods, arguments.tasks, **common)
     if arguments.stage == "grid":
-        return stages.grid(methods, arguments.tasks, arguments.seeds, **common)
+        return stages.grid(methods, arguments.tasks, arguments.seeds, arguments.at, **common)
     if arguments.stage == "seeds":
         return stages.seeds(
             known, methods, arguments.tasks, arguments.seeds, rates=arguments.rates, **common

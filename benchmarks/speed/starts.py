@@ -58,13 +58,16 @@ def collected(case: Case, model: nn.Module, clock: Clock) -> lorainit.Statistics
 
 
 def warm(case: Case, model: nn.Module) -> None:
-    """One batch, so that libraries are loaded; the memory it took is given back."""
+    """One batch, so that libraries are loaded; the memory it took is given back.
+
+    Of one block's layers: the gradients of all of a large model are too many for the host.
+    """
     options = {k: v for k, v in case.options.items() if k == "max_memory"}
     # No backward where the method has none: its memory may not be there.
     forward_alone = METHODS[case.method]().needs <= {"input_second_moment", "input_mean"}
     lorainit.collect_statistics(
         model,
-        config(case),
+        config(case, layers_to_transform=[0]),
         data=batches_of(replace(case, sequences=min(case.batch, case.sequences))),
         needs={"input_mean"} if forward_alone else {"gradient", "input_mean"},
         progress=False,
