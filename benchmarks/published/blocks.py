@@ -14,6 +14,7 @@ from benchmarks.published.sources import (
     grid_cells,
     quantized_cells,
     rate_cases,
+    recovered_on_text,
     recovery,
     start_seconds,
     tuned,
@@ -23,9 +24,9 @@ from benchmarks.quality.analysis.rate_grid import BASELINE, compared, difference
 from benchmarks.quality.analysis.suggested_rates import quantiles
 from benchmarks.quality.analysis.suggested_rates import table as rates_table
 from benchmarks.quality.experiment import GRID
+from benchmarks.quantized import recovery_tables
 from benchmarks.quantized.optimality import table as optimality_table
-from benchmarks.quantized.recover import share_gone
-from benchmarks.quantized.recover import table as recovery_table
+from benchmarks.quantized.recovery_tables import share_gone
 from lorainit.calibration.learning_rate import suggested
 
 _NAMES = {
@@ -61,12 +62,8 @@ _KINDS = {
 
 
 def quantized_recovery() -> str:
-    """By grid, rank and method: KL and loss before any training, on plain text."""
-    return recovery_table(
-        r
-        for r in recovery()
-        if r["data"] == "text" and r["kind"] in _KINDS and r["rank"] in (0, 8, 32)
-    )
+    """By model, grid and rank: what each start gives back before any training, on plain text."""
+    return recovery_tables.recovered(recovery(), (8, 32))
 
 
 def closed_forms() -> str:
@@ -163,11 +160,7 @@ def tuned_lines() -> str:
 
 def what_you_get() -> str:
     """The README's table."""
-    nf4 = {
-        r["method"]: r
-        for r in recovery()
-        if r["kind"] == "nf4" and r["rank"] == 8 and r["data"] == "text"
-    }
+    nf4 = {r["method"]: r for r in recovered_on_text("nf4") if r["rank"] == 8}
     qer, loftq = nf4["both sides"], nf4["LoftQ"]
     three, two = (beside_on(kind, "kronecker-qer(reference=True)") for kind in ("hqq3", "hqq2"))
     regrets = [c.regret(suggested(c.one_step)) for c in rate_cases()]

@@ -7,9 +7,9 @@ from typing import Any
 
 from benchmarks.common.cache import REPOSITORY
 from benchmarks.common.figures import STYLE
-from benchmarks.published.sources import at_rate, recovery
+from benchmarks.published.sources import at_rate, recovered_on_text
 from benchmarks.quality.experiment import GRID
-from benchmarks.quantized.recover import share_gone
+from benchmarks.quantized.recovery_tables import share_gone
 
 PICTURE = REPOSITORY / "docs" / "images" / "gains.png"
 
@@ -40,8 +40,8 @@ def _recovered(axes: Any) -> None:
     for method, label, color in _LINES:
         members = sorted(
             (r["rank"], 100 * share_gone(r, "loss"))
-            for r in recovery()
-            if (r["kind"], r["data"], r["method"]) == ("nf4", "text", method)
+            for r in recovered_on_text("nf4")
+            if r["method"] == method
         )
         ranks, shares = zip(*members, strict=True)
         axes.plot(ranks, shares, color=color, label=label, linewidth=2, marker="o", markersize=5)

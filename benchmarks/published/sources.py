@@ -22,6 +22,7 @@ from benchmarks.quality.analysis.suggested_rates import Case, cases
 from benchmarks.quality.choose import chosen, rooms
 from benchmarks.quality.records import RESULTS, Record, read_records
 from benchmarks.quality.stages import STANDARD_RANK
+from benchmarks.quantized import recovery_tables
 
 MODEL = "smollm2-135m-instruct"
 
@@ -59,9 +60,14 @@ def rate_cases() -> tuple[Case, ...]:
 
 @cache
 def recovery() -> tuple[dict[str, Any], ...]:
-    """Starts on quantized bases before training."""
-    path = REPOSITORY / "benchmarks" / "quantized" / "results" / "recovery.jsonl"
-    return tuple(json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+    """Starts on quantized bases before training, of all models."""
+    return tuple(recovery_tables.read())
+
+
+def recovered_on_text(kind: str) -> list[recovery_tables.Record]:
+    """Of SmolLM2 on a grid, with statistics of the quantized model, on plain text."""
+    found = recovery_tables.of(recovery(), model="SmolLM2-135M", kind=kind, data="text")
+    return [r for r in found if r["statistics"] != "full"]
 
 
 def start_seconds(name: str) -> float:

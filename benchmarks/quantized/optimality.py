@@ -25,7 +25,9 @@ from tqdm.auto import tqdm
 import lorainit
 from benchmarks.common.models import load_smollm2, load_smollm2_tokenizer
 from benchmarks.quantized.quantizers import QUANTIZERS, quantize
-from benchmarks.quantized.recover import METHODS, NAMES, lora, text_batches
+from benchmarks.quantized.recover import METHODS, lora
+from benchmarks.quantized.recovery_tables import NAMES
+from benchmarks.quantized.token_rows import text_rows
 from lorainit.types import LayerStatistics
 
 OWN = {"LoftQ": "plain", "QERA diagonal": "diagonal", "QERA": "inputs", "both sides": "both"}
@@ -78,7 +80,8 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     reference: nn.Module = load_smollm2()
     base = copy.deepcopy(reference)
     quantize(base, options.kind, lora(options.rank))
-    batches = text_batches(load_smollm2_tokenizer(), options.rows, 128, 4)
+    rows = text_rows(load_smollm2_tokenizer(), options.rows, 128)
+    batches = [{"input_ids": part, "labels": part} for part in rows.split(4)]
     needs = lorainit.KroneckerQER().needs
     statistics = lorainit.collect_statistics(base, lora(options.rank), data=batches, needs=needs)
     names = list(statistics)[:: options.every]

@@ -16,6 +16,13 @@ from torch import Tensor, nn
 from lorainit.adapters.targets import match_targets
 
 GROUP = 64
+"""Weights that share a scale."""
+
+SCALES = 256
+"""Scales that share a scale, under double quantization."""
+
+PLACES = 65536
+"""Of a table that bitsandbytes looks scales up in on a CPU."""
 
 
 def rounded(weight: Tensor, bits: int, *, offset: bool = True) -> Tensor:
@@ -38,14 +45,60 @@ NF4 = (
 """The values of a normal float of 4 bits (QLoRA, arXiv 2305.14314, appendix E)."""
 
 
-def normal_float(weight: Tensor) -> Tensor:
-    """NF4 in blocks of 64 with float32 scales: bitsandbytes' own values, without bitsandbytes."""
+def normal_float(weight: Tensor, *, double: bool = False) -> Tensor:
+    """NF4 in blocks of 64: bitsandbytes' own values (to the bit on a CPU), without bitsandbytes.
+
+    Args:
+        weight: as many entries as whole blocks have.
+        double: round the blocks' scales to 8 bits as well (`rounded_scales`); else they are float32.
+    """
     values = torch.tensor(NF4, device=weight.device)
     groups = weight.reshape(-1, GROUP).float()
     scales = groups.abs().amax(-1, keepdim=True)
-    between = (values[1:] + values[:-1]) / 2
-    nearest = torch.bucketize(groups / scales.clamp_min(1e-30), between)
+    nearest = _nearest(groups, scales, values)
+    if double:
+        scales = rounded_scales(scales)
     return (values[nearest] * scales).reshape(weight.shape).to(weight)
+
+
+def dynamic_code(device: torch.device | str = "cpu") -> Tensor:
+    """The 256 values of bitsandbytes' dynamic 8-bit type, ascending (arXiv 1511.04561; 2110.02861).
+
+    Zero, one, and in each decade from ``10^-7 .. 10^-6`` to ``0.1 .. 1`` the middles of 1, 2, 4, ... 64
+    equal parts with either sign.
+    """
+    found = [0.0, 1.0]
+    for decade in range(7):
+        edges = torch.linspace(0.1, 1, 2 ** (6 - decade) + 1)
+        middles = 10**-decade * ((edges[1:] + edges[:-1]) / 2)
+        found += [*middles.tolist(), *(-middles).tolist()]
+    return torch.tensor(sorted(found), device=device)
+
+
+def rounded_scales(scales: Tensor) -> Tensor:
+    """Scales of blocks as double quantization stores them (QLoRA, section 3), any shape.
+
+    Less their mean, in blocks of 256 relative to the largest, rounded to `dynamic_code`. On a CPU, as
+    bitsandbytes does there, by a table: relative numbers are rounded to one of `PLACES` before.
+    """
+    flat = scales.reshape(-1)
+    mean = flat.mean()
+    blocks = torch.nn.functional.pad(flat - mean, (0, -len(flat) % SCALES)).view(-1, SCALES)
+    code = dynamic_code(scales.device)
+    largest = blocks.abs().amax(-1, keepdim=True)
+    places = PLACES if scales.device.type == "cpu" else None
+    found = code[_nearest(blocks, largest, code, places)] * largest
+    return (found.reshape(-1)[: len(flat)] + mean).reshape(scales.shape)
+
+
+def _nearest(groups: Tensor, scales: Tensor, values: Tensor, places: int | None = None) -> Tensor:
+    """Of the ascending `values`, the index nearest to each entry of a group over its scale."""
+    between = (values[1:] + values[:-1]) / 2
+    relative = (groups * (1.0 / scales.clamp_min(1e-38))).clamp(-1, 1)
+    if places is not None:
+        half = (places - 1) / 2
+        relative = ((relative + 1) * half + 0.5).floor() / half - 1
+    return torch.bucketize(relative, between)
 
 
 def by_bitsandbytes(weight: Tensor, *, double: bool) -> Tensor:
@@ -74,7 +127,7 @@ def by_hqq(weight: Tensor, bits: int) -> Tensor:
 
 QUANTIZERS: dict[str, Callable[[Tensor], Tensor]] = {
     "nf4": normal_float,
-    "nf4-double": partial(by_bitsandbytes, double=True),
+    "nf4-double": partial(normal_float, double=True),
     "rtn4": partial(rounded, bits=4),
     "rtn3": partial(rounded, bits=3),
     "rtn2": partial(rounded, bits=2),

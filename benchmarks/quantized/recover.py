@@ -1,33 +1,54 @@
 """What closed-form starts give back of what quantization took, before any training.
 
-    python -m benchmarks.quantized.recover --kinds nf4 rtn3 rtn2 --ranks 8 32
+    python -m benchmarks.quantized.recover --model smollm2 --output recovery-smollm2.jsonl
+    python -m benchmarks.quantized.recover --table benchmarks/quantized/results
 
-SmolLM2-135M, whose own weights are dequantized 4-bit ones (affine, groups of 32), quantized again on another
-grid. Statistics are taken of the quantized model on some rows; on other rows are measured the divergence
-``KL(full || quantized)`` a position and the loss, beside the full-precision model's. One JSON line a start,
-kept in ``results/recovery.jsonl`` by ``--output``, and a table at the end. Text: Python's own manual
-(``pydoc_data``), or a task that ``benchmarks.quality.data`` prepared.
+A model, its weights replaced by their quantized copies. Statistics are taken of some rows of a data set, of the
+quantized model and of the full-precision one; on other rows of the same is measured how far the model is from
+the full-precision one, and its loss (``measures.py``). Data: Python's manual, or tasks (``token_rows.py``).
+
+Every closed form's start of rank r is the first r terms of that of a higher rank. So each is solved once, at
+the highest rank asked for, and measured at all. One JSON line a start; what ``--output`` holds is left out.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import json
-import platform
+import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 import lorainit
-from benchmarks.common.models import load_smollm2, load_smollm2_tokenizer
-from benchmarks.quality.data.files import default_folder, load_pools
+from benchmarks.common import json_lines
+from benchmarks.common.clock import Clock as Stopwatch
+from benchmarks.common.provenance import provenance
+from benchmarks.quality.time_limit import Clock, OutOfTime
+from benchmarks.quantized import peft_loftq
+from benchmarks.quantized.bases import BASES, Case, Split
 from benchmarks.quantized.quantizers import QUANTIZERS, quantize
+from benchmarks.quantized.recovery_tables import (
+    KINDS,
+    NOTHING,
+    PEFT_ONE,
+    PEFT_OTHER,
+    Record,
+    key,
+    read,
+    tables,
+)
+from benchmarks.quantized.token_rows import TEXT
+from benchmarks.quantized.token_rows import read as read_rows
+from benchmarks.quantized.token_rows import write as write_rows
+from benchmarks.quantized.write_rows import LENGTH, ROWS, default_path, rows_of
 
 METHODS: dict[str, Any] = {
     "LoftQ": lorainit.LoftQ(),
@@ -36,157 +57,256 @@ METHODS: dict[str, Any] = {
     "both sides": lorainit.KroneckerQER(),
 }
 
-NAMES = {"both sides": "KroneckerQER", "QERA diagonal": 'QERA("diagonal")'}
-"""Of methods whose records have another name than their class."""
+PEFT = "PEFT loftq"
+"""PEFT's own function, at two scalings (``peft_loftq.py``)."""
+
+NEEDS = lorainit.KroneckerQER().needs
 
 
-def text_rows(tokenizer: Any, rows: int, length: int) -> Tensor:
-    """``(rows, length)`` tokens of English prose, evenly from the whole text."""
-    from pydoc_data.topics import topics
-
-    text = "\n\n".join(topics[name] for name in sorted(topics))
-    tokens = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
-    whole = tokens[: len(tokens) // length * length].reshape(-1, length)
-    return whole[torch.linspace(0, len(whole) - 1, rows).long()]
+def lora(rank: int, **adapter: Any) -> LoraConfig:
+    # rsLoRA with alpha 16: a scaling that is not one, which a start has to divide out.
+    adapter = adapter or {"target_modules": "all-linear"}
+    return LoraConfig(r=rank, lora_alpha=16, use_rslora=True, **adapter)
 
 
-def text_batches(tokenizer: Any, rows: int, length: int, size: int) -> list[dict[str, Tensor]]:
-    return [
-        {"input_ids": part, "labels": part}
-        for part in text_rows(tokenizer, rows, length).split(size)
-    ]
+class Rounded:
+    """One model on one grid after another."""
+
+    def __init__(self, full: nn.Module, config: LoraConfig) -> None:
+        self.full, self.config = full, config
+        self.model: Any = copy.deepcopy(full)
+        self._kept: dict[str, dict[str, Tensor]] = {}
+
+    @torch.no_grad()
+    def on(self, kind: str) -> nn.Module:
+        """The model with its weights on this grid; made once, then put in place."""
+        self.model.load_state_dict(self.full.state_dict())
+        before, own = dict(self.full.named_parameters()), dict(self.model.named_parameters())
+        if kind in self._kept:
+            for name, weight in self._kept[kind].items():
+                own[name].copy_(weight)
+        else:
+            quantize(self.model, kind, self.config)
+            self._kept[kind] = {
+                name: p.detach().clone() for name, p in own.items() if not p.equal(before[name])
+            }
+        found: nn.Module = self.model
+        return found
 
 
-def task_batches(task: str, folder: Path, rows: int, size: int) -> list[dict[str, Tensor]]:
-    """Problems and answers of a prepared task, the answers labelled."""
-    return load_pools(task, folder)["train"].batches(range(rows), size)
+@dataclass
+class Trial:
+    """One case on one grid.
+
+    Attributes:
+        case: model, data and measure.
+        rounded: its model, to be put on the grid.
+        kind: the grid.
+        of_full: statistics of the full-precision model, kept over the grids.
+    """
+
+    case: Case
+    rounded: Rounded
+    kind: str
+    of_full: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.rounded.on(self.kind)
+        self.before = self.case.measure(self.rounded.model)
+        self._of_quantized: Any = None
+        self.seconds: dict[str, float] = {}
+
+    def statistics(self, of: str, device: torch.device) -> Any:
+        """Of the model on the grid, or of the full-precision one for use on the grid."""
+        if of == "none":
+            return None
+        watch, adapter = Stopwatch(device), lora(8, **self.case.adapter)
+        how = {"data": self.case.data, "needs": NEEDS, "progress": False, **self.case.collect}
+        if of == "full":
+            if not self.of_full:
+                with watch.stretch("statistics"):
+                    found = lorainit.collect_statistics(self.case.full, adapter, **how)
+                # Without the fingerprints, by which the package knows whose statistics they are.
+                self.of_full["found"] = lorainit.Statistics(found, found.metadata)
+                self.of_full["seconds"] = watch.seconds["statistics"]
+            self.seconds["full"] = self.of_full["seconds"]
+            return self.of_full["found"]
+        if self._of_quantized is None:
+            with watch.stretch("statistics"):
+                self._of_quantized = lorainit.collect_statistics(self.rounded.model, adapter, **how)
+            self.seconds["quantized"] = watch.seconds["statistics"]
+        return self._of_quantized
+
+    def line(
+        self, method: str, of: str, ranks: Sequence[int], device: torch.device
+    ) -> Iterator[dict[str, Any]]:
+        """A method's figures at every rank, solved at the highest of them."""
+        top, watch = max(ranks), Stopwatch(device)
+        statistics = self.statistics(of, device)
+        with watch.stretch("solve"):
+            model = lorainit.get_peft_model(
+                self.rounded.model, lora(top, **self.case.adapter), method=METHODS[method],
+                statistics=statistics, reference_weights=self.case.full, progress=False,
+            )  # fmt: skip
+        seconds = {"solve": round(watch.seconds["solve"], 2)}
+        if statistics is not None:
+            seconds["statistics"] = round(self.seconds[of], 2)
+        for rank in sorted(ranks, reverse=True):
+            cut(model, rank)
+            yield {
+                "method": method, "statistics": of, "rank": rank, "solved_at_rank": top,
+                "s": 16 / math.sqrt(top), "seconds": seconds, **self.case.measure(model),
+            }  # fmt: skip
+        self.rounded.model = model.unload()
 
 
 @torch.no_grad()
-def logprobs(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """``(positions, vocabulary)`` where a label follows, and those labels."""
-    inputs = {k: v for k, v in batch.items() if k != "labels"}
-    labels = batch["labels"][:, 1:]
-    kept = labels != -100
-    logits = model(**inputs).logits[:, :-1][kept].float()
-    return logits.log_softmax(-1), labels[kept]
+def cut(model: PeftModel, rank: int) -> None:
+    """Leave the first `rank` terms of every layer's adapter; the others are zero."""
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            for factor in module.lora_B.values():
+                factor.weight[:, rank:] = 0.0
 
 
-def measured(
-    model: nn.Module, batches: list[dict[str, Tensor]], full: list[Tensor]
-) -> tuple[float, float]:
-    """``KL(full || model)`` and the loss, means over positions."""
-    total = torch.zeros(3, dtype=torch.float64)
-    for batch, wanted in zip(batches, full, strict=True):
-        found, labels = logprobs(model.eval(), batch)
-        kl = (wanted.exp() * (wanted - found)).sum(-1).sum()
-        loss = -found.gather(1, labels.unsqueeze(1)).sum()
-        total += torch.tensor([float(kl), float(loss), float(len(labels))], dtype=torch.float64)
-    return float(total[0] / total[2]), float(total[1] / total[2])
+def lines(options: argparse.Namespace, kind: str) -> list[tuple[str, str]]:
+    """Methods on a grid, each with the model that its statistics are of."""
+    found = [(NOTHING, "none")]
+    for method in options.methods:
+        if method == PEFT:
+            # bitsandbytes' plain four bits alone.
+            found += [(PEFT, "none")] if kind == "nf4" else []
+        elif METHODS[method].needs:
+            found += [(method, of) for of in options.statistics]
+        else:
+            found.append((method, "none"))
+    return found
 
 
-def lora(rank: int) -> LoraConfig:
-    # rsLoRA with alpha 16: a scaling that is not one, which a start has to divide out.
-    return LoraConfig(r=rank, lora_alpha=16, use_rslora=True, target_modules="all-linear")
+def wanted(common: Record, line: tuple[str, str], ranks: Sequence[int]) -> set[tuple[Any, ...]]:
+    """Keys of the records that a line makes."""
+    method, of = line
+    names = (PEFT_ONE, PEFT_OTHER) if method == PEFT else (method,)
+    places = [0] if method == NOTHING else ranks
+    return {
+        key({**common, "method": name, "statistics": of, "rank": rank})
+        for name in names
+        for rank in places
+    }
 
 
-def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    device = torch.device(options.device)
-    tokenizer = load_smollm2_tokenizer()
-    if options.data == "text":
-        batches = text_batches(
-            tokenizer, options.rows + options.held_out, options.length, options.batch
-        )
-    else:
-        batches = task_batches(
-            options.data, options.folder, options.rows + options.held_out, options.batch
-        )
-    batches = [{k: v.to(device) for k, v in batch.items()} for batch in batches]
-    # Every so many rows one is held out, so that both are of the same kind.
-    every = (options.rows + options.held_out) // options.held_out
-    held = batches[every - 1 :: every]
-    data = [b for i, b in enumerate(batches) if i % every != every - 1]
-    reference = load_smollm2(device=device)
-    wanted = [logprobs(reference, batch)[0] for batch in held]
-    _, full_loss = measured(reference, held, wanted)
-    needs = lorainit.KroneckerQER().needs
-    for kind in options.kinds:
-        base = copy.deepcopy(reference)
-        quantize(base, kind, lora(8))
-        kl, loss = measured(base, held, wanted)
+def run(options: argparse.Namespace, done: set[tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
+    """Records that are not there yet. Raises ``OutOfTime`` before a line that would not end in time."""
+    clock, device, base = (
+        Clock(options.time_limit),
+        torch.device(options.device),
+        BASES[options.model],
+    )
+    pools = rows_to_read(options)
+    split = Split(pools, options.rows, options.held_out, options.batch, device, options.folder)
+    rounded, longest = None, 0.0
+    for data in options.data or [TEXT, *base.tasks]:
         common = {
-            "model": "SmolLM2-135M", "kind": kind, "data": options.data, "rows": options.rows,
-            "held_out": options.held_out, "length": options.length, "full_loss": full_loss,
-            "kl_before": kl, "loss_before": loss, "torch": torch.__version__,
-            "lorainit": lorainit.__version__,
-            "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
+            "model": base.title, "data": data, "rows": options.rows, "held_out": options.held_out,
+            "length": pools[data].length,
         }  # fmt: skip
-        yield {**common, "method": "nothing", "rank": 0, "kl": kl, "loss": loss}
-        began = time.monotonic()
-        statistics = lorainit.collect_statistics(base, lora(8), data=data, needs=needs)
-        collecting = time.monotonic() - began
-        for rank in options.ranks:
-            for name, method in METHODS.items():
-                if options.methods and name not in options.methods:
-                    continue
-                began = time.monotonic()
-                model = lorainit.get_peft_model(
-                    base, lora(rank), method=method, statistics=statistics, reference_weights=reference
-                )  # fmt: skip
-                solving = time.monotonic() - began
-                kl, loss = measured(model, held, wanted)
-                base = model.unload()
-                yield {
-                    **common, "method": name, "rank": rank, "kl": kl, "loss": loss,
-                    "seconds": {"statistics": round(collecting, 1), "solve": round(solving, 1)},
-                }  # fmt: skip
+        left = {
+            kind: [
+                line
+                for line in lines(options, kind)
+                if wanted({**common, "kind": kind}, line, options.ranks) - done
+            ]
+            for kind in options.kinds
+        }
+        if not any(left.values()):
+            continue
+        case = base.case(split, data)
+        if rounded is None or rounded.full is not case.full:
+            rounded = Rounded(case.full, lora(8, **case.adapter))
+        full_loss = case.measure(case.full).get("loss")
+        of_full: dict[str, Any] = {}
+        for kind, of_kind in left.items():
+            if not of_kind:
+                continue
+            clock.check(longest)
+            trial = Trial(case, rounded, kind, of_full)
+            same = {**common, "kind": kind, "batch": options.batch, **provenance(device)}
+            same |= {f"{name}_before": value for name, value in trial.before.items()}
+            if full_loss is not None:
+                same["full_loss"] = full_loss
+            for line in of_kind:
+                clock.check(longest)
+                began = time.perf_counter()
+                for found in figures(trial, line, options.ranks, device):
+                    yield {**same, **found}
+                longest = max(longest, time.perf_counter() - began)
 
 
-def share_gone(record: Mapping[str, Any], name: str) -> float:
-    """What share of the ``"kl"`` or of the rise of the ``"loss"`` that quantization brought is gone."""
-    least = 0.0 if name == "kl" else record["full_loss"]
-    before = record[f"{name}_before"]
-    return float((before - record[name]) / (before - least))
+def figures(
+    trial: Trial, line: tuple[str, str], ranks: Sequence[int], device: torch.device
+) -> Iterator[dict[str, Any]]:
+    """What one line says, at every rank."""
+    method, of = line
+    if method == NOTHING:
+        yield {"method": NOTHING, "statistics": "none", "rank": 0, **trial.before}
+    elif method == PEFT:
+        for found in peft_loftq.measured(trial.case, ranks, device):
+            yield {"statistics": "none", **found}
+    else:
+        yield from trial.line(method, of, ranks, device)
 
 
-def table(records: Iterable[Mapping[str, Any]]) -> str:
-    """Markdown: KL and loss, and what share of each that quantization brought is gone."""
-    lines = [
-        "| grid, rank | start | KL | of it gone | loss | of the rise gone |",
-        "|---|---|---|---|---|---|",
-    ]
-    for r in records:
-        where = r["kind"] if r["rank"] == 0 else f"{r['kind']}, {r['rank']}"
-        lines.append(
-            f"| {where} | {NAMES.get(r['method'], r['method'])} | {r['kl']:.4f} | "
-            f"{share_gone(r, 'kl'):.0%} | {r['loss']:.4f} | {share_gone(r, 'loss'):.0%} |"
-        )
-    return "\n".join(lines)
+def rows_to_read(options: argparse.Namespace) -> dict[str, Any]:
+    """The rows of a file, made in the cache where none is given."""
+    path = options.rows_file or default_path(options.model)
+    if options.rows_file is None and not path.exists():
+        tasks = BASES[options.model].tasks
+        write_rows(rows_of(options.model, tasks, ROWS, LENGTH), path)
+    pools: dict[str, Any] = read_rows(path)
+    return pools
+
+
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    found.add_argument("--model", default="smollm2", choices=BASES)
+    found.add_argument("--kinds", nargs="+", default=list(KINDS), choices=QUANTIZERS)
+    found.add_argument("--ranks", nargs="+", type=int, default=[8, 16, 32, 64])
+    found.add_argument("--methods", nargs="+", choices=[*METHODS, PEFT], default=list(METHODS))
+    found.add_argument(
+        "--statistics", nargs="+", choices=["quantized", "full"], default=["quantized", "full"],
+        help="of which model",
+    )  # fmt: skip
+    found.add_argument("--data", nargs="+", help="text and tasks; by default all of the model's")
+    found.add_argument("--rows", type=int, default=64, help="for the statistics")
+    found.add_argument("--held-out", type=int, default=64, help="rows to measure on")
+    found.add_argument("--batch", type=int, default=8, help="rows a batch")
+    found.add_argument("--rows-file", type=Path, help="of benchmarks.quantized.write_rows")
+    found.add_argument("--folder", type=Path, help="a packed model, in place of the cache's")
+    found.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    found.add_argument(
+        "--time-limit", type=float, help="seconds; no line is begun that would not end"
+    )
+    found.add_argument("--output", type=Path)
+    found.add_argument(
+        "--table", type=Path, metavar="FOLDER", help="print the records' tables alone"
+    )
+    return found
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--kinds", nargs="+", default=["nf4", "rtn3", "rtn2"], choices=QUANTIZERS)
-    parser.add_argument("--ranks", nargs="+", type=int, default=[8, 32])
-    parser.add_argument("--methods", nargs="+", choices=METHODS)
-    parser.add_argument("--data", default="text", help="text, or a prepared task")
-    parser.add_argument("--folder", type=Path, default=default_folder(), help="prepared tasks")
-    parser.add_argument("--rows", type=int, default=64, help="for the statistics")
-    parser.add_argument("--held-out", type=int, default=64, help="rows to measure on")
-    parser.add_argument("--length", type=int, default=128, help="tokens a row of text")
-    parser.add_argument("--batch", type=int, default=1, help="rows a batch")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", type=Path)
-    options = parser.parse_args(arguments)
-    records = []
-    for record in run(options):
-        records.append(record)
-        print(json.dumps(record), flush=True)
-        if options.output is not None:
-            options.output.parent.mkdir(parents=True, exist_ok=True)
-            with options.output.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-    print(table(records))
+    options = parser().parse_args(arguments)
+    if options.table is not None:
+        print(tables(read(options.table)))
+        return
+    out = options.output
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    done = {key(r) for r in json_lines.read(out)} if out is not None and out.exists() else set()
+    try:
+        for record in run(options, done):
+            json_lines.say(record, out)
+    except OutOfTime:
+        print("out of time: the same call goes on from here")
 
 
 if __name__ == "__main__":

@@ -6,8 +6,15 @@ import pytest
 import torch
 from benchmarks.quantized.optimality import OWN, of_layer
 from benchmarks.quantized.optimality import table as optimality_table
-from benchmarks.quantized.quantizers import GROUP, QUANTIZERS, by_bitsandbytes, normal_float
-from benchmarks.quantized.recover import NAMES, table
+from benchmarks.quantized.quantizers import (
+    GROUP,
+    QUANTIZERS,
+    by_bitsandbytes,
+    dynamic_code,
+    normal_float,
+    rounded_scales,
+)
+from benchmarks.quantized.recovery_tables import NAMES
 
 from lorainit.types import LayerStatistics
 
@@ -24,20 +31,60 @@ def test_a_group_has_as_many_values_as_its_bits_allow(kind: str) -> None:
         assert max(values) <= 2**bits
 
 
-def test_normal_floats_are_those_of_bitsandbytes() -> None:
+def weights(kind: str) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(83, 5 * GROUP, generator=generator)
+    if kind == "heavy tails":
+        return weight**3
+    if kind == "small":
+        return 1e-3 * weight
+    if kind == "zeros":
+        weight[3] = 0.0
+    return weight
+
+
+@pytest.mark.parametrize("kind", ["normal", "heavy tails", "small", "zeros"])
+@pytest.mark.parametrize("double", [False, True])
+def test_normal_floats_are_those_of_bitsandbytes_to_the_bit(kind: str, double: bool) -> None:
+    """With scales in float32, and with scales rounded themselves, in a last block that is not full."""
     pytest.importorskip("bitsandbytes")
-    weight = torch.randn(48, 4 * GROUP, generator=torch.Generator().manual_seed(1))
-    weight[3] = 0.0
-    torch.testing.assert_close(normal_float(weight), by_bitsandbytes(weight, double=False))
-    assert not torch.equal(normal_float(weight), by_bitsandbytes(weight, double=True))
+    weight = weights(kind)
+    found = normal_float(weight, double=double)
+    assert found.equal(by_bitsandbytes(weight, double=double))
+    assert not found.equal(by_bitsandbytes(weight, double=not double))
 
 
-def test_the_table_says_what_share_is_gone() -> None:
-    record = {
-        "kind": "nf4", "rank": 8, "method": "QERA", "kl": 0.1, "kl_before": 0.4,
-        "loss": 3.1, "loss_before": 3.4, "full_loss": 3.0,
-    }  # fmt: skip
-    assert "| nf4, 8 | QERA | 0.1000 | 75% | 3.1000 | 75% |" in table([record])
+def test_a_million_scales_are_rounded_as_bitsandbytes_does() -> None:
+    """Also where its table is not the nearest value, which a search would find."""
+    functional = pytest.importorskip("bitsandbytes.functional")
+    scales = torch.rand(2**20, generator=torch.Generator().manual_seed(2))
+    mean = scales.mean()
+    codes, state = functional.quantize_blockwise(scales - mean, blocksize=256)
+    theirs = functional.dequantize_blockwise(codes, state) + mean
+    assert rounded_scales(scales).equal(theirs)
+    between = (dynamic_code()[1:] + dynamic_code()[:-1]) / 2
+    relative = (scales - mean).view(-1, 256)
+    relative = relative / relative.abs().amax(1, keepdim=True)
+    differ = (torch.bucketize(relative, between).flatten() != codes).float().mean()
+    assert 0 < differ < 0.01
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("double", [False, True])
+def test_normal_floats_are_those_of_bitsandbytes_on_an_accelerator(double: bool) -> None:
+    """But where its own comparisons, written as decimals, round another way."""
+    pytest.importorskip("bitsandbytes")
+    if not torch.cuda.is_available():
+        pytest.skip("needs an accelerator")
+    weight = weights("normal").cuda()
+    found, theirs = normal_float(weight, double=double), by_bitsandbytes(weight, double=double)
+    assert ((found - theirs).abs() > 1e-6).float().mean() < 1e-3
+
+
+def test_scales_are_rounded_to_the_values_of_bitsandbytes() -> None:
+    functional = pytest.importorskip("bitsandbytes.functional")
+    assert dynamic_code().equal(functional.create_dynamic_map())
+    assert len(dynamic_code().unique()) == 256
 
 
 def test_each_closed_form_is_the_least_in_its_own_metric() -> None:

@@ -36,7 +36,7 @@ RECORDS = {
     "quality/results/speed-*.png": "quality/analyze.py",
     "quantized/results/quantized.jsonl": "quantized/__main__.py",
     "quantized/results/optimality.jsonl": "quantized/optimality.py",
-    "quantized/results/recovery.jsonl": "quantized/recover.py",
+    "quantized/results/recovery*.jsonl": "quantized/recover.py",
     "quality/results/grid-*.md": "quality/compare_grid.py",
     "quality/results/rate-by-method-*.png": "quality/compare_grid.py",
     "scaling/results/scaling.json": "scaling/__main__.py",
@@ -58,6 +58,7 @@ RECORDS = {
 PUBLIC = {"adapters", "calibration", "data", "errors", "linalg", "methods", "report", "types"}
 INTERNAL = {
     "quantized/quantizers.py": "finds a model's target layers, to quantize them",
+    "quantized/peft_loftq.py": "loads whole models alone, as the command line does",
     "common/models.py": "loads whole models alone, as the command line does",
     "quality/models/registry.py": "loads whole models alone, as the command line does",
     "quality/models/vit.py": "loads whole models alone, as the command line does",
