@@ -176,3 +176,17 @@ def test_outputs_come_nearer_and_the_adapter_is_plain_lora(kind: str, tmp_path: 
     torch.testing.assert_close(logits(again), live, rtol=1e-5, atol=1e-5)
     after = stored(found)
     assert all(torch.equal(after[name], weight) for name, weight in before.items())
+
+
+def test_an_empty_weight_that_tells_the_dtype_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some versions of transformers give HQQ's layers one."""
+    from hqq.core.quantize import HQQLinear
+
+    model = quantized("hqq4")
+    before = stored(model)
+    monkeypatch.setattr(HQQLinear, "weight", property(lambda layer: torch.empty(0)), raising=False)
+    after = stored(model)
+    assert all(torch.equal(after[name], weight) for name, weight in before.items())
+    data = [batch(), batch()]
+    # Natural asks for the norms of the weights.
+    lorainit.get_peft_model(model, config(), method=lorainit.Natural(), data=data, progress=False)

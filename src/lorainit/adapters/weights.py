@@ -70,7 +70,8 @@ def _floating(module: nn.Module, name: str) -> Tensor:
         if isinstance(weight, Tensor) and hasattr(weight, "full_tensor"):
             gathered: Tensor = weight.full_tensor()
             return gathered.detach()
-        if isinstance(weight, Tensor) and _is_plain(weight):
+        # Transformers gives HQQ's layers an empty `weight`, that their dtype can be asked for.
+        if isinstance(weight, Tensor) and _is_plain(weight) and not hasattr(module, "W_q"):
             return weight.detach()
         try:
             return dequantized(module)

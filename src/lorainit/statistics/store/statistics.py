@@ -138,24 +138,21 @@ class Statistics(Mapping[str, LayerStatistics]):
 
     def relieve(self, device: torch.device, nbytes: int) -> None:
         """Move layers from `device` to the host, last ones first, until so many bytes are free."""
-        moved: dict[int, Tensor] = {}
+        # Both stay until the end: an address may be another tensor's once the first is gone.
+        moved: dict[int, tuple[Tensor, Tensor]] = {}
         freed = 0
-        for name in reversed(list(self._layers)):
+        for layer in reversed(self._layers.values()):
             if freed >= nbytes:
                 break
-            layer = self._layers[name]
-            own = {f: t for f in layer.TENSORS if (t := getattr(layer, f)) is not None}
-            for tensor in own.values():
+            for tensor in _tensors_of(layer).values():
                 if tensor.device == device and id(tensor) not in moved:
-                    moved[id(tensor)] = tensor.cpu()
+                    moved[id(tensor)] = tensor, tensor.cpu()
                     freed += tensor.numel() * tensor.element_size()
-            self._layers[name] = replace(layer, **{f: moved.get(id(t), t) for f, t in own.items()})
         for name, layer in self._layers.items():
             # Layers that share a tensor that was moved share the moved one.
-            own = {f: t for f in layer.TENSORS if (t := getattr(layer, f)) is not None}
-            if any(id(t) in moved for t in own.values()):
-                shared = {f: moved.get(id(t), t) for f, t in own.items()}
-                self._layers[name] = replace(layer, **shared)
+            found = {f: moved[id(t)][1] for f, t in _tensors_of(layer).items() if id(t) in moved}
+            if found:
+                self._layers[name] = replace(layer, **found)
 
     def save(
         self, path: str | os.PathLike[str], *, max_shard_size: int | str = MAX_SHARD_SIZE
@@ -300,6 +297,11 @@ class Statistics(Mapping[str, LayerStatistics]):
                 tensors[key] = tensor
                 places[name][field] = key
         return tensors, places
+
+
+def _tensors_of(layer: LayerStatistics) -> dict[str, Tensor]:
+    """A layer's tensors by field."""
+    return {f: t for f in layer.TENSORS if (t := getattr(layer, f)) is not None}
 
 
 class _Packing(Mapping[str, Tensor]):
