@@ -186,12 +186,20 @@ def check_disjoint(**splits: Sequence[Problem] | Sequence[Example]) -> None:
             seen[question] = name
 
 
-def encode(problem: Problem, tokenizer: PreTrainedTokenizerBase, style: Style = "plain") -> Example:
-    """Tokens of the prompt, of the completion, and the end token."""
+def encode(
+    problem: Problem,
+    tokenizer: PreTrainedTokenizerBase,
+    style: Style = "plain",
+    *,
+    begin: bool = False,
+) -> Example:
+    """Tokens of the prompt, of the completion, and the end token; with `begin`, its first token first."""
     before, after = problem.prompt, problem.completion
     if style == "chat":
         before, after = CHAT.format(question=problem.question), problem.answer
     prompt = tokenizer(before, add_special_tokens=False)["input_ids"]
+    if begin:
+        prompt = [tokenizer.bos_token_id, *prompt]
     answer = tokenizer(after, add_special_tokens=False)["input_ids"]
     answer = [*answer, tokenizer.eos_token_id]
     return Example((*prompt, *answer), (*([IGNORED] * len(prompt)), *answer))
@@ -206,15 +214,16 @@ def make_examples(
     seed: int = 0,
     max_length: int | None = None,
     style: Style = "plain",
+    begin: bool = False,
 ) -> list[Example]:
-    """``size`` tokenized problems of a split, none longer than ``max_length`` tokens.
+    """``size`` tokenized problems of a split (see `encode`), none longer than ``max_length`` tokens.
 
     Problems that are too long are passed over, never cut, and further ones take their place.
     """
     wanted = size
     while True:
         problems = make_split(task, split, wanted, seed)
-        examples = [encode(problem, tokenizer, style) for problem in problems]
+        examples = [encode(problem, tokenizer, style, begin=begin) for problem in problems]
         fitting = [e for e in examples if max_length is None or len(e) <= max_length]
         if len(fitting) >= size:
             return fitting[:size]

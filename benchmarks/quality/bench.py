@@ -21,7 +21,7 @@ from benchmarks.quality.initialization import Initialised, Initialiser
 from benchmarks.quality.models.registry import kind_of
 from benchmarks.quality.outcomes import evaluations, measured
 from benchmarks.quality.records import append, head, provenance
-from benchmarks.quality.stacks import batch_rows_of, stack_for, stack_key
+from benchmarks.quality.stacks import batch_rows_of, stack_for, stack_key, statistics_batch
 from benchmarks.quality.time_limit import Clock, OutOfTime
 from benchmarks.quality.training.adapters import Base, Start
 from benchmarks.quality.training.full_fine_tuning import train_full
@@ -67,10 +67,8 @@ class Bench:
         self.data, self.out, self.stage, self.stack = data, out, stage, stack
         self.test, self.validation_rows, self.test_rows = test, validation_rows, test_rows
         self.evaluation_rows = evaluation_rows
-        # Launches cost more than products on a device: few large batches.
-        on_device = next(model.parameters()).is_cuda
         self.initialise = Initialiser(
-            model, batch_size=128 if on_device else 32, reference=reference
+            model, batch_size=statistics_batch(model), reference=reference
         )
         self.clock = clock or Clock(None)
         self.provenance = provenance(commit, self.device)
@@ -89,7 +87,9 @@ class Bench:
         added = 0
         with tqdm(total=len(pending), desc=self.stage, unit="run", mininterval=5) as bar:
             for task, members in by_task.items():
-                pools = {k: p.to(self.device) for k, p in load_pools(task, self.data).items()}
+                (model,) = {e.model for e in members}
+                pools = load_pools(task, self.data, model)
+                pools = {k: p.to(self.device) for k, p in pools.items()}
                 style = style_of(task, self.data)
                 if any(e.style != style for e in members):
                     raise ValueError(

@@ -5,9 +5,10 @@
         --methods vanilla natural --out OUT --time-limit 500
 
 Every task's stages run one after the other, each in a process of its own (``benchmarks.quality``),
-on the next card that is free; tasks are begun in the order given, so name the longest first. A task's
-model, its data folder (the first that has it) and the style of its prompts follow from its name. Records
-are in ``OUT/TASK``; the same call goes on where one stopped.
+on the next card that is free; tasks are begun in the order given, so name the longest first. A task's data
+folder is the first that has it; its model and the style of its prompts are those of its data there (``--set
+model=NAME+GRID``: the same model, quantized). Records are in ``OUT/TASK``; the same call goes on where one
+stopped.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.quality.data.files import style_of
+from benchmarks.quality.data.files import model_of_data, style_of
 from benchmarks.quality.models.registry import model_of
 from benchmarks.quality.records import RESULTS
 
@@ -67,11 +68,13 @@ def command(
 ) -> list[str]:
     """The call of one stage of one task."""
     folder = folder_of(task, folders)
+    name = model_of_data(task, folder)
     made = [sys.executable, "-m", "benchmarks.quality", *stage_arguments(stage)]
     made += ["--tasks", task, "--data", str(folder), "--set", f"style={style_of(task, folder)}"]
+    if name != model_of([task]):
+        made += [f"model={name}"]
     made += ["--out", str(out / task), "--records", str(RESULTS), str(out)]
     made += ["--time-limit", f"{limit:.0f}", *rest]
-    name = model_of([task])
     return made + (["--model", models[name]] if name in models else [])
 
 

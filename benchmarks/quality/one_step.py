@@ -23,8 +23,9 @@ from benchmarks.quality.data.files import load_pools
 from benchmarks.quality.experiment import Experiment
 from benchmarks.quality.initialization import Initialiser, lora_config
 from benchmarks.quality.models.loading import choose_device, load_model
-from benchmarks.quality.models.registry import KINDS, defaults, model_of
+from benchmarks.quality.models.registry import defaults, kind_of, model_of
 from benchmarks.quality.records import append, head, provenance, read_records
+from benchmarks.quality.stacks import statistics_batch
 from benchmarks.quality.time_limit import Clock, OutOfTime
 
 SEQUENCES = 64
@@ -43,16 +44,17 @@ def main() -> None:
     options = parser.parse_args()
     clock = Clock(options.time_limit)
     done = read_records([*options.records, options.out], "one_step")
-    model = load_model(options.model, choose_device(), model_of(options.tasks))
-    initialiser = Initialiser(model)
     common = dict(map(assignment, options.set))
+    name = common.get("model") or model_of(options.tasks)
+    model = load_model(options.model, choose_device(), name)
+    initialiser = Initialiser(model, batch_size=min(32, statistics_batch(model)))
     try:
         for task in options.tasks:
-            train = load_pools(task, options.data)["train"].to(model.device)
+            train = load_pools(task, options.data, name)["train"].to(model.device)
             for seed in options.seeds:
-                for name, settings in map(stages.parse_method, options.methods):
+                for method, settings in map(stages.parse_method, options.methods):
                     fields = defaults(task) | common
-                    line = Experiment(task, name, 1.0, seed=seed, settings=settings, **fields)
+                    line = Experiment(task, method, 1.0, seed=seed, settings=settings, **fields)
                     if line.id in done:
                         continue
                     clock.check(2.0)
@@ -70,7 +72,7 @@ def suggested(
 ) -> dict[str, Any]:
     """What is suggested for one start, and the seconds that it takes."""
     method = line.build_method()
-    KINDS[line.model].seed_head(model, line.seed)
+    kind_of(line.model).seed_head(model, line.seed)
     batches = initialiser.batches(line, train)
     torch.manual_seed(line.seed)
     wrapped = lorainit.get_peft_model(

@@ -29,6 +29,12 @@ def stack_for(pool: Pool, most: int) -> int:
     return size
 
 
+def statistics_batch(model: Any) -> int:
+    """Sequences of one batch of the statistics: few large ones on a device, fewer where the words are many."""
+    size = 128 if next(model.parameters()).is_cuda else 32
+    return size // 4 if getattr(model.config, "vocab_size", 0) > 2**17 else size
+
+
 def stack_key(experiment: Experiment, found: Initialised) -> tuple[Any, ...]:
     """Runs that can share a stack."""
     return (

@@ -1,7 +1,7 @@
 """Is the stacked, captured trainer right and quick here? Prints one JSON line a question.
 
 With ``--model`` (a packed model) it trains for real, in both precisions; without, random weights of
-the same shape answer what hangs on shapes alone.
+the same shape answer what hangs on shapes alone. The kind of model is that of the data in ``--data``.
 """
 
 from __future__ import annotations
@@ -13,30 +13,44 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
 import lorainit
-from benchmarks.quality.data.files import load_pools
+from benchmarks.quality.data.files import load_pools, model_of_data
 from benchmarks.quality.data.order import batch_order
 from benchmarks.quality.data.pools import Pool
 from benchmarks.quality.experiment import Experiment
 from benchmarks.quality.initialization import Initialiser, lora_config
-from benchmarks.quality.models.packing import load_packed
-from benchmarks.quality.training.llama import StackedLlama
+from benchmarks.quality.models.registry import kind_of
+from benchmarks.quality.stacks import statistics_batch
+from benchmarks.quality.training.adapters import Base
 from benchmarks.quality.training.reference import score_plain, train_plain
 from benchmarks.quality.training.trainer import Job, StackTrainer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def random_model(device: torch.device, layers: int = 30) -> LlamaForCausalLM:
-    """SmolLM2-135M's shape."""
+def random_model(name: str, device: torch.device, layers: int | None = None) -> Any:
+    """A language model's shape."""
     torch.manual_seed(0)
+    if name == "gemma-3-270m":
+        shape = Gemma3TextConfig(
+            vocab_size=262144,
+            hidden_size=640,
+            intermediate_size=2048,
+            num_hidden_layers=layers or 18,
+            num_attention_heads=4,
+            num_key_value_heads=1,
+            head_dim=256,
+            sliding_window=512,
+        )
+        with device:
+            return Gemma3ForCausalLM(shape).eval()
     config = LlamaConfig(
         vocab_size=49152,
         hidden_size=576,
         intermediate_size=1536,
-        num_hidden_layers=layers,
+        num_hidden_layers=layers or 30,
         num_attention_heads=9,
         num_key_value_heads=3,
         tie_word_embeddings=True,
@@ -47,7 +61,7 @@ def random_model(device: torch.device, layers: int = 30) -> LlamaForCausalLM:
 
 
 def make_trainer(
-    base: StackedLlama, pools: dict[str, Pool], experiment: Experiment, stack: int, graphs: bool
+    base: Base, pools: dict[str, Pool], experiment: Experiment, stack: int, graphs: bool
 ) -> StackTrainer:
     return StackTrainer(
         base,
@@ -68,7 +82,7 @@ def report(**values: Any) -> None:
     print(json.dumps(values), flush=True)
 
 
-def speed(base: StackedLlama, pools: dict[str, Pool], start: Any, stack: int, name: str) -> None:
+def speed(base: Base, pools: dict[str, Pool], start: Any, stack: int, name: str) -> None:
     """Seconds of a capture, a training step and an evaluation, and the memory of the stack."""
     experiment = Experiment("chain_sum", "vanilla", 1e-3, steps=48)
     torch.cuda.reset_peak_memory_stats()
@@ -93,7 +107,7 @@ def speed(base: StackedLlama, pools: dict[str, Pool], start: Any, stack: int, na
     torch.cuda.empty_cache()
 
 
-def profile(base: StackedLlama, pools: dict[str, Pool], start: Any, stack: int) -> None:
+def profile(base: Base, pools: dict[str, Pool], start: Any, stack: int) -> None:
     """Where the device's time goes in a training step."""
     experiment = Experiment("chain_sum", "vanilla", 1e-3, steps=4)
     trainer = make_trainer(base, pools, experiment, stack, graphs=True)
@@ -108,15 +122,15 @@ def profile(base: StackedLlama, pools: dict[str, Pool], start: Any, stack: int) 
         report(kernel=row.key[:90], calls=row.count, ms=round(share, 2))
 
 
-def agreement(model: LlamaForCausalLM, pools: dict[str, Pool], device: torch.device) -> None:
+def agreement(name: str, model: Any, pools: dict[str, Pool], device: torch.device) -> None:
     """The captured stack of three against three plain runs, all in float32."""
     torch.backends.cuda.matmul.allow_tf32 = False
-    base = StackedLlama(model, torch.float32, fuse=device.type == "cuda")
+    base = kind_of(name).base(model, torch.float32, device.type == "cuda")
     runs = [
-        Experiment("chain_sum", "vanilla", lr, seed=s, steps=12, batch_size=8)
+        Experiment("chain_sum", "vanilla", lr, seed=s, steps=12, batch_size=8, model=name)
         for lr, s in ((1e-3, 0), (3e-3, 1), (1e-4, 2))
     ]
-    initialise = Initialiser(model)
+    initialise = Initialiser(model, batch_size=min(32, statistics_batch(model)))
     trainer = make_trainer(base, pools, runs[0], 3, graphs=device.type == "cuda")
     jobs = []
     for run in runs:
@@ -142,14 +156,20 @@ def agreement(model: LlamaForCausalLM, pools: dict[str, Pool], device: torch.dev
     torch.backends.cuda.matmul.allow_tf32 = True
 
 
-def precision(model: LlamaForCausalLM, pools: dict[str, Pool]) -> None:
+def precision(kind: str, model: Any, pools: dict[str, Pool]) -> None:
     """Whole runs in float32, TF32 and bfloat16, from the same starts on the same data."""
     methods = [("vanilla", 6.3e-4), ("vanilla", 1.6e-3), ("lora-one", 1.6e-3), ("natural", 1.6e-3)]
     runs = [
-        Experiment("chain_sum", name, rate, settings={"length": 0.1} if name == "natural" else {})
+        Experiment(
+            "chain_sum",
+            name,
+            rate,
+            settings={"length": 0.1} if name == "natural" else {},
+            model=kind,
+        )
         for name, rate in methods
     ]
-    initialise = Initialiser(model)
+    initialise = Initialiser(model, batch_size=min(32, statistics_batch(model)))
     jobs = []
     for run in runs:
         found = initialise(run, pools["train"], together=runs)
@@ -163,7 +183,7 @@ def precision(model: LlamaForCausalLM, pools: dict[str, Pool]) -> None:
     for name in ("fp32", "tf32", "bf16"):
         torch.backends.cuda.matmul.allow_tf32 = name == "tf32"
         dtype = torch.bfloat16 if name == "bf16" else torch.float32
-        base = StackedLlama(model, dtype, fuse=True)
+        base = kind_of(kind).base(model, dtype, True)
         trainer = make_trainer(base, pools, runs[0], len(runs), graphs=True)
         curve = pools["validation"].first(128)
         outcomes = trainer.run(
@@ -188,33 +208,36 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of prepared tasks")
     parser.add_argument("--stacks", type=int, nargs="*", default=[1, 4, 16])
     parser.add_argument("--precisions", nargs="*", default=list(DTYPES), choices=list(DTYPES))
-    parser.add_argument("--layers", type=int, default=30)
+    parser.add_argument("--layers", type=int, help="of random weights")
     parser.add_argument("--only", nargs="*", default=["agreement", "speed", "profile", "precision"])
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     began = time.perf_counter()
+    kind = model_of_data("chain_sum", arguments.data)
     if arguments.model:
-        model = load_packed(arguments.model, device)
+        model = kind_of(kind).load(arguments.model, device)
     else:
-        model = random_model(device, arguments.layers)
-    pools = load_pools("chain_sum", arguments.data)
+        model = random_model(kind, device, arguments.layers)
+    pools = load_pools("chain_sum", arguments.data, kind)
     report(loaded_s=round(time.perf_counter() - began, 2))
     if "agreement" in arguments.only:
-        agreement(model, pools, device)
+        agreement(kind, model, pools, device)
     if device.type == "cpu":
         return
-    start = Initialiser(model)(Experiment("chain_sum", "vanilla", 1e-3), pools["train"]).start
+    start = Initialiser(model, batch_size=min(32, statistics_batch(model)))(
+        Experiment("chain_sum", "vanilla", 1e-3), pools["train"]
+    ).start
     for name in arguments.precisions:
         dtype = DTYPES[name]
         if "speed" in arguments.only or "profile" in arguments.only:
-            base = StackedLlama(model, dtype, fuse=True)
+            base = kind_of(kind).base(model, dtype, True)
         if "speed" in arguments.only:
             for stack in arguments.stacks:
                 speed(base, pools, start, stack, name)
         if "profile" in arguments.only and name == "bf16":
             profile(base, pools, start, max(arguments.stacks))
     if "precision" in arguments.only and arguments.model:
-        precision(model, pools)
+        precision(kind, model, pools)
     report(total_s=round(time.perf_counter() - began, 2))
 
 

@@ -107,7 +107,8 @@ def balanced(
 
 def study(bench: Bench, task: str, seed: int, done: set[str], style: str, steps: int) -> None:
     """One task and seed; every run is a line of ``row_sizes.jsonl``."""
-    pools = {k: p.to(bench.device) for k, p in load_pools(task, bench.data).items()}
+    pools = load_pools(task, bench.data, model_of([task]))
+    pools = {k: p.to(bench.device) for k, p in pools.items()}
     common: dict[str, Any] = defaults(task) | {"steps": steps, "style": style}
     natural = Experiment(task, "natural", 1e-3, seed, {"steps": 4, "spare": None}, **common)
     experiments = {

@@ -11,16 +11,17 @@ import pytest
 from benchmarks.quality.launch import command, main, run_all
 
 
-def data(folder: Path, task: str, style: str) -> Path:
+def data(folder: Path, task: str, style: str, **more: str) -> Path:
     folder.mkdir(exist_ok=True)
-    np.savez(folder / f"{task}.npz", style=np.array(style))
+    arrays = {"style": style} | more
+    np.savez(folder / f"{task}.npz", **{name: np.array(value) for name, value in arrays.items()})
     return folder
 
 
 def test_the_call_names_the_tasks_own_model_data_and_style(tmp_path):
     folders = [
         data(tmp_path / "chat", "chain_sum", "chat"),
-        data(tmp_path / "plain", "digits", "plain"),
+        data(tmp_path / "plain", "digits", "plain", kind="image"),
     ]
     data(folders[1], "chain_sum", "plain")
     models = {"vit-mnist": "vit", "smollm2-135m-instruct": "packed"}
@@ -41,6 +42,13 @@ def test_the_call_names_the_tasks_own_model_data_and_style(tmp_path):
     text = " ".join(command("search", "digits", folders, models, tmp_path, 5, []))
     assert "--set style=plain" in text
     assert text.endswith("--model vit")
+    # Tokens of another model than the task's usual one.
+    folder = data(tmp_path / "gemma", "chain_sum", "plain", model="gemma-3-270m")
+    models["gemma-3-270m"] = "gemma"
+    rest = ["--set", "model=gemma-3-270m+nf4"]
+    text = " ".join(command("grid", "chain_sum", [folder], models, tmp_path, 5, rest))
+    assert "--set style=plain model=gemma-3-270m --out" in text
+    assert text.endswith("--set model=gemma-3-270m+nf4 --model gemma")
     with pytest.raises(FileNotFoundError, match="movies"):
         command("search", "movies", folders, models, tmp_path, 5, [])
 

@@ -70,7 +70,7 @@ CASES = [("text", bert, "all-minilm-l6-v2"), ("image", vit, "vit-mnist")]
 @pytest.mark.parametrize("anchored", [False, True])
 def test_a_stack_of_encoders_trains_as_separate_runs_do(tmp_path, kind, make, name, anchored):
     write(tmp_path, kind)
-    pools = load_pools(kind, tmp_path)
+    pools = load_pools(kind, tmp_path, name)
     methods = [lorainit.PiSSA(), lorainit.MiLoRA()] if anchored else [lorainit.Vanilla()] * 2
     steps, e = 8, Experiment(kind, "vanilla", 1e-2, rank=4, model=name, precision="fp32")
     trainer = StackTrainer(
@@ -134,7 +134,9 @@ def test_a_stage_of_encoders_is_recorded(tmp_path, kind, make, name):
 
 def test_full_fine_tuning_is_plain_training_of_every_weight(tmp_path):
     write(tmp_path, "text")
-    pools = load_pools("text", tmp_path)
+    pools = load_pools("text", tmp_path, "all-minilm-l6-v2")
+    with pytest.raises(ValueError, match="tokens of all-minilm-l6-v2"):
+        load_pools("text", tmp_path, "gemma-3-270m")
     order = batch_order(64, 32, 0, 6, 8)
     outcome = train_full(
         bert(), pools["train"], order, learning_rate=1e-2, warmup=0.1, clip=1.0, bfloat16=False,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.common.models import load_smollm2_tokenizer
+from benchmarks.common.models import load_gemma_tokenizer, load_smollm2_tokenizer
 from benchmarks.common.tasks import CANDIDATES, Style, check_disjoint, make_examples, make_split
 from benchmarks.quality.data.pools import Pool, fitting, pool_of, store
 
@@ -35,14 +37,55 @@ OTHER = {task: "letter_counting" for task in KNOWN} | {"letter_counting": "simpl
 SIZES = {"train": 6144, "validation": 512, "test": 1024}
 
 
+@dataclass(frozen=True)
+class Words:
+    """How a language model's texts become tokens.
+
+    Attributes:
+        load: its tokenizer.
+        styles: of the prompts that it is given.
+        begin: whether a text begins with the tokenizer's first token.
+    """
+
+    load: Callable[[], Any]
+    styles: tuple[Style, ...]
+    begin: bool
+
+
+DEFAULT = "smollm2-135m-instruct"
+
+WORDS: dict[str, Words] = {
+    DEFAULT: Words(lambda: load_smollm2_tokenizer(), ("plain", "chat"), begin=False),
+    # A base model: it has seen no chat turns, and no text without the first token.
+    "gemma-3-270m": Words(lambda: load_gemma_tokenizer(), ("plain",), begin=True),
+}
+"""By the name of the model. Data files name the one that they are for; files without a name are the
+`DEFAULT` model's."""
+
+
+def model_of_arrays(file: Any) -> str:
+    """The model that an open file of a reasoning task is for."""
+    return str(file["model"]) if "model" in file else DEFAULT
+
+
 def load_reasoning(task: str, folder: Path) -> dict[str, Pool]:
-    """The splits of a reasoning task; ``"other"`` if the other task is prepared too."""
+    """The splits of a reasoning task; ``"other"`` if the other task is prepared too.
+
+    Raises:
+        ValueError: the two are tokens of different models.
+    """
     with np.load(folder / f"{task}.npz") as file:
         slots = int(file["slots"])
         pools = {split: pool_of(*_arrays(file, split), slots) for split in SIZES}
+        model = model_of_arrays(file)
     other = folder / f"{OTHER.get(task, task)}.npz"
     if task in OTHER and other.exists():
         with np.load(other) as file:
+            if model_of_arrays(file) != model:
+                raise ValueError(
+                    f"{other} has tokens of {model_of_arrays(file)}, {task}.npz beside it of {model}: "
+                    "give every model a folder of its own"
+                )
             pools["other"] = fitting(_arrays(file, "validation"), pools["train"])
     return pools
 
@@ -54,11 +97,19 @@ def _arrays(file: Any, split: str) -> list[Tensor]:
 _KEYS = ("tokens", "lengths", "prompts")
 
 
-def prepare_reasoning(task: str, folder: Path, style: Style = "plain") -> Path:
-    """The one percent of sequences that are longest are passed over: one fixed length serves all."""
-    path = folder / f"{task}.npz"
-    tokenizer = load_smollm2_tokenizer()
-    sample = make_examples(task, "train", 512, tokenizer=tokenizer, style=style)
+def prepare_reasoning(
+    task: str, folder: Path, style: Style = "plain", model: str = DEFAULT
+) -> Path:
+    """The one percent of sequences that are longest are passed over: one fixed length serves all.
+
+    Raises:
+        ValueError: the model is not given prompts of this style.
+    """
+    path, words = folder / f"{task}.npz", WORDS[model]
+    if style not in words.styles:
+        raise ValueError(f"prompts for {model} are {' or '.join(words.styles)}, not {style}")
+    tokenizer, begin = words.load(), words.begin
+    sample = make_examples(task, "train", 512, tokenizer=tokenizer, style=style, begin=begin)
     limit = sorted(map(len, sample))[int(0.99 * len(sample))]
     limit = -(-limit // 8) * 8
     splits = {
@@ -69,6 +120,7 @@ def prepare_reasoning(task: str, folder: Path, style: Style = "plain") -> Path:
             tokenizer=tokenizer,
             max_length=limit,
             style=style,
+            begin=begin,
         )
         for name, size in SIZES.items()
     }
@@ -77,9 +129,12 @@ def prepare_reasoning(task: str, folder: Path, style: Style = "plain") -> Path:
     arrays: dict[str, np.ndarray] = {
         "slots": np.array(max(len(e) - e.prompt_length for e in everything)),
         "style": np.array(style),
+        "model": np.array(model),
     }
+    largest = max(max(e.input_ids) for e in everything)
+    narrow = np.uint16 if largest < 2**16 else np.uint32
     for name, examples in splits.items():
-        tokens = np.full((len(examples), limit), tokenizer.pad_token_id, dtype=np.uint16)
+        tokens = np.full((len(examples), limit), tokenizer.pad_token_id, dtype=narrow)
         for row, example in enumerate(examples):
             tokens[row, : len(example)] = example.input_ids
         arrays[f"{name}_tokens"] = tokens

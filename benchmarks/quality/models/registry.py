@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.common.models import load_smollm2, minilm_folder
+from benchmarks.common.models import load_gemma, load_smollm2, minilm_folder
 from benchmarks.quality.data.classification import FRESH as FRESH_LABELLED
 from benchmarks.quality.data.classification import SENTIMENT, SHIFTS
 from benchmarks.quality.data.reasoning import FRESH, KNOWN
@@ -18,6 +18,7 @@ from benchmarks.quality.models.packing import load_packed
 from benchmarks.quality.models.vit import load_vit
 from benchmarks.quality.training.adapters import Base
 from benchmarks.quality.training.encoder import HEAD, StackedEncoder
+from benchmarks.quality.training.gemma import StackedGemma
 from benchmarks.quality.training.llama import StackedLlama
 from lorainit.models.pretrained import load_whole
 
@@ -69,6 +70,12 @@ def _smollm2(folder: Path | None, device: torch.device) -> nn.Module:
     return load_smollm2(device=device)
 
 
+def _gemma(folder: Path | None, device: torch.device) -> nn.Module:
+    if folder is not None:
+        return load_packed(folder, device)
+    return load_gemma(device=device)
+
+
 def _minilm(folder: Path | None, device: torch.device) -> nn.Module:
     from transformers import AutoModelForSequenceClassification
 
@@ -98,6 +105,13 @@ KINDS: dict[str, Kind] = {
         KNOWN,
         _smollm2,
         lambda model, dtype, fuse: StackedLlama(model, dtype, fuse=fuse),
+    ),
+    # After SmolLM2, whose tasks these are too: a call names it, by ``--set model=gemma-3-270m``.
+    "gemma-3-270m": Kind(
+        KNOWN,
+        _gemma,
+        lambda model, dtype, fuse: StackedGemma(model, dtype, fuse=fuse),
+        {"model": "gemma-3-270m"},
     ),
     "all-minilm-l6-v2": Kind(
         tuple(SENTIMENT),

@@ -116,7 +116,8 @@ def main() -> None:
     ):
         if time.perf_counter() - began > arguments.time_limit:
             return
-        pools = {name: p.to(device) for name, p in load_pools(task, arguments.data).items()}
+        pools = load_pools(task, arguments.data, MODEL)
+        pools = {name: p.to(device) for name, p in pools.items()}
         names = ("variant", "steps", "damping", "reduction", "mask", "fisher")
         common = dict(zip(names, spec.split(":"), strict=True)) | {"task": task, "seed": int(seed)}
         common |= {"steps": int(common["steps"]), "rank": arguments.rank}

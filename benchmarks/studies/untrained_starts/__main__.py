@@ -19,6 +19,7 @@ import torch
 from benchmarks.quality.arguments import add_common
 from benchmarks.quality.bench import Bench
 from benchmarks.quality.data.files import load_pools, style_of
+from benchmarks.quality.data.reasoning import DEFAULT
 from benchmarks.quality.experiment import LEARNING_RATES
 from benchmarks.quality.models.loading import choose_device, load_model
 from benchmarks.quality.records import read_records
@@ -63,7 +64,8 @@ def main() -> None:
     )
     try:
         for task in arguments.tasks:
-            pools = {k: p.to(bench.device) for k, p in load_pools(task, arguments.data).items()}
+            pools = load_pools(task, arguments.data, DEFAULT)
+            pools = {k: p.to(bench.device) for k, p in pools.items()}
             one = StartBench(bench, pools, done)
             style = style_of(task, arguments.data)
             for seed in arguments.seeds:

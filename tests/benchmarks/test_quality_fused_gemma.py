@@ -1,0 +1,79 @@
+"""Gemma's fused kernels against their plain counterparts; on a CPU under Triton's interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+# First: it skips all this where there is no Triton, and chooses the interpreter where there is no accelerator.
+from tests.benchmarks.test_quality_fused_kernels import DEVICE, compare, random  # isort: skip
+
+from benchmarks.quality.data.order import batch_order
+from benchmarks.quality.data.pools import pools_from_examples
+from benchmarks.quality.initialization import start_of
+from benchmarks.quality.training import fused_gemma as fused
+from benchmarks.quality.training import gemma
+from benchmarks.quality.training.trainer import Job, StackTrainer
+
+import lorainit
+from tests.benchmarks.test_quality_gemma import base_model, wrapped
+from tests.benchmarks.test_quality_trainer import PAD, examples
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_add_norms(narrow):
+    torch.manual_seed(0)
+    gains = random(24), random(24)
+    y = random(2, 5, 24)
+    compare(
+        lambda x, y: gemma._add_norms(x, y, *gains, 1e-5),
+        lambda x, y: fused.add_norms(x, y, *gains, 1e-5),
+        random(2, 5, 24),
+        y.bfloat16() if narrow else y,
+        tolerance=3e-2 if narrow else 1e-5,
+    )
+
+
+def test_gated():
+    torch.manual_seed(0)
+    compare(gemma._gated, fused.gated, 3 * random(2, 3, 2 * 1100))
+
+
+def test_a_gate_far_from_zero_stays_finite():
+    values = torch.tensor([-300.0, -30.0, 0.0, 30.0, 300.0], device=DEVICE)
+    compare(gemma._gated, fused.gated, torch.cat((values, torch.ones(5, device=DEVICE)))[None])
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 1), (6, 2), (3, 3)])
+def test_rotate(heads, kv_heads):
+    torch.manual_seed(0)
+    length, width, rows = 5, 8, 4
+    angle = random(length, width // 2)
+    cos, sin = torch.cat([angle.cos()] * 2, -1), torch.cat([angle.sin()] * 2, -1)
+    arguments = (random(2, width), cos, sin, rows, heads, kv_heads, 1e-5)
+    compare(
+        lambda x: gemma._rotate(x, *arguments),
+        lambda x: fused.rotate(x, *arguments),
+        random(2, rows // 2 * length, (heads + 2 * kv_heads) * width),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_fused_step_is_the_plain_one(dtype):
+    """Loss, gradients and weights of whole steps; the residual sum is float32 in both."""
+    pools = pools_from_examples({"train": examples(8, 1)}, PAD)
+    found = []
+    for fuse in (False, True):
+        base = gemma.StackedGemma(base_model().to(DEVICE), dtype, fuse=fuse)
+        start = start_of(wrapped(lorainit.Orthogonal(), 0))
+        trainer = StackTrainer(
+            base, stack=1, rank=4, anchored=False, scaling=3.0, train=pools["train"],
+            batch_size=2, max_steps=2, warmup=0.0, clip=1.0, evaluation_rows=2, graphs=False,
+        )  # fmt: skip
+        outcome = trainer.run([Job(start, 1e-2, batch_order(8, 8, 0, 2, 2))])[0]
+        found.append((outcome.train_loss, trainer.adapters.gradient.float().flatten()))
+    (losses, gradient), (other_losses, other_gradient) = found
+    wide = dtype == torch.float32
+    assert losses == pytest.approx(other_losses, rel=1e-5 if wide else 1e-2)
+    cosine = torch.nn.functional.cosine_similarity(gradient, other_gradient, 0)
+    assert cosine > (1 - 1e-5 if wide else 0.99)
