@@ -150,7 +150,9 @@ class Statistics(Mapping[str, LayerStatistics]):
                     freed += tensor.numel() * tensor.element_size()
         for name, layer in self._layers.items():
             # Layers that share a tensor that was moved share the moved one.
-            found = {f: moved[id(t)][1] for f, t in _tensors_of(layer).items() if id(t) in moved}
+            found: dict[str, Any] = {
+                f: moved[id(t)][1] for f, t in _tensors_of(layer).items() if id(t) in moved
+            }
             if found:
                 self._layers[name] = replace(layer, **found)
 
