@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.common.models import (
+    load_gemma_tokenizer,
     load_minilm,
     load_minilm_tokenizer,
     load_smollm2_tokenizer,
@@ -180,6 +181,7 @@ BASES: dict[str, Base] = {
     "smollm2": Base(
         "SmolLM2-135M", load_smollm2_tokenizer, partial(language_case, "smollm2-135m-instruct")
     ),
+    "gemma": Base("Gemma-3-270M", load_gemma_tokenizer, partial(language_case, "gemma-3-270m")),
     "minilm": Base(
         "all-MiniLM-L6-v2", load_minilm_tokenizer, encoder_case, tuple(SENTIMENT), encoder=True
     ),
