@@ -36,7 +36,7 @@ def test_never_worse_than_the_start() -> None:
     result = search_length(lambda t: 1.0 + t, 0.1)
     assert result.length == 0.0
     assert result.loss == result.start_loss == 1.0
-    assert min(t for t, _ in result.trials) < 1e-6
+    assert min(t for t, _ in result.trials) < 1e-5
 
 
 def test_the_best_of_two_minima_in_reach() -> None:
@@ -83,3 +83,11 @@ def test_first_length_must_be_a_length(first: float) -> None:
 def test_broken_before_any_step() -> None:
     with pytest.raises(ValueError, match="before any step"):
         search_length(lambda t: math.nan, 1.0)
+
+
+def test_no_way_down_is_given_up_before_all_trials() -> None:
+    """A step that is 16,000 times shorter than the guess brings nothing that anyone could use."""
+    result = search_length(lambda t: 1.0 + t, 0.1, max_trials=40)
+    assert (result.length, result.loss) == (0.0, 1.0)
+    assert len(result.trials) == 10
+    assert min(length for length, _ in result.trials) == pytest.approx(0.1 / 4**7)

@@ -56,6 +56,7 @@ def big_plan(
             for size in ("24 GiB", "30 GiB")
             for name, method in (("LoRA-DA", "lora_da"), ("FILet", "filet"), ("Auto", "auto"))
         ),
+        replace(tight, name="LoRA-DA within 24 GiB, after others"),
         replace(tight, name="LoRA-DA, 64 x 512", options={}),
         replace(tight, name="factors within 24 GiB", kind="budget"),
         *(

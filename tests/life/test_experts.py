@@ -426,7 +426,7 @@ def test_two_adapters_with_different_methods() -> None:
 @pytest.mark.parametrize("method", [lorainit.Natural(steps=2), lorainit.EVA(rho=2.0)], ids=str)
 def test_measured_lengths_and_redistributed_ranks(method: Any) -> None:
     """Natural displaces the experts by hooks; EVA gives other layers' ranks, the experts' stay."""
-    data = [batch(rows=5, seed=seed) for seed in range(3)]
+    data = [batch(rows=8, seed=seed) for seed in range(4)]
     wrapped = some(method, mixtral(), data=data)
     ranks = {
         layer.r["default"]

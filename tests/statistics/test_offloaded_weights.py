@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lorainit.models.introspection import input_device
 from lorainit.models.resident import fetched_again, offloaded_bytes, resident
 from lorainit.statistics.memory.peak import LiveBytes
 from tests.statistics import models
@@ -111,3 +112,14 @@ def test_nothing_is_done_where_nothing_is_offloaded() -> None:
         loss = model(**batch()).loss
     assert offloaded_bytes(model) == (0, 0)
     assert isinstance(loss, Tensor)
+
+
+@pytest.mark.parametrize("place", [torch.device("cuda", 1), "cuda:1"])
+def test_inputs_go_where_offloaded_weights_are_used(place: Any) -> None:
+    model = offloaded(frozen(models.llama))
+    assert input_device(model) == torch.device("cpu")
+    for part in model.modules():
+        hook: Any = getattr(part, "_hf_hook", None)
+        if hook is not None:
+            hook.execution_device = place
+    assert input_device(model) == torch.device("cuda", 1)

@@ -20,6 +20,9 @@ LossAt = Callable[[float], float]
 
 _GROWTH = 4.0
 
+_SHRINKS = 5
+"""How often the shortest length of a scan is divided by `_GROWTH`, where all of it leads up."""
+
 
 @dataclass(frozen=True)
 class SearchResult:
@@ -161,11 +164,16 @@ def _best_on_grid(
         while len(trials) < max_trials and measure(middle * _GROWTH) < trials[middle]:
             middle *= _GROWTH
     else:
-        # Too long, or no way down at all: shrink until the loss falls below the start's.
+        # Too long, or no way down at all: shrink until the loss falls below the start's, or by so much
+        # that what a still shorter step brings is not worth having.
         middle = min(trials)
-        while len(trials) < max_trials and trials[middle] >= start:
+        for _ in range(_SHRINKS):
+            if len(trials) >= max_trials or trials[middle] < start:
+                break
             middle /= _GROWTH
             measure(middle)
+        if trials[middle] >= start:
+            return middle
     while len(trials) < max_trials and measure(middle / _GROWTH) < trials[middle]:
         middle /= _GROWTH
     return middle

@@ -31,15 +31,21 @@ def accepts(model: nn.Module, argument: str) -> bool:
 
 
 def input_device(model: nn.Module) -> torch.device:
-    """Where the model wants its inputs: its embedding's device, or its first parameter's."""
+    """Where the model wants its inputs: its embedding's device, or its first parameter's.
+
+    Of weights that accelerate fetches when they are used it is where they are used.
+    """
     get = getattr(model, "get_input_embeddings", None)
     try:
         embedding = get() if callable(get) else None
     except (AttributeError, NotImplementedError):
         embedding = None
     for owner in (embedding, model):
-        if isinstance(owner, nn.Module):
-            for parameter in owner.parameters():
+        for part in owner.modules() if isinstance(owner, nn.Module) else ():
+            place = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
+            if place is not None:
+                return torch.device(place)
+            for parameter in part.parameters(recurse=False):
                 if parameter.device.type != "meta":
                     return _where_it_runs(parameter)
     return torch.device("cpu")
