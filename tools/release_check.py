@@ -88,7 +88,8 @@ def look_into_sdist(sdist: Path) -> str:
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     for needed in (
-        "LICENSE", "README.md", "CHANGELOG.md", "CITATION.cff", "pyproject.toml", "mkdocs.yml",
+        "LICENSE", "README.md", "CHANGELOG.md", "CITATION.cff", "SUPPORT.md", "SECURITY.md",
+        "pyproject.toml", "mkdocs.yml",
         "src/lorainit/py.typed", "tests/conftest.py", "tests/cli/test_cli.py", "docs/index.md",
         "examples/sft.py", "requirements/constraints.txt", "Makefile",
     ):  # fmt: skip

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from lorainit.errors import MemoryPlanError
+from lorainit.types.byte_size import parse_bytes
 from tests.batches.same import start_difference, started
 from tests.batches.test_loss_functions import by_two, dpo, pairs
 from tests.batches.test_packed import examples, packed, stacked
@@ -53,11 +54,14 @@ LAYOUTS = {
 }
 
 
-def least(data: list[Any], **settings: Any) -> float:
-    """The smallest ``max_memory``, in GiB, by the message about a smaller one."""
+def least(data: list[Any], **settings: Any) -> int:
+    """The smallest ``max_memory``, in bytes, by the message about a smaller one."""
     with pytest.raises(MemoryPlanError) as refused:
         started(llama, data, max_memory=1000, **settings)
-    return float(re.findall(r"Allow ([\d.e-]+) GiB", str(refused.value))[0])
+    (text,) = re.findall(r"Allow ([\d.]+ [MG]iB)", str(refused.value))
+    size = parse_bytes(text)
+    assert size is not None
+    return size
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -67,7 +71,7 @@ def test_a_start_under_a_memory_limit(name: str, caplog: pytest.LogCaptureFixtur
         expected = started(llama, layout.single(), **layout.settings)
     assert "passes" not in caplog.text
     assert "block by block" not in caplog.text
-    tight = int(1.1 * least(layout.several(), **layout.settings) * 2**30)
+    tight = int(1.1 * least(layout.several(), **layout.settings))
     with caplog.at_level(logging.INFO, logger="lorainit"):
         found = started(llama, layout.several(), max_memory=tight, **layout.settings)
     assert "passes" in caplog.text or "block by block" in caplog.text

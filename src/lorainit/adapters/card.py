@@ -115,8 +115,10 @@ def _targets(config: LoraConfig) -> str:
     targets = config.target_modules or config.target_parameters or ()
     if isinstance(targets, str):
         return f"`{targets}`"
-    names = [f"`{name}`" for name in sorted(targets)]
-    return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
+    ends = sorted({name.rpartition(".")[2] for name in targets})
+    names = [f"`{name}`" for name in (ends if len(ends) < len(targets) else sorted(targets))]
+    shown = ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
+    return f"{shown}: {len(targets)} layers" if len(ends) < len(targets) else shown
 
 
 def _measured(measured: Mapping[str, Any]) -> Iterator[str]:

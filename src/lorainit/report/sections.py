@@ -24,8 +24,7 @@ def start_section(loss: StartLoss | None) -> str:
     """The base model's loss, and the one with the adapter."""
     if loss is None:
         return ""
-    gone = "" if loss.gone is None else f"{loss.gone:.0%}"
-    gone = "" if loss.change > 0 else gone
+    gone = "" if loss.gone is None or loss.change >= 0 else f"{loss.gone:.0%}"
     rows = (
         ("the base model", loss.base, "", ""),
         ("with the adapter", loss.start, _signed(loss.change), gone),
@@ -44,7 +43,7 @@ def start_section(loss: StartLoss | None) -> str:
 
 
 def _signed(change: float) -> str:
-    return f"{change:+.3g}".replace("-", "−")
+    return f"{change:+.3g}".replace("-", "−") if change else "none"
 
 
 def rates_section(rates: Sequence[RateCurve]) -> str:
@@ -54,7 +53,7 @@ def rates_section(rates: Sequence[RateCurve]) -> str:
     return section(
         "The learning rate",
         "Loss by rate, on records that are not trained on; the suggested rate dashed, its range shaded. "
-        "One step of signs shows how far a step may go; a run of many steps wants about that.",
+        "A run of many steps is trained best near the rate that suits one step of Adam.",
         drawn(rates),
     )
 

@@ -29,7 +29,7 @@ svg .on{fill:var(--on)}.cell{fill:var(--heat)}
 polyline{fill:none}.faint{stroke:var(--heat);stroke-opacity:.22;stroke-width:.7}
 .strong{stroke:var(--ink);stroke-width:1.6}line.grid{stroke:var(--line)}
 .rank{stroke:var(--warn);stroke-width:1.5;stroke-dasharray:4 3}svg .mark{fill:var(--warn)}
-.grid2{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,400px),1fr));gap:12px}
+.grid2{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,400px),1fr));gap:12px}
 .legend{display:flex;flex-wrap:wrap;gap:4px 18px;margin:0 0 8px;font-size:.85rem}
 .legend i{display:inline-block;width:14px;height:3px;border-radius:2px;margin:0 6px 3px 0;background:var(--c)}
 .c0{--c:#0b7a75}.c1{--c:#c2410c}.c2{--c:#6d4bc3}.c3{--c:#a16207}

@@ -260,5 +260,5 @@ def is_easy(nbytes: int, budget: int, held: int) -> bool:
 
 
 def gib(nbytes: int) -> str:
-    """Bytes in words."""
-    return f"{nbytes / 2**30:.3g} GiB"
+    """Bytes in words: in GiB, or in MiB below a hundredth of one."""
+    return f"{nbytes / 2**30:.3g} GiB" if nbytes >= 2**30 / 100 else f"{nbytes / 2**20:.3g} MiB"
