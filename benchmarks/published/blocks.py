@@ -66,6 +66,21 @@ def quantized_recovery() -> str:
     return recovery_tables.recovered(recovery(), (8, 32))
 
 
+def quantized_recovery_tasks() -> str:
+    """The same over tasks."""
+    return recovery_tables.over_tasks(recovery(), (8, 32))
+
+
+def quantized_statistics() -> str:
+    """Statistics of the full-precision model beside the quantized one's."""
+    return recovery_tables.by_statistics(recovery())
+
+
+def quantized_peft() -> str:
+    """PEFT's own LoftQ beside the package's."""
+    return recovery_tables.beside_peft(recovery())
+
+
 def closed_forms() -> str:
     """Each method in its own metric against the least possible, over all layers."""
     path = REPOSITORY / "benchmarks" / "quantized" / "results" / "optimality.jsonl"
@@ -205,6 +220,9 @@ def what_you_get() -> str:
 
 BLOCKS: dict[str, Callable[[], str]] = {
     "quantized-recovery": quantized_recovery,
+    "quantized-recovery-tasks": quantized_recovery_tasks,
+    "quantized-statistics": quantized_statistics,
+    "quantized-peft-loftq": quantized_peft,
     "closed-forms": closed_forms,
     "quantized-trained": quantized_trained,
     "quantized-fixed-rates": quantized_fixed_rates,

@@ -409,16 +409,20 @@ def test_tables_say_what_share_is_gone_beside_the_aim() -> None:
         record("QERA", 0.08, 3.1, data="gcd"),
         record("QERA", 0.2, 3.1, data="chain_sum"),
         record("QERA", 0.3, 3.1, rank=32),
+        record("LoftQ", 0.2, 3.1, data="gcd", statistics="none"),
+        record("LoftQ", 0.4, 3.1, data="chain_sum", statistics="none"),
+        # Alone on its task: left out of the means.
+        record("LoftQ", 0.0, 3.1, data="count_bits", statistics="none"),
     ]
     assert share_gone(known[1], "kl") == pytest.approx(0.75)
     lines = recovery_tables.recovered(known, [8]).splitlines()[2:]
     assert lines == ["| SmolLM2-135M | NF4, 8 | 0.4 / 0.4 | 10% / 5% |  | 75% / 75% |  | 55% |"]
     assert len(recovery_tables.recovered(known, [8, 32]).splitlines()) == 4
     assert recovery_tables.over_tasks(known, [8]).splitlines()[2:] == [
-        "| SmolLM2-135M | NF4, 8 | 2 |  |  | 65% (50%) |  |"
+        "| SmolLM2-135M | NF4, 8 | 2 | 25% (0%) |  | 65% (50%) |  |"
     ]
     assert recovery_tables.by_statistics(known).splitlines()[2:] == [
-        "| SmolLM2-135M | NF4 | QERA | 1 | 75.0% | 50.0% | 0 of 1 |"
+        "| SmolLM2-135M | QERA | -25.0 (0 of 1) |  |  |  |  |"
     ]
     of_predictions = ("kl", "loss", "kl_before", "loss_before", "full_loss")
     distance = {k: v for k, v in known[1].items() if k not in of_predictions}
