@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from scipy import stats
@@ -26,13 +26,21 @@ Cells = Mapping[str, Mapping[str, Mapping[float, Mapping[int, Record]]]]
 LEVEL = 0.05
 
 
-def cells_of(records: Iterable[Record], stage: str = "grid") -> Cells:
-    """Records in order; a seed that has not run at every rate of its task is left out."""
+def cells_of(
+    records: Iterable[Record], stage: str = "grid", rates: Collection[float] | None = None
+) -> Cells:
+    """Records in order; a seed that has not run at every rate of its task is left out.
+
+    Args:
+        records: of all stages.
+        stage: theirs.
+        rates: alone; None: all that there are.
+    """
     found: dict[str, dict[str, dict[float, dict[int, Record]]]] = defaultdict(
         lambda: defaultdict(lambda: defaultdict(dict))
     )
     for record in records:
-        if record["stage"] == stage:
+        if record["stage"] == stage and (rates is None or record["learning_rate"] in rates):
             place = found[record["task"]][record["label"]][record["learning_rate"]]
             place[record["seed"]] = record
     for lines in found.values():
@@ -62,6 +70,11 @@ def best_rate(rates: Mapping[float, Mapping[int, Record]]) -> float:
         if len(members) == whole
     }
     return min(means, key=lambda rate: means[rate])
+
+
+def tuned_loss(rates: Mapping[float, Mapping[int, Record]]) -> float:
+    """Mean test loss over seeds at the best rate."""
+    return statistics.mean(loss_of(r) for r in rates[best_rate(rates)].values())
 
 
 @dataclass(frozen=True)
