@@ -167,7 +167,7 @@ def test_statistics_serve_other_methods_and_ranks(
 
 @pytest.mark.parametrize("method", ["loftq", "qera"])
 def test_a_quantized_model_is_brought_nearer_to_its_reference(
-    method: str, place: Path, tmp_path: Path
+    method: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     full = tiny.llama()
     coarse = tiny.llama()
@@ -177,12 +177,19 @@ def test_a_quantized_model_is_brought_nearer_to_its_reference(
                 parameter.copy_((parameter * 50).round() / 50)
     coarse.save_pretrained(tmp_path / "model")
     tokenizer().save_pretrained(tmp_path / "model")
-    options = "--rank 8 --alpha 16 --quiet --output @start --model @model --reference"
+    options = "--rank 8 --alpha 16 --output @start --model @model --reference"
     shared = f"init {options} {place / 'model'} --data {place / 'pairs.jsonl'} --method {method}"
     assert run(tmp_path, shared) == 0
     wanted, far = tiny.logits(full), tiny.logits(coarse)
     started = PeftModel.from_pretrained(coarse, tmp_path / "start")
     assert (tiny.logits(started) - wanted).norm() < 0.9 * (far - wanted).norm()
+    # The command that is printed shows what quantization took.
+    said = capsys.readouterr().out
+    (command,) = [line for line in said.splitlines() if line.startswith("or look at it first: ")]
+    words = shlex.split(command.partition(": lorainit ")[2])
+    page = tmp_path / "page.html"
+    assert main([*words, "--quiet", "--output", str(page)]) == 0
+    assert "What quantization took" in page.read_text(encoding="utf-8")
 
 
 def test_export_and_anchor(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

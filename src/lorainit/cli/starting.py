@@ -123,10 +123,11 @@ def _result(
         )
     if rate is not None:
         text += f"; suggested learning rate {rate:.2g}, which 'lorainit train' takes"
+    reference = f" --reference {options.reference}" if options.reference else ""
     text += (
         f"\nnext: lorainit train --model {options.model} --adapter {options.output} --data "
         f"{options.data or 'train.jsonl'} --output trained\n"
-        f"or look at it first: lorainit report --model {options.model} --adapter {options.output}\n"
+        f"or look at it first: lorainit report --model {options.model} --adapter {options.output}{reference}\n"
         f'or in a program of yours: lorainit.load_adapter(model, "{options.output}")'
     )
     return result, text

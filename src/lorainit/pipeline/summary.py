@@ -114,7 +114,7 @@ def summary(
     if isinstance(rate, LearningRate):
         line += f". Suggested: {rate}"
     elif rate is not None:
-        line += f". {rate.rstrip('.')}"
+        line += f". {rate[:1].upper()}{rate[1:].rstrip('.')}"
     if left_out:
         line += f". Left at PEFT's start: {_shown(left_out)}"
     if filled_up:
