@@ -83,6 +83,19 @@ def test_what_is_taken_is_measured_on_all(
     )
 
 
+def test_what_is_clear_on_all_is_taken(
+    four_of_many: None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Six sequences of twenty-four may not tell what all do; and none is taken that all do not tell."""
+    wanted = 20
+    monkeypatch.setattr(Gain, "clear", property(lambda found: found.sequences >= wanted))
+    taken = origin_of(started(caplog)[0], "default").measured
+    assert taken["length"] > 0
+    assert taken["sequences"] == 24
+    wanted = 25
+    assert origin_of(started(caplog)[0], "default").measured["length"] == 0
+
+
 def test_a_gain_that_is_not_clear_on_all_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     result = SearchResult(0.5, 2.0, 4.0, ((0.5, 2.0),), Gain(2.0, 0.1, 5))
     clear = Gain(1.0, 0.1, 50)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 from lorainit.adapters.targets import Target
 from lorainit.calibration.held_out_loss import DisplacedLoss, HeldOutLoss
 from lorainit.calibration.line_search import SearchResult, clear_result, search_length
-from lorainit.calibration.paired import SequenceLosses, gain
+from lorainit.calibration.paired import SequenceLosses, clearest, gain
 from lorainit.calibration.sizes import FIRST_SIZE, length_for, relative_sizes, weight_norms
 from lorainit.calibration.step_stack import ErrorOf, Pairs, StepStack
 from lorainit.models.displacement import LowRank
@@ -267,7 +267,7 @@ class RepeatedSteps:
         def better(length: float, directions: int) -> bool:
             """Measure; keep it if it is the best so far."""
             nonlocal best
-            value = loss(self._terms(lambda s: s.moved(length, directions)))
+            value = loss(self._moved(length, directions))
             trials.append((length, value))
             used.append(directions)
             measured.append(loss.latest)
@@ -302,17 +302,30 @@ class RepeatedSteps:
                     break
             if best[2] != begin:
                 break
-        if best[0] > 0:
+        if best[0] > 0 and best[2] != begin:
+            # The length was looked for with other directions.
             length = best[0]
             for factor in (1.4, 1 / 1.4):
                 better(length * factor, best[2])
         result = SearchResult(best[0], best[1], base, tuple(trials))
-        result, taken = clear_result(result, before, measured)
-        self.directions = best[2] if taken is None else used[taken]
-        if loss is not of_all and result.length > 0:
-            of_all(self._terms(lambda s: s.moved(result.length, self.directions)))  # type: ignore[arg-type]
-            result = result.on(gain(before_all, of_all.latest))
-        return result, self.directions
+        if loss is of_all or result.length == 0:
+            result, taken = clear_result(result, before, measured)
+            self.directions = best[2] if taken is None else used[taken]
+            return result, self.directions
+        first = trials.index((result.length, result.loss))
+        shorter = clearest(before, measured, first)[0]
+        for place in dict.fromkeys((first, first if shorter is None else shorter)):
+            length, directions = trials[place][0], used[place]
+            of_all(self._moved(length, directions))
+            found = replace(result, length=length).on(gain(before_all, of_all.latest))
+            if found.length > 0:
+                break
+        self.directions = directions
+        return found, directions
+
+    def _moved(self, length: float, directions: int) -> dict[str, LowRank]:
+        """The displacement after a step of this length along so many directions."""
+        return self._terms(lambda s: s.moved(length, directions))
 
     def _first_length(self, directions: int) -> float:
         if self.searches and self.searches[-1].length > 0:
