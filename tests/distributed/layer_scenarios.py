@@ -71,3 +71,25 @@ def tensor_parallel(rank: int, size: int, folder: str) -> str:
     except lorainit.errors.AdapterError as error:
         return str(error)
     return "served"
+
+
+def compared_on_some(rank: int, size: int, few: bool) -> tuple[dict[str, float], Any]:
+    """What is measured of Natural's start, and its factors; lengths compared on some of the sequences."""
+    from lorainit.adapters.origin import origin_of
+    from lorainit.calibration import held_out_loss
+    from tests.adapters.tiny import config, llama
+    from tests.test_refinement import sequences
+
+    held_out_loss._SEQUENCES, held_out_loss._LABELS = (4, 8) if few else (10**6, 10**6)
+    data = sequences(48)
+    mine = data[:5] if rank == 0 else data[5:]
+    model = lorainit.get_peft_model(
+        llama(),
+        config(r=4),
+        method=lorainit.Natural(),
+        data=mine if size > 1 else data,
+        calibration_share=0.5,
+        progress=False,
+    )
+    factors = {n: p.detach() for n, p in model.named_parameters() if "lora_" in n}
+    return origin_of(model, "default").measured, factors

@@ -56,3 +56,16 @@ def test_one_split_weight_is_enough() -> None:
     model.lm_head.weight.device_mesh = "a mesh"
     with pytest.raises(lorainit.errors.AdapterError, match="split by tensor parallelism"):
         unwrapped(model)
+
+
+def test_lengths_are_compared_on_some_alike(tmp_path: Path) -> None:
+    """Processes with unequal shares take the same step, measured on all of their sequences."""
+    results = succeeded(launch(layer_scenarios.compared_on_some, 2, tmp_path, True))
+    (one, first), (other, second) = results
+    assert one == other
+    assert one["sequences"] == 24
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    (whole, _), _ = succeeded(launch(layer_scenarios.compared_on_some, 2, tmp_path, False))
+    assert one["base_loss"] == pytest.approx(whole["base_loss"], rel=1e-6)
+    assert one["start_loss"] == pytest.approx(whole["start_loss"], rel=0.02)
+    assert one["start_loss"] < one["base_loss"]
