@@ -300,9 +300,10 @@ def test_a_budget_is_bytes_or_a_text() -> None:
 def test_a_batch_is_cut_in_every_useful_number_of_parts(rows: int, wanted: list[int]) -> None:
     """Parts of eight rows in two, three, four and eight: of other numbers one part is as large as of these."""
     batch = {"input_ids": torch.zeros(rows, 6, dtype=torch.long)}
-    sizes = planner._batch_sizes([Batch(batch)], 10.0)
-    assert [size.rows or rows for size in sizes] == wanted
-    assert [size.nbytes for size in sizes] == [60 * n for n in wanted]
+    for weights in (0, 7):  # of the largest weight that is fetched for a batch
+        sizes = planner._batch_sizes([Batch(batch)], 10.0, weights)
+        assert [size.rows or rows for size in sizes] == wanted
+        assert [size.nbytes for size in sizes] == [60 * n + weights for n in wanted]
 
 
 def test_what_is_handed_over_is_held_by_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
