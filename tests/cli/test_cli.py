@@ -63,6 +63,26 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.strip() == f"lorainit {lorainit.__version__}"
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--model", "x", "--outptu", "y"], "no option --outptu (did you mean --output?)"),
+        (["--modle=x", "--output", "y"], "no option --modle (did you mean --model?)"),
+        (["--xyz", "1"], "no option --xyz."),
+        (["--model", "x"], "arguments are required: --output"),
+        # Options may be cut short.
+        (["--mod", "x"], "arguments are required: --output"),
+    ],
+)
+def test_a_mistyped_option_is_named_before_the_one_that_it_leaves_missing(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["init", *words])
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+
+
 def test_methods_say_what_the_model_computes_at_first(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["methods", "--json"]) == 0
     table = json.loads(capsys.readouterr().out)

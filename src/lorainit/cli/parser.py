@@ -6,7 +6,9 @@ Nothing here imports torch, so ``--help`` answers at once.
 from __future__ import annotations
 
 import argparse
+import difflib
 import inspect
+import sys
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -63,8 +65,24 @@ def arguments_of(options: argparse.Namespace) -> dict[str, Any]:
 class _Parser(argparse.ArgumentParser):
     """Wrong usage is one line too; the many options are for ``--help``."""
 
+    _given: Sequence[str] = ()
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse; the words are kept for what an error says of them."""
+        self._given = sys.argv[1:] if args is None else list(args)
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
-        """Say it and exit with 2."""
+        """Say it and exit with 2; a mistyped option before the one that it leaves missing."""
+        known = list(self._option_string_actions)
+        for word in self._given:
+            name = word.partition("=")[0]
+            missing = "required" in message and name.startswith("--")
+            if missing and not any(option.startswith(name) for option in known):
+                near = difflib.get_close_matches(name, known, 1)
+                hint = f" (did you mean {near[0]}?)" if near else ""
+                message = f"there is no option {name}{hint}"
+                break
         self.exit(2, f"{self.prog}: error: {message}. See '{self.prog} --help'.\n")
 
 
