@@ -15,6 +15,7 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 
 import lorainit
+from lorainit.adapters import weights
 from lorainit.adapters.targets import match_targets
 from lorainit.adapters.weights import read_weight
 from tests.adapters.tiny import batch, llama, logits, start, train
@@ -190,3 +191,30 @@ def test_an_empty_weight_that_tells_the_dtype_is_not_read(monkeypatch: pytest.Mo
     data = [batch(), batch()]
     # Natural asks for the norms of the weights.
     lorainit.get_peft_model(model, config(), method=lorainit.Natural(), data=data, progress=False)
+
+
+def test_statistics_of_the_full_precision_model_are_taken_with_its_weights(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """At two bits a few entries of a weight may no longer look like the weight that was quantized."""
+    monkeypatch.setattr(weights, "_SIMILAR", 0.999)
+    full, base = llama(), quantized("hqq2")
+    method = lorainit.KroneckerQER()
+    statistics = lorainit.collect_statistics(
+        full, config(), data=[batch()], needs=method.needs, progress=False
+    )
+    other = lorainit.Statistics(statistics, statistics.metadata)
+    with pytest.raises(lorainit.errors.StatisticsFileError, match="other weights"):
+        lorainit.get_peft_model(
+            base, config(), method=lorainit.FILet(), statistics=statistics, progress=False
+        )
+    found, wanted = (
+        start(quantized("hqq2"), method, config(), reference_weights=full, statistics=known)
+        for known in (statistics, other)
+    )
+    for name, value in wanted.named_parameters():
+        if "lora_" in name:
+            assert torch.equal(found.get_parameter(name), value), name
+    statistics.fingerprints = {n: -f for n, f in statistics.fingerprints.items()}
+    with pytest.raises(lorainit.errors.StatisticsFileError, match="other weights"):
+        start(quantized("hqq2"), method, config(), reference_weights=full, statistics=statistics)

@@ -94,18 +94,14 @@ def fingerprints(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     for name, module in modules.items():
         shape = weight_shape(module)
         rows, columns = read_weight(module, name).shape if shape is None else shape
-        count = min(FINGERPRINT_SIZE, rows * columns)
-        # In integers: float32 would round the last index of a large weight past its end, and some
-        # devices have no float64.
-        index = torch.arange(count) * (rows * columns - 1) // max(count - 1, 1)
-        shard = _entries_of_shard(module, index // columns, index % columns)
+        places = _places(rows, columns)
+        shard = _entries_of_shard(module, *places)
         if shard is None:
             try:
                 matrix = read_weight(module, name)
             except AdapterError:
                 continue
-            places = (index // columns).to(matrix.device), (index % columns).to(matrix.device)
-            found[name] = matrix[places].float().cpu()
+            found[name] = fingerprint(matrix)
         else:
             sent.setdefault(shard[1], {})[name] = shard[0]
     for group, parts in sent.items():
@@ -117,6 +113,21 @@ def fingerprints(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
                 raise NonFiniteError(_not_finite(name))
             found[name] = part[:-1].clone()
     return {name: found[name] for name in modules if name in found}
+
+
+def fingerprint(weight: Tensor) -> Tensor:
+    """The entries of one weight ``(out, in)`` that `fingerprints` takes, float32 on the CPU."""
+    rows, columns = (place.to(weight.device) for place in _places(*weight.shape))
+    return weight[rows, columns].float().cpu()
+
+
+def _places(rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    """Rows and columns of a fingerprint's entries."""
+    count = min(FINGERPRINT_SIZE, rows * columns)
+    # In integers: float32 would round the last index of a large weight past its end, and some
+    # devices have no float64.
+    index = torch.arange(count) * (rows * columns - 1) // max(count - 1, 1)
+    return index // columns, index % columns
 
 
 def _entries_of_shard(

@@ -12,9 +12,10 @@ from torch import nn
 
 from lorainit.adapters.layers import configurations, true_config
 from lorainit.adapters.patterns import with_ranks
+from lorainit.adapters.reference import ReferenceWeights
 from lorainit.adapters.supported import starts_asked_for
 from lorainit.adapters.targets import Target, Targets, converted, match_targets
-from lorainit.adapters.weights import fingerprints, same_weight
+from lorainit.adapters.weights import fingerprint, fingerprints, same_weight
 from lorainit.errors import (
     AdapterError,
     DataError,
@@ -236,8 +237,16 @@ def with_possible_ranks(
     return targets.at_own_ranks(limits)
 
 
-def check_statistics(statistics: Statistics, targets: Targets, method: Method) -> None:
-    """The statistics must be of these layers, of this model, and hold what the method reads."""
+def check_statistics(
+    statistics: Statistics,
+    targets: Targets,
+    method: Method,
+    reference: ReferenceWeights | None = None,
+) -> None:
+    """The statistics must be of these layers, of this model, and hold what the method reads.
+
+    Of a quantized base they may be of the full-precision model, whose weights are the `reference`.
+    """
     unused = set(statistics.metadata.get("unused", ()))
     shares = statistics.shares
     if shares is not None and (shares.rank, shares.size) != collectives.world():
@@ -264,7 +273,10 @@ def check_statistics(statistics: Statistics, targets: Targets, method: Method) -
     stored = statistics.fingerprints
     modules = {name: target.module for name, target in reached.items() if name in stored}
     for name, found in fingerprints(modules).items():
-        if not same_weight(stored[name], found):
+        if not same_weight(stored[name], found) and not (
+            reference is not None
+            and same_weight(stored[name], fingerprint(reference.read(targets.layers[name])))
+        ):
             raise StatisticsFileError(
                 f"layer '{name}' has other weights than the model that the statistics were made for. "
                 "Load that model, or collect the statistics again."

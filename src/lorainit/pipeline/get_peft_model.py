@@ -202,12 +202,12 @@ def _started(
     suggest_rate: bool,
 ) -> PeftModel:
     """The work, once every argument is checked; the model is as it was if it fails anywhere."""
-    if statistics is not None:
-        check_statistics(statistics, targets, method)
     reference = None
     if reference_weights is not None:
         with collectives.shared_errors():
             reference = ReferenceWeights.of(reference_weights, targets.layers)
+    if statistics is not None:
+        check_statistics(statistics, targets, method, reference)
     # An adapter that exists is drawn anew, by the method itself.
     default = isinstance(method, UsesDefaultStart) and method.uses_default_start and not existing
     configured = copy.deepcopy(config)
