@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,12 @@ from benchmarks.quality.analysis.rate_grid import (
     differences,
     holm,
     interval,
+    loss_of,
     rate_table,
     task_level_p,
+    tuned_loss,
 )
+from benchmarks.quality.arguments import experiments_of
 
 TASKS, LABELS, RATES, SEEDS = (
     ("a", "b", "c", "d"),
@@ -100,8 +104,28 @@ def test_rates_are_chosen_on_validation(records: list[dict[str, Any]]) -> None:
     kept = cells_of(fewer)["a"]["auto"]
     assert best_rate(kept) == 1e-3
     assert {tuple(sorted(members)) for members in kept.values()} == {(0, 1)}
+    # Unless that rate is left out for all.
+    others = [rate for rate in RATES if rate != 1e-3]
+    kept = cells_of(fewer, rates=others)["a"]["auto"]
+    assert sorted(kept) == sorted(others)
+    assert {tuple(sorted(members)) for members in kept.values()} == {(0, 1, 2)}
     without = [r for r in records if r["learning_rate"] != 1e-3 or r["label"] != "pissa"]
     assert "pissa" not in cells_of(without)["a"]
+
+
+def test_a_tuned_loss_is_that_of_the_best_rate(records: list[dict[str, Any]]) -> None:
+    line = cells_of(records)["a"]["auto"]
+    at_best = [r["test"]["loss"] for r in line[best_rate(line)].values()]
+    assert tuned_loss(line) == pytest.approx(np.mean(at_best), abs=1e-12)
+    assert tuned_loss(line) != pytest.approx(np.mean([loss_of(r) for r in line[RATES[0]].values()]))
+
+
+def test_a_grid_at_some_rates() -> None:
+    arguments = argparse.Namespace(
+        stage="grid", methods=["vanilla"], tasks=["gcd"], seeds=[1], at=[1e-4, 1e-3], set=[]
+    )
+    found = experiments_of(arguments, [])
+    assert [(e.learning_rate, e.seed) for e in found] == [(1e-4, 1), (1e-3, 1)]
 
 
 def test_a_run_that_diverged_is_infinitely_bad(records: list[dict[str, Any]]) -> None:
