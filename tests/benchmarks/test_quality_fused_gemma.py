@@ -6,18 +6,19 @@ import pytest
 import torch
 
 # First: it skips all this where there is no Triton, and chooses the interpreter where there is no accelerator.
-from tests.benchmarks.test_quality_fused_kernels import DEVICE, compare, random  # isort: skip
+from tests.benchmarks.test_quality_fused_kernels import (  # isort: skip
+    DEVICE,
+    assert_fused_is_plain,
+    compare,
+    random,
+)
 
-from benchmarks.quality.data.order import batch_order
-from benchmarks.quality.data.pools import pools_from_examples
 from benchmarks.quality.initialization import start_of
 from benchmarks.quality.training import fused_gemma as fused
 from benchmarks.quality.training import gemma
-from benchmarks.quality.training.trainer import Job, StackTrainer
 
 import lorainit
 from tests.benchmarks.test_quality_gemma import base_model, wrapped
-from tests.benchmarks.test_quality_trainer import PAD, examples
 
 
 @pytest.mark.parametrize("narrow", [False, True])
@@ -61,19 +62,8 @@ def test_rotate(heads, kv_heads):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_fused_step_is_the_plain_one(dtype):
     """Loss, gradients and weights of whole steps; the residual sum is float32 in both."""
-    pools = pools_from_examples({"train": examples(8, 1)}, PAD)
-    found = []
-    for fuse in (False, True):
-        base = gemma.StackedGemma(base_model().to(DEVICE), dtype, fuse=fuse)
-        start = start_of(wrapped(lorainit.Orthogonal(), 0))
-        trainer = StackTrainer(
-            base, stack=1, rank=4, anchored=False, scaling=3.0, train=pools["train"],
-            batch_size=2, max_steps=2, warmup=0.0, clip=1.0, evaluation_rows=2, graphs=False,
-        )  # fmt: skip
-        outcome = trainer.run([Job(start, 1e-2, batch_order(8, 8, 0, 2, 2))])[0]
-        found.append((outcome.train_loss, trainer.adapters.gradient.float().flatten()))
-    (losses, gradient), (other_losses, other_gradient) = found
-    wide = dtype == torch.float32
-    assert losses == pytest.approx(other_losses, rel=1e-5 if wide else 1e-2)
-    cosine = torch.nn.functional.cosine_similarity(gradient, other_gradient, 0)
-    assert cosine > (1 - 1e-5 if wide else 0.99)
+    assert_fused_is_plain(
+        lambda fuse: gemma.StackedGemma(base_model().to(DEVICE), dtype, fuse=fuse),
+        start_of(wrapped(lorainit.Orthogonal(), 0)),
+        dtype,
+    )

@@ -115,14 +115,21 @@ def test_adamw_is_torchs(masked):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_fused_step_is_the_plain_one(method, dtype):
     """Loss, gradients and weights of whole steps; the residual sum is float32 in both."""
+    start = start_of(wrapped(method, 0))
+    assert_fused_is_plain(
+        lambda fuse: llama.StackedLlama(base_model().to(DEVICE), dtype, fuse=fuse), start, dtype
+    )
+
+
+def assert_fused_is_plain(build, start, dtype):
+    """Two steps of the base that `build` makes with fused kernels, beside those without."""
     pools = pools_from_examples({"train": examples(8, 1)}, PAD)
     found = []
     for fuse in (False, True):
-        base = llama.StackedLlama(base_model().to(DEVICE), dtype, fuse=fuse)
-        start = start_of(wrapped(method, 0))
         trainer = StackTrainer(
-            base, stack=1, rank=4, anchored=start.anchored, scaling=3.0, train=pools["train"],
-            batch_size=2, max_steps=2, warmup=0.0, clip=1.0, evaluation_rows=2, graphs=False,
+            build(fuse), stack=1, rank=4, anchored=start.anchored, scaling=3.0,
+            train=pools["train"], batch_size=2, max_steps=2, warmup=0.0, clip=1.0,
+            evaluation_rows=2, graphs=False,
         )  # fmt: skip
         outcome = trainer.run([Job(start, 1e-2, batch_order(8, 8, 0, 2, 2))])[0]
         found.append((outcome.train_loss, trainer.adapters.gradient.float().flatten()))

@@ -11,12 +11,20 @@ from benchmarks.quality.experiment import Experiment
 from benchmarks.quality.initialization import Initialiser, start_of
 from benchmarks.quality.training import gemma
 from benchmarks.quality.training.adapters import Adapters
-from benchmarks.quality.training.reference import score_plain, train_plain
+from benchmarks.quality.training.reference import score_plain
 from benchmarks.quality.training.trainer import Job, StackTrainer
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 import lorainit
-from tests.benchmarks.test_quality_trainer import CONFIG, END, PAD, RUNS, VOCABULARY, examples
+from tests.benchmarks.test_quality_trainer import (
+    CONFIG,
+    END,
+    PAD,
+    RUNS,
+    VOCABULARY,
+    assert_trains_as_separate_runs,
+    examples,
+)
 
 WINDOW = 4
 
@@ -77,30 +85,7 @@ def test_a_stack_trains_as_separate_runs_do(pools, anchored, monkeypatch):
     steps, batch = 12, 8
     assert pools["train"].length > WINDOW
     trainer = trainer_of(stacked(), pools, anchored=anchored)
-    jobs, expected = [], []
-    for method, rate, seed in runs:
-        order = batch_order(64, 48, seed, steps, batch)
-        model = wrapped(method, seed)
-        jobs.append(Job(start_of(model), rate, order))
-        before = score_plain(model, pools["validation"])
-        losses = train_plain(model, pools["train"], order, learning_rate=rate, warmup=0.1, clip=0.5)
-        expected.append((before, losses, score_plain(model, pools["validation"])))
-    outcomes = trainer.run(
-        jobs,
-        curve=pools["validation"],
-        curve_at=[0, steps],
-        scores={"validation": pools["validation"]},
-        start_scores={"validation": pools["validation"]},
-    )
-    assert len(outcomes) == len(runs)
-    for outcome, (before, losses, after) in zip(outcomes, expected, strict=True):
-        torch.testing.assert_close(outcome.train_loss, losses, rtol=2e-4, atol=2e-4)
-        torch.testing.assert_close(outcome.start_scores["validation"][0], before[0])
-        torch.testing.assert_close(outcome.scores["validation"][0], after[0], rtol=1e-3, atol=1e-3)
-        assert (outcome.scores["validation"][1].bool() == after[1]).float().mean() > 0.97
-        assert outcome.curve[0] == pytest.approx(float(before[0].mean()), rel=1e-5)
-        assert outcome.finite
-        assert float((after[0] - before[0]).abs().max()) > 0.01
+    assert_trains_as_separate_runs(trainer, runs, wrapped, pools, steps, batch)
 
 
 def test_the_gradients_of_a_stack_are_those_of_separate_runs(pools):

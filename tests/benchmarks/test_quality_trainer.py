@@ -85,10 +85,15 @@ def test_a_stack_trains_as_separate_runs_do(pools, anchored):
         evaluation_rows=16,
         graphs=False,
     )
+    assert_trains_as_separate_runs(trainer, runs, wrapped, pools, steps, batch)
+
+
+def assert_trains_as_separate_runs(trainer, runs, wrap, pools, steps, batch):
+    """Losses, scores and curves of a stack, beside those of stock PEFT's runs one by one."""
     jobs, expected = [], []
     for method, rate, seed in runs:
         order = batch_order(64, 48, seed, steps, batch)
-        model = wrapped(method, seed)
+        model = wrap(method, seed)
         jobs.append(Job(start_of(model), rate, order))
         before = score_plain(model, pools["validation"])
         losses = train_plain(model, pools["train"], order, learning_rate=rate, warmup=0.1, clip=0.5)
@@ -108,6 +113,7 @@ def test_a_stack_trains_as_separate_runs_do(pools, anchored):
         assert (outcome.scores["validation"][1].bool() == after[1]).float().mean() > 0.97
         assert outcome.curve[0] == pytest.approx(float(before[0].mean()), rel=1e-5)
         assert outcome.finite
+        assert float((after[0] - before[0]).abs().max()) > 0.01
 
 
 def test_a_frozen_half_stays(pools):

@@ -121,26 +121,6 @@ def _gated_backward(merged, d_out, d_merged, width, BLOCK: tl.constexpr):
     tl.store(d_merged + row * 2 * width + width + at, (g * gate * share).to(kind), mask)
 
 
-class _Gated(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, merged: Tensor) -> Tensor:
-        width = merged.shape[-1] // 2
-        out = torch.empty(*merged.shape[:-1], width, dtype=merged.dtype, device=merged.device)
-        grid = (out.numel() // width, triton.cdiv(width, 1024))
-        _gated_forward[grid](merged, out, width, BLOCK=1024)
-        ctx.save_for_backward(merged)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, d_out: Tensor) -> Tensor:
-        (merged,) = ctx.saved_tensors
-        width = merged.shape[-1] // 2
-        d_merged = torch.empty_like(merged)
-        grid = (d_out.numel() // width, triton.cdiv(width, 1024))
-        _gated_backward[grid](merged, d_out.contiguous(), d_merged, width, BLOCK=1024)
-        return d_merged
-
-
 @triton.jit
 def _norm_heads_forward(
     qkv, gains, out, eps, HEADS: tl.constexpr, KV: tl.constexpr, WIDTH: tl.constexpr,
@@ -213,7 +193,7 @@ def add_norms(
 
 def gated(merged: Tensor) -> Tensor:
     """See ``gemma._gated``."""
-    return _Gated.apply(merged)
+    return fused_kernels.Gated.apply(merged, (_gated_forward, _gated_backward))
 
 
 def rotate(

@@ -106,24 +106,27 @@ def _gated_backward(merged, d_out, d_merged, width, BLOCK: tl.constexpr):
     tl.store(d_merged + row * 2 * width + width + at, (g * gate * share).to(kind), mask)
 
 
-class _Gated(torch.autograd.Function):
+class Gated(torch.autograd.Function):
+    """Two kernels of a gate, forward and backward, on gate and input side by side."""
+
     @staticmethod
-    def forward(ctx: Any, merged: Tensor) -> Tensor:
+    def forward(ctx: Any, merged: Tensor, kernels: tuple[Any, Any]) -> Tensor:
         width = merged.shape[-1] // 2
         out = torch.empty(*merged.shape[:-1], width, dtype=merged.dtype, device=merged.device)
         grid = (out.numel() // width, triton.cdiv(width, 1024))
-        _gated_forward[grid](merged, out, width, BLOCK=1024)
+        kernels[0][grid](merged, out, width, BLOCK=1024)
         ctx.save_for_backward(merged)
+        ctx.kernel = kernels[1]
         return out
 
     @staticmethod
-    def backward(ctx: Any, d_out: Tensor) -> Tensor:
+    def backward(ctx: Any, d_out: Tensor) -> Any:
         (merged,) = ctx.saved_tensors
         width = merged.shape[-1] // 2
         d_merged = torch.empty_like(merged)
         grid = (d_out.numel() // width, triton.cdiv(width, 1024))
-        _gated_backward[grid](merged, d_out.contiguous(), d_merged, width, BLOCK=1024)
-        return d_merged
+        ctx.kernel[grid](merged, d_out.contiguous(), d_merged, width, BLOCK=1024)
+        return d_merged, None
 
 
 @triton.jit
@@ -275,7 +278,7 @@ def add_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, 
 
 def gated(merged: Tensor) -> Tensor:
     """See ``stacked._gated``."""
-    return _Gated.apply(merged)
+    return Gated.apply(merged, (_gated_forward, _gated_backward))
 
 
 def rotate(

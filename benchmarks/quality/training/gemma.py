@@ -212,10 +212,9 @@ class StackedGemma:
 
         Right padding needs no mask: it stands after every position that is read.
         """
-        stack, batch, length = tokens.shape
+        length = tokens.shape[-1]
         x, y = self.hidden(tokens, adapters, rotation)
-        start = torch.arange(batch, device=tokens.device)[:, None] * length
-        index = (positions + start).reshape(stack, -1, 1).expand(-1, -1, x.shape[-1])
+        index = llama.at_slots(positions, length).expand(-1, -1, x.shape[-1])
         after = self.layers[-1]["after_mlp"]
         _, picked = self.add_norms(
             x.gather(1, index), y.gather(1, index), after, self.final_norm, self.eps

@@ -144,10 +144,15 @@ class StackedLlama:
 
         Right padding needs no mask: it stands after every position that is read.
         """
-        stack, batch, length = tokens.shape
+        length = tokens.shape[-1]
         x, y = self.hidden(tokens, adapters, rotation)
-        start = torch.arange(batch, device=tokens.device)[:, None] * length
-        index = (positions + start).reshape(stack, -1, 1).expand(-1, -1, x.shape[-1])
+        index = at_slots(positions, length).expand(-1, -1, x.shape[-1])
         _, picked = self.add_norm(x.gather(1, index), y.gather(1, index), self.final_norm, self.eps)
         logits = (picked.reshape(-1, picked.shape[-1]) @ self.head.mT).float()
         return scored(logits, targets)
+
+
+def at_slots(positions: Tensor, length: int) -> Tensor:
+    """Positions ``(E, batch, slots)`` in rows of this length as places in all tokens: ``(E, all, 1)``."""
+    start = torch.arange(positions.shape[1], device=positions.device)[:, None] * length
+    return (positions + start).flatten(1).unsqueeze(-1)
