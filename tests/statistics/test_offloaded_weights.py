@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -12,10 +12,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import lorainit
+from lorainit.data.sampling import draw_sample
 from lorainit.models.introspection import input_device
 from lorainit.models.resident import fetched_again, offloaded_bytes, resident
+from lorainit.statistics.memory.block_plan import BlockPlan, make_block_plan
 from lorainit.statistics.memory.peak import LiveBytes
+from lorainit.statistics.memory.plan import BatchSize
+from lorainit.statistics.memory.rehearsal import Rehearsal, rehearse
+from tests.measuring import subject
 from tests.statistics import models
+from tests.statistics.test_blocks import layers_of
 
 
 class _Elsewhere(dict[str, Tensor]):
@@ -123,3 +130,36 @@ def test_inputs_go_where_offloaded_weights_are_used(place: Any) -> None:
         if hook is not None:
             hook.execution_device = place
     assert input_device(model) == torch.device("cuda", 1)
+
+
+def test_a_rehearsal_tells_fetched_weights_from_what_a_batch_takes() -> None:
+    needs = lorainit.LoraDA().needs
+    rows = draw_sample([batch()], None).batches[0].first_row()
+    own, model = frozen(models.llama), offloaded(frozen(models.llama))
+    plain, found = (rehearse(subject(m, layers_of(m), needs), rows) for m in (own, model))
+    layers = model.model.layers  # type: ignore[union-attr]
+    blocks = [offloaded_bytes(layer)[0] for layer in layers]  # type: ignore[union-attr]
+    assert plain.taken.weights == 0
+    assert found.taken.weights == max(*blocks, offloaded_bytes(model)[1])
+    # Had they been counted with the positions, a batch would seem to take several times as much.
+    assert found.taken.block == pytest.approx(plain.taken.block, rel=0.1)
+    assert plain.taken.block * rows.positions < max(blocks)
+    peaks = [planned(rehearsal, layers_of(own), needs).peak for rehearsal in (plain, found)]
+    rest = found.taken.block - plain.taken.block, found.taken.forward - plain.taken.forward
+    assert peaks[1] - peaks[0] == pytest.approx(found.taken.weights, abs=100 * max(*rest, 1.0))
+
+
+def planned(
+    rehearsal: Rehearsal, modules: Mapping[str, nn.Module], needs: frozenset[str]
+) -> BlockPlan:
+    found = make_block_plan(
+        {n: (m.out_features, m.in_features) for n, m in modules.items()},  # type: ignore[misc]
+        needs,
+        1 << 40,
+        rehearsal,
+        device=torch.device("cpu"),
+        positions=100,
+        batches=[BatchSize(positions=100)],
+    )
+    assert found is not None
+    return found

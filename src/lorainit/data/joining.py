@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from lorainit.data.batch import Batch
+from lorainit.types import IGNORED
 
-_PADDING = {"input_ids": 0, "attention_mask": 0, "token_type_ids": 0, "labels": -100}
+_PADDING = {"input_ids": 0, "attention_mask": 0, "token_type_ids": 0, "labels": IGNORED}
 """What fills up rows of tokens on the right, where a mask says that it does not count."""
 
 

@@ -138,20 +138,20 @@ class Statistics(Mapping[str, LayerStatistics]):
 
     def relieve(self, device: torch.device, nbytes: int) -> None:
         """Move layers from `device` to the host, last ones first, until so many bytes are free."""
-        # Both stay until the end: an address may be another tensor's once the first is gone.
-        moved: dict[int, tuple[Tensor, Tensor]] = {}
+        moved: dict[int, Tensor] = {}
         freed = 0
         for layer in reversed(self._layers.values()):
             if freed >= nbytes:
                 break
             for tensor in _tensors_of(layer).values():
                 if tensor.device == device and id(tensor) not in moved:
-                    moved[id(tensor)] = tensor, tensor.cpu()
+                    moved[id(tensor)] = tensor.cpu()
                     freed += tensor.numel() * tensor.element_size()
+        # Not before: the address of a tensor that is gone may be another one's.
         for name, layer in self._layers.items():
             # Layers that share a tensor that was moved share the moved one.
             found: dict[str, Any] = {
-                f: moved[id(t)][1] for f, t in _tensors_of(layer).items() if id(t) in moved
+                f: moved[id(t)] for f, t in _tensors_of(layer).items() if id(t) in moved
             }
             if found:
                 self._layers[name] = replace(layer, **found)
