@@ -376,7 +376,7 @@ def test_rows_that_a_cut_leaves_unused_are_spare_too() -> None:
     both = torch.cat([left * used, left], -1), torch.cat([right, right], -2)
     weights = torch.cat([torch.ones_like(used), used])
     again = LowRankSum.in_metric(metric, *both).cut(weights, 6)
-    a, b = method.factors(*again, 2.0, statistics, seed=0)
+    a, b = method.factors(*again, 2.0, statistics, seeds=[0])
     kept = method.factors(*again, 2.0, statistics)[0]
     assert (b == 0).all(0).tolist() == [False, False, True, True, True, True]
     torch.testing.assert_close(a[:2], kept[:2])

@@ -99,7 +99,9 @@ def balanced(
     method = lorainit.Natural(activation=size)
     seeds = itertools.count() if kind == BALANCED[1] else itertools.repeat(None)
     factors = {
-        name: method.factors(scaling * b, a, scaling, statistics[name], seed)
+        name: method.factors(
+            scaling * b, a, scaling, statistics[name], None if seed is None else [seed]
+        )
         for (name, (a, b)), seed in zip(start.factors.items(), seeds, strict=False)
     }
     return Start(factors, {}, start.extras)

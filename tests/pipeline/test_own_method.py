@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -55,7 +56,7 @@ class SteepestDescent:
         right: Tensor,
         scaling: float,
         statistics: LayerStatistics,
-        seed: int | None = None,
+        seeds: Sequence[int] | None = None,
     ) -> tuple[Tensor, Tensor]:
         return right, left / scaling
 

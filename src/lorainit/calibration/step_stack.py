@@ -44,7 +44,7 @@ class StepStack:
         limits: ``(layers,)``, the largest ``|s B A|_F`` of each.
         of_step: whether limits are of the step alone, since what is there before it is given back to a
             quantized base, and no way from a model that works.
-        energies: of each layer, by the number of directions that a step may use; None: its statistics are kept.
+        energies: by the number of directions that a step may use; None: statistics are kept.
         words: of an embedding, those that `step` and `whole` are of; None: all inputs.
     """
 
@@ -53,7 +53,7 @@ class StepStack:
     whole: LowRankSum | None
     limits: Tensor
     of_step: bool = False
-    energies: Mapping[int, Sequence[RowEnergies]] | None = None
+    energies: Mapping[int, RowEnergies] | None = None
     words: Tensor | None = None
 
     @property
@@ -98,13 +98,14 @@ class StepStack:
         device: torch.device,
     ) -> StepStack:
         """The step from statistics taken at the present displacement."""
-        layers = [statistics[t.name].only(method.needs).to(device=device) for t in targets]
         # An embedding stands alone.
         first = targets[0]
         there = present[first.name][1] if present else None
-        words = words_of(first, layers[0], first.spec.rank, there)
-        layers = [of_words(layer, words) for layer in layers]
-        found = method.step(LayerStatistics.stack(layers), targets[0].spec.rank)
+        known = statistics[first.name].only(method.needs)
+        words = words_of(first, known, first.spec.rank, there)
+        together = _stacked(targets, statistics, method.needs, device, words)
+        found = method.step(together, first.spec.rank)
+        del together
         step = found.left, found.right
         bounds = step[0].new_tensor([limits[t.name] for t in targets])
         if not present:
@@ -158,20 +159,14 @@ class StepStack:
         """
         assert self.whole is None
         left, right = self.step
-        found: dict[int, list[RowEnergies]] = {count: [] for count in counts}
-        ranks = torch.tensor(counts, device=left.device).reshape(-1, 1, 1)
+        ranks = torch.tensor(counts, device=left.device).reshape(-1, 1, 1, 1)
         used = torch.arange(left.shape[-1], device=left.device) < ranks
-        for i, target in enumerate(self.targets):
-            # One layer at a time, of those that wait on the host.
-            layer = statistics[target.name].only(method.needs).to(device=left.device)
-            layer = of_words(layer, self.words)
-            # All numbers of directions at once.
-            energies = method.row_energies(
-                left[i] * used, right[i].expand(len(counts), -1, -1), layer
-            )
-            for count, own in zip(counts, energies.by_displacement(), strict=True):
-                found[count].append(own)
-        return replace(self, energies=found)
+        together = _stacked(self.targets, statistics, method.needs, left.device, self.words)
+        # All numbers of directions at once.
+        energies = method.row_energies(
+            left * used, right.expand(len(counts), *right.shape), together
+        )
+        return replace(self, energies=dict(zip(counts, energies.by_displacement(), strict=True)))
 
     def moved(self, length: float, directions: int) -> tuple[Tensor, Tensor]:
         """The displacement after a step of this length along its first directions, cut to rank.
@@ -205,14 +200,11 @@ class StepStack:
         tiny = torch.finfo(left.dtype).tiny
         return (self.limits / square.sqrt().clamp_min(tiny)).clamp(max=1.0).unsqueeze(-1)
 
-    def _stretches(self, length: float, directions: int) -> list[float]:
-        """How many times as long each layer's displacement is as its step at length one."""
-        if self.energies is None:
-            return []
+    def _stretches(self, length: float, directions: int) -> Tensor:
+        """``(layers, 1)``: how many times as long a displacement is as its step at length one."""
         left, right = self.step
         used = (torch.arange(left.shape[-1], device=left.device) < directions).to(left)
-        found: list[float] = (length * self._scale(left * (used * length), right)[:, 0]).tolist()
-        return found
+        return length * self._scale(left * (used * length), right)
 
     def factors(
         self,
@@ -222,22 +214,31 @@ class StepStack:
         directions: int,
     ) -> tuple[Tensor, Tensor]:
         """The same as ``s B`` and ``A`` of the adapter; without statistics where they were forgotten."""
-        pairs = []
-        moved = self._moved(length, directions)
-        stretches = self._stretches(length, directions)
-        for i, (target, left, right) in enumerate(zip(self.targets, *moved, strict=True)):
-            scaling = target.spec.scaling
-            seed = torch.initial_seed() ^ zlib.crc32(target.name.encode())
-            if self.energies is not None:
-                assert isinstance(method, ForgetsStatistics)
-                energies = self.energies[directions][i]
-                a, b = method.factors_from(left, right, scaling, energies, stretches[i], seed)
-            else:
-                assert statistics is not None
-                layer = of_words(statistics[target.name], self.words)
-                a, b = method.factors(left, right, scaling, layer, seed)
-            pairs.append((scaling * b, widened(a, self.words, target.spec.in_features)))
-        return torch.stack([b for b, _ in pairs]), torch.stack([a for _, a in pairs])
+        left, right = self._moved(length, directions)
+        spec = self.targets[0].spec
+        seeds = [torch.initial_seed() ^ zlib.crc32(t.name.encode()) for t in self.targets]
+        if self.energies is not None:
+            assert isinstance(method, ForgetsStatistics)
+            stretches = self._stretches(length, directions)
+            energies = self.energies[directions]
+            a, b = method.factors_from(left, right, spec.scaling, energies, stretches, seeds)
+        else:
+            assert statistics is not None
+            together = _stacked(self.targets, statistics, method.needs, left.device, self.words)
+            a, b = method.factors(left, right, spec.scaling, together, seeds)
+        return spec.scaling * b, widened(a, self.words, spec.in_features)
+
+
+def _stacked(
+    targets: list[Target],
+    statistics: Statistics,
+    needs: frozenset[str],
+    device: torch.device,
+    words: Tensor | None,
+) -> LayerStatistics:
+    """What a method needs of these layers, in one place; of an embedding that of these words."""
+    layers = [statistics[t.name].only(needs).to(device=device) for t in targets]
+    return LayerStatistics.stack([of_words(layer, words) for layer in layers])
 
 
 def _solving_device(target: Target, statistics: Statistics) -> torch.device:

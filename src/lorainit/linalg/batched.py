@@ -29,7 +29,13 @@ def once(work: Callable[[Tensor], Tensor], stack: Tensor) -> Tensor:
 
 
 def product(matrix: Tensor, block: Tensor) -> Tensor:
-    """``matrix @ block``; one matrix times several blocks, where it is expanded over them."""
+    """``matrix @ block``; one matrix times several blocks, where it is expanded over them.
+
+    Or where the blocks have one dimension more, in front.
+    """
+    if block.dim() > matrix.dim():
+        found = product(matrix, block.movedim(0, -2).flatten(-2))
+        return found.reshape(*found.shape[:-1], len(block), -1).movedim(-2, 0)
     if not (matrix.dim() == 4 and matrix.stride(1) == 0 and matrix.shape[1] > 1):
         return matrix @ block
     groups, number, rows, width = block.shape

@@ -9,7 +9,8 @@ repeated steps with a cut in the metric.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -178,7 +179,7 @@ class Natural:
         right: Tensor,
         scaling: float,
         statistics: LayerStatistics,
-        seed: int | None = None,
+        seeds: Sequence[int] | None = None,
     ) -> tuple[Tensor, Tensor]:
         r"""``A``, ``B`` with ``scaling * B A = left right`` and orthogonal rows of the right size.
 
@@ -191,15 +192,15 @@ class Natural:
 
         Args:
             left: ``(..., out, rank)``. A zero column keeps its row of ``right`` in the span of ``A``,
-                unless `seed` is given.
+                unless `seeds` are given.
             right: ``(..., rank, in)``.
             scaling: above zero.
             statistics: with ``gradient`` and both second moments, not damped.
-            seed: of the random rows that `spare` asks for, the same on every device.
+            seeds: of the random rows that `spare` asks for, one a layer, the same on every device.
         """
         directions = _Directions.of(left, right)
         energies = self._energies(directions, statistics)
-        return self._sized(directions, energies, scaling, 1.0, seed)
+        return self._sized(directions, energies, scaling, seeds)
 
     def row_energies(self, left: Tensor, right: Tensor, statistics: LayerStatistics) -> RowEnergies:
         """What `factors` reads of the statistics for this displacement, or for one that is a multiple of it.
@@ -217,8 +218,8 @@ class Natural:
         right: Tensor,
         scaling: float,
         energies: RowEnergies,
-        stretch: float,
-        seed: int | None = None,
+        stretch: Tensor,
+        seeds: Sequence[int] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """`factors` without statistics.
 
@@ -227,10 +228,12 @@ class Natural:
             right: ``(..., rank, in)``, the same.
             scaling: above zero.
             energies: see `row_energies`.
-            stretch: not below zero.
-            seed: as `factors` takes it.
+            stretch: ``(..., 1)``, not below zero.
+            seeds: as `factors` takes them.
         """
-        return self._sized(_Directions.of(left, right), energies, scaling, stretch, seed)
+        columns = energies.columns * stretch.to(energies.columns).square()
+        stretched = replace(energies, columns=columns)
+        return self._sized(_Directions.of(left, right), stretched, scaling, seeds)
 
     def _energies(self, directions: _Directions, statistics: LayerStatistics) -> RowEnergies:
         rows, content = directions.rows, directions.content
@@ -242,8 +245,9 @@ class Natural:
         return RowEnergies(
             (_energy(inputs, rows.mT) + damping).clamp_min(torch.finfo(diagonal.dtype).tiny),
             ROW_NORM**2 * diagonal.mean(-1, keepdim=True),
-            _energy(outputs, (gradient @ rows.mT).sign()),
-            _energy(outputs, content) * _energy(inputs, (gradient.mT @ content).sign()),
+            _energy(outputs, linalg.product(gradient, rows.mT).sign()),
+            _energy(outputs, content)
+            * _energy(inputs, linalg.product(gradient.mT, content).sign()),
         )
 
     def _sized(
@@ -251,22 +255,19 @@ class Natural:
         directions: _Directions,
         energies: RowEnergies,
         scaling: float,
-        stretch: float,
-        seed: int | None,
+        seeds: Sequence[int] | None,
     ) -> tuple[Tensor, Tensor]:
         rows, content, unused = directions.rows, directions.content, directions.unused
         seen, default = energies.inputs, energies.default
         tiny = torch.finfo(seen.dtype).tiny
         through_b = energies.outputs * seen * scaling**2
-        through_a = energies.columns * stretch**2
-        balanced = (through_a / through_b.clamp_min(tiny)) ** 0.25
+        balanced = (energies.columns / through_b.clamp_min(tiny)) ** 0.25
         sizes = torch.maximum(balanced, self.activation * (default / seen).sqrt())
         # Inputs that are all zero ask for no size.
         sizes = _rounded(torch.where(default > 0, sizes, ROW_NORM)).to(rows)
         a, b = rows * sizes.unsqueeze(-1), content / (sizes.unsqueeze(-2) * scaling)
-        if self.spare is not None and seed is not None:
-            generator = torch.Generator().manual_seed(seed)
-            drawn = 2 * torch.rand(a.shape, generator=generator) - 1
+        if self.spare is not None and seeds is not None:
+            drawn = torch.stack([_uniform(seed, a.shape[-2:]) for seed in seeds]).reshape(a.shape)
             drawn = drawn.to(a) * (self.spare / a.shape[-1] ** 0.5)
             a = torch.where(unused.unsqueeze(-1), drawn, a)
         return a, b
@@ -331,6 +332,11 @@ def _energy(second_moment: Tensor, columns: Tensor) -> Tensor:
     there = columns.to(second_moment)
     energy = (linalg.product(second_moment, there) * there).sum(-2).clamp_min(0)
     return linalg.double_precision(energy.to(columns.device))
+
+
+def _uniform(seed: int, shape: torch.Size) -> Tensor:
+    """Numbers between -1 and 1."""
+    return 2 * torch.rand(shape, generator=torch.Generator().manual_seed(seed)) - 1
 
 
 def _rounded(sizes: Tensor) -> Tensor:

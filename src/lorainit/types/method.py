@@ -218,22 +218,24 @@ class TakesSteps(MeasuresLength, Protocol):
         right: Tensor,
         scaling: float,
         statistics: LayerStatistics,
-        seed: int | None = None,
+        seeds: Sequence[int] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """``A`` ``(..., rank, in)`` and ``B`` ``(..., out, rank)`` with ``scaling * B A = left @ right``.
+
+        Of one layer or a stack of layers.
 
         Args:
             left: ``(..., out, rank)``; a zero column is a direction that no step uses.
             right: ``(..., rank, in)``.
             scaling: above zero.
             statistics: what the last step was taken from.
-            seed: of random rows for unused directions, the same on every device.
+            seeds: of random rows for unused directions, one a layer, the same on every device.
         """
 
 
 @dataclass(frozen=True, eq=False)
 class RowEnergies:
-    """What the sizes of a start's rows follow from, for one displacement ``left @ right``.
+    """What the sizes of a start's rows follow from, for a displacement ``left @ right`` of one or more layers.
 
     Its rows are orthonormal, its columns as long as its singular values.
 
@@ -251,7 +253,7 @@ class RowEnergies:
     columns: Tensor
 
     def by_displacement(self) -> list[RowEnergies]:
-        """Those of each of several displacements of one layer, which the first dimension counts."""
+        """Those of each of several displacements of the same layers, which the first dimension counts."""
         parts = zip(self.inputs, self.outputs, self.columns, strict=True)
         return [RowEnergies(one, self.default, other, third) for one, other, third in parts]
 
@@ -266,7 +268,7 @@ class ForgetsStatistics(TakesSteps, Protocol):
     def row_energies(self, left: Tensor, right: Tensor, statistics: LayerStatistics) -> RowEnergies:
         """Of the displacement ``left @ right``, from the statistics that the step was taken from.
 
-        Of several displacements of one layer at once, where the factors have one dimension more.
+        Of several displacements at once, where the factors have one dimension more, in front.
         """
 
     def factors_from(
@@ -275,10 +277,13 @@ class ForgetsStatistics(TakesSteps, Protocol):
         right: Tensor,
         scaling: float,
         energies: RowEnergies,
-        stretch: float,
-        seed: int | None = None,
+        stretch: Tensor,
+        seeds: Sequence[int] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """What `factors` gives of ``left @ right``, `stretch` times the one of which the energies are."""
+        """What `factors` gives of ``left @ right``, `stretch` times the one of which the energies are.
+
+        The energies and `stretch`, ``(..., 1)``, are of the layers that the factors are of.
+        """
 
 
 @runtime_checkable
