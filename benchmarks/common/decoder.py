@@ -112,7 +112,10 @@ def build(shape: Shape, device: torch.device) -> LlamaForCausalLM:
 
 @torch.no_grad()
 def quantize(model: nn.Module, bits: int, device: torch.device) -> None:
-    """Random projections in HQQ's form, in groups of 64, one after the other: whole, they would not fit."""
+    """Projections in HQQ's form, in groups of 64, one after the other: whole, they might not fit.
+
+    Those without values get random ones.
+    """
     from hqq.core.quantize import BaseQuantizeConfig, HQQBackend, HQQLinear
 
     # As for training: a graph keeps no weights that were made full again.
@@ -124,11 +127,10 @@ def quantize(model: nn.Module, bits: int, device: torch.device) -> None:
         for name, layer in list(module.named_children()):
             if name in PROJECTIONS:
                 dtype = layer.weight.dtype
-                whole = nn.Linear(
-                    layer.in_features, layer.out_features, bias=False, device=device, dtype=dtype
-                )
-                whole.weight.normal_(0, 0.02)
-                packed = HQQLinear(whole, form, compute_dtype=dtype, device=str(device))
+                if layer.weight.is_meta:
+                    layer = layer.to_empty(device=device)
+                    layer.weight.normal_(0, 0.02)
+                packed = HQQLinear(layer, form, compute_dtype=dtype, device=str(device))
                 setattr(module, name, packed)
 
 

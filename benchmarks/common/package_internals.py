@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 
 from lorainit.adapters import install as install_module
+from lorainit.adapters.reference import ReferenceWeights
 from lorainit.calibration.repeated_steps import RepeatedSteps
 from lorainit.calibration.step_stack import StepStack
 from lorainit.linalg.triangular import lower_inverse
@@ -33,6 +34,9 @@ PARTS_OF_A_START = (
     ("install", install_module, "install"),
 )
 """For `Clock.watching`: what `get_peft_model` does from batches to an installed adapter."""
+
+READING_A_REFERENCE = (("read", ReferenceWeights, "read"),)
+"""Full-precision weights of a quantized base, from where they are."""
 
 PARTS_OVER_PROCESSES = (
     ("reduce_layers", finalize, "reduce_layers"),

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.common.cache import REPOSITORY
-from benchmarks.speed.tables import Record, by_name, grown, pass_seconds
+from benchmarks.speed.tables import Record, by_name, grown, longer, pass_seconds
 
 PICTURE = REPOSITORY / "docs" / "images" / "speed.png"
 
 
 def picture(records: Sequence[Record], path: Path = PICTURE) -> None:
-    """Where a start's seconds go beside the floor; growth with width; growth with rank."""
+    """Where a start's seconds go beside the floor; growth with width, with blocks and with rank."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -20,8 +20,8 @@ def picture(records: Sequence[Record], path: Path = PICTURE) -> None:
     from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
     known = by_name(records)
-    figure, (left, middle, right) = pyplot.subplots(
-        1, 3, figsize=(12, 3.6), constrained_layout=True
+    figure, ((left, middle), (lower, right)) = pyplot.subplots(
+        2, 2, figsize=(9, 7), constrained_layout=True
     )
     bars = [
         n
@@ -63,6 +63,21 @@ def picture(records: Sequence[Record], path: Path = PICTURE) -> None:
         middle.set_title("growth with width")
         middle.legend(frameon=False)
         middle.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+    blocks = longer(known)
+    if blocks:
+        numbers = [number for number, *_ in blocks]
+        lower.loglog(
+            numbers, [low["seconds"]["floor"] for _, low, _ in blocks], "o-", label="floor"
+        )
+        lower.loglog(numbers, [pass_seconds(r) for *_, r in blocks], "o-", label="pass")
+        lower.loglog(numbers, [r["seconds"]["solve"] for *_, r in blocks], "o-", label="solve")
+        lower.set_xticks(numbers, [str(number) for number in numbers])
+        lower.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
+        lower.set_xlabel("blocks of a 7B shape, one by one")
+        lower.set_ylabel("seconds")
+        lower.set_title("growth with blocks, within a budget")
+        lower.legend(frameon=False)
+        lower.yaxis.set_major_formatter(FormatStrFormatter("%g"))
     if "ranks" in known:
         for name, title in (("lora_da", "LoRA-DA"), ("filet", "FILet"), ("natural", "Natural")):
             points = [

@@ -20,6 +20,7 @@ from benchmarks.speed.accuracy import run_objective, run_precision
 from benchmarks.speed.operations import run_operations
 from benchmarks.speed.peft_starts import run_corda, run_eva, run_lora_ga
 from benchmarks.speed.profiles import run_profile, run_profile_floor
+from benchmarks.speed.quantized_starts import run_quantized_start
 from benchmarks.speed.solves import run_ranks, run_solve
 from benchmarks.speed.starts import run_budget, run_floor, run_full, run_pass, run_start
 from benchmarks.speed.training import run_share
@@ -30,6 +31,7 @@ KINDS: dict[str, Callable[[Case, Any, Clock], dict[str, Any]]] = {
     "start": run_start,
     "full": run_full,
     "budget": run_budget,
+    "quantized_start": run_quantized_start,
     "solve": run_solve,
     "ranks": run_ranks,
     "precision": run_precision,
@@ -45,7 +47,7 @@ KINDS: dict[str, Callable[[Case, Any, Clock], dict[str, Any]]] = {
 
 WITHOUT_MODEL = {"solve", "operations"}
 
-CHANGES_MODEL = {"peft_lora_ga", "peft_corda", "peft_eva"}
+CHANGES_MODEL = {"peft_lora_ga", "peft_corda", "peft_eva", "quantized_start"}
 
 
 def measure(

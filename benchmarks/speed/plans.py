@@ -7,6 +7,9 @@ from dataclasses import replace
 
 from benchmarks.common.decoder import Case
 
+BLOCKS = {4: "7 GiB", 8: "9 GiB", 16: "14 GiB"}
+"""Decoder layers, and a budget within which their sums are taken block by block."""
+
 
 def big_plan(
     shape: str = "llama-2-7b",
@@ -28,6 +31,15 @@ def big_plan(
     ]
     middle = replace(base, shape=f"width {widths[-2]}", limit=40)
     tight = replace(base, kind="start", sequences=64, limit=120, options={"max_memory": "24 GiB"})
+    # A budget that holds the weights and one block's sums, not those of all.
+    longer = [
+        replace(case, name=f"{case.name}, {layers} blocks", layers=layers)
+        for layers, size in BLOCKS.items()
+        for case in (
+            replace(base, name="floor", kind="floor", sequences=64),
+            replace(tight, name="LoRA-DA within a budget", options={"max_memory": size}),
+        )
+    ]
     return [
         replace(base, name="floor", kind="floor"),
         replace(base, name="LoRA-DA", kind="start", limit=90),
@@ -86,6 +98,16 @@ def big_plan(
                 ("Auto", "auto", "46 GiB"),
             )
         ),
+        *(
+            replace(
+                tight,
+                name=f"{name}, 7B in 4 bits",
+                kind="quantized_start",
+                method=method,
+                options={},
+            )
+            for name, method in (("QERA", "qera"), ("Auto, giving back", "join"))
+        ),
         replace(small, name="share", kind="share", batch=32),
         replace(peers, name="PEFT LoRA-GA", kind="peft_lora_ga"),
         replace(peers, name="LoRA-GA", kind="start", method="lora_ga"),
@@ -125,6 +147,7 @@ def big_plan(
         replace(middle, name="floor, tokens x 4", kind="floor"),
         replace(middle, name="LoRA-DA, tokens x 4", kind="start"),
         *grown,
+        *longer,
         replace(
             middle, name="ranks", kind="ranks", sequences=64, options={"ranks": [8, 32, 128, 256]}
         ),

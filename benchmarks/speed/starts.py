@@ -7,6 +7,7 @@ import logging
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import accelerate
@@ -18,7 +19,7 @@ from benchmarks.common.clock import Clock, cleared, host_peak_gib, peak_gib, res
 from benchmarks.common.decoder import Case, batches_of, config, floor
 from benchmarks.common.package_internals import PARTS_OF_A_START
 from benchmarks.common.subspaces import sine_between
-from lorainit.methods import EVA, Auto, CorDA, FILet, LoraDA, LoraGA, Natural
+from lorainit.methods import EVA, QERA, Auto, CorDA, FILet, LoraDA, LoraGA, Natural
 
 METHODS: dict[str, Callable[[], Any]] = {
     "lora_da": LoraDA,
@@ -28,6 +29,9 @@ METHODS: dict[str, Callable[[], Any]] = {
     "eva": EVA,
     "corda": CorDA,
     "lora_ga": LoraGA,
+    "qera": QERA,
+    # What three bits and fewer get, whatever the bits.
+    "join": partial(Auto, least_taken=0.0),
 }
 
 

@@ -24,6 +24,7 @@ def tables(records: Sequence[Record]) -> str:
         _solves(known),
         _peers(known),
         _growth(known),
+        _blocks(known),
         _ranks(known),
         _precision(known),
         _objective(known),
@@ -84,7 +85,7 @@ def _starts(known: Mapping[str, Record]) -> str:
     for name, r in known.items():
         if r.get("kind") not in ("floor", "pass", "start", "full") or "width" in r["shape"]:
             continue
-        if r.get("method") in ("eva", "corda", "lora_ga"):
+        if r.get("method") in ("eva", "corda", "lora_ga") or "blocks" in name:
             continue
         spent, of_floor = r["seconds"], ratio(known, name)
         rows.append(
@@ -162,6 +163,19 @@ def grown(known: Mapping[str, Record]) -> list[tuple[int, Record, Record]]:
     return sorted(found, key=lambda entry: entry[0])
 
 
+def longer(known: Mapping[str, Record]) -> list[tuple[int, Record, Record]]:
+    """Number of blocks, floor and start of a model block by block, its whole shape last."""
+    found = []
+    for name, r in known.items():
+        if name.startswith("LoRA-DA within a budget, "):
+            blocks = name.removeprefix("LoRA-DA within a budget, ")
+            found.append((r["layers"], known.get(f"floor, {blocks}"), r))
+    whole = known.get("LoRA-DA within 24 GiB, after others")
+    if found and whole is not None:
+        found.append((32, known.get("floor, 64 x 512"), whole))
+    return [(n, low, r) for n, low, r in sorted(found, key=lambda e: e[0]) if low is not None]
+
+
 def _growth(known: Mapping[str, Record]) -> str:
     rows = [
         [
@@ -183,6 +197,23 @@ def _growth(known: Mapping[str, Record]) -> str:
             ]
         )
     return table(["one layer of width", "floor s", "pass s", "solve s"], rows)
+
+
+def _blocks(known: Mapping[str, Record]) -> str:
+    rows = [
+        [
+            blocks,
+            r["options"]["max_memory"],
+            seconds(low["seconds"]["floor"]),
+            seconds(pass_seconds(r)),
+            seconds(r["seconds"]["solve"]),
+            gib(r.get("peak_gib")),
+            r.get("passes", ""),
+        ]
+        for blocks, low, r in longer(known)
+    ]
+    head = ["blocks", "budget", "floor s", "pass s", "solve s", "peak GiB", "passes"]
+    return table(head, rows)
 
 
 def _ranks(known: Mapping[str, Record]) -> str:

@@ -14,7 +14,10 @@ from benchmarks.speed import tables as table
 from benchmarks.speed.plans import big_plan, processor_plan, tiny_plan
 
 CPU = torch.device("cpu")
-WANTED = ("floor", "LoRA-DA", "full Sy", "LoRA-DA within 24 GiB", "PEFT LoRA-GA", "ranks")
+WANTED = (
+    *("floor", "LoRA-DA", "full Sy", "LoRA-DA within 24 GiB", "PEFT LoRA-GA", "ranks"),
+    *("floor, 4 blocks", "LoRA-DA within a budget, 4 blocks"),
+)
 
 
 def cases(*names: str):
@@ -43,6 +46,8 @@ def test_measured_once_and_shown(tmp_path) -> None:
     assert start["statistics_gib"] > 0
     text = table.tables(records)
     assert "| LoRA-DA |" in text
+    ((blocks, *_),) = table.longer(table.by_name(records))
+    assert blocks == 2  # of the tiny shape
     assert table.ratio(table.by_name(records), "LoRA-DA") == pytest.approx(
         table.pass_seconds(start) / table.by_name(records)["floor"]["seconds"]["floor"]
     )
@@ -85,3 +90,17 @@ def test_a_shape_in_four_bits_is_made_of_packed_layers() -> None:
     assert not any(parameter.is_meta for parameter in model.parameters())
     batch = batches_of(cases("LoRA-DA")[0])[0]
     assert bool(model(**batch).loss.isfinite())
+
+
+def test_starts_of_a_base_in_four_bits_read_its_reference_from_disk(tmp_path) -> None:
+    pytest.importorskip("hqq.core.quantize")
+    names = ("QERA, 7B in 4 bits", "Auto, giving back, 7B in 4 bits")
+    records = speed.measure(cases(*names), CPU, tmp_path / "speed.jsonl", 1e6)
+    assert not [r for r in records if "error" in r]
+    known = table.by_name(records)
+    for name in names:
+        record = known[name]
+        assert 0 < record["seconds"]["read"] < record["seconds"]["total"]
+        assert record["plan"][0].startswith("reference weights of 14 layers")
+    # Statistics at the base; for the join again at the compensated point.
+    assert [known[name]["passes"] for name in names] == [1, 2]
