@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks.quality import stages
 from benchmarks.quality.data.files import default_folder
 from benchmarks.quality.experiment import Experiment
-from benchmarks.quality.records import RESULTS, Record
+from benchmarks.quality.records import RESULTS, Record, read_records
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
@@ -32,6 +32,9 @@ def experiments_of(arguments: argparse.Namespace, known: list[Record]) -> list[E
         return stages.search(methods, arguments.tasks, **common)
     if arguments.stage == "grid":
         return stages.grid(methods, arguments.tasks, arguments.seeds, arguments.at, **common)
+    if arguments.stage == "suggested":
+        one_step = read_records([*arguments.records, arguments.out], "one_step").values()
+        return stages.suggested(one_step, methods, arguments.tasks, arguments.seeds, **common)
     if arguments.stage == "seeds":
         return stages.seeds(
             known, methods, arguments.tasks, arguments.seeds, rates=arguments.rates, **common

@@ -133,9 +133,9 @@ def percent_steps(steps: int) -> list[int]:
 def curve_steps(steps: int) -> list[int]:
     """Steps before which (and after the last of which) the held-out loss is taken.
 
-    Those of `CURVE_PERCENT`, dense in the first tenth, and every eighth of the way.
+    Those of `CURVE_PERCENT`, after the first step, dense in the first tenth, and every eighth of the way.
     """
-    points = set(percent_steps(steps))
+    points = {1, *percent_steps(steps)}
     tenth = -(-steps // 10)
     points |= {round(tenth * i / 8) for i in range(9)}
     points |= {round(steps * i / 8) for i in range(1, 9)}

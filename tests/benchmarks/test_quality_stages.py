@@ -11,10 +11,10 @@ from benchmarks.common.cache import REPOSITORY
 from benchmarks.quality.analyze import PICTURE
 from benchmarks.quality.bench import Bench
 from benchmarks.quality.data.order import batch_order, training_rows
-from benchmarks.quality.experiment import Experiment, percent_steps
+from benchmarks.quality.experiment import Experiment, curve_steps, percent_steps
 from benchmarks.quality.models.loading import round_base
 from benchmarks.quality.records import keep, read_records
-from benchmarks.quality.stages import best_rates, parse_method, search, seeds
+from benchmarks.quality.stages import best_rates, parse_method, search, seeds, suggested
 from benchmarks.quality.time_limit import Clock, OutOfTime
 
 from tests.benchmarks.test_quality_trainer import PAD, base_model, examples
@@ -222,3 +222,32 @@ def test_the_commands_from_search_to_tables(folder, tmp_path, monkeypatch, capsy
     assert not read_records([out], "failures")
     with pytest.raises(SystemExit, match="no such setting"):
         call(run, "search", *common, "ranks=3")
+
+
+def test_lines_at_the_rates_that_are_suggested_for_them():
+    common = {"rank": 8, "style": "chat"}
+
+    def said(method: str, value: float, seed: int = 0):
+        line = Experiment("gcd", method, 1.0, seed=seed, **common)
+        return {"experiment": line.to_json(), "seed": seed, "suggestion": {"value": value}}
+
+    records = [said("vanilla", 7.7e-4, 1), said("vanilla", 1.234e-3), said("auto", 5.05e-4)]
+    refused = Experiment("gcd", "pissa", 1.0, **common)
+    records.append({"experiment": refused.to_json(), "seed": 0, "refused": "no rate"})
+    found = suggested(records, ["vanilla", "auto"], ["gcd"], [0, 3], **common)
+    assert [(e.method, e.learning_rate, e.seed) for e in found] == [
+        ("vanilla", 1.2e-3, 0),
+        ("vanilla", 1.2e-3, 3),
+        ("auto", 5.1e-4, 0),
+        ("auto", 5.1e-4, 3),
+    ]
+    with pytest.warns(UserWarning, match="no rate is suggested for 'pissa' on gcd"):
+        assert len(suggested(records, ["auto", "pissa"], ["gcd"], [0], **common)) == 1
+    # Of another rank nothing is known.
+    with pytest.raises(ValueError, match=r"benchmarks\.quality\.one_step first"):
+        suggested(records, ["vanilla"], ["gcd"], [0], rank=32, style="chat")
+
+
+def test_the_loss_after_the_first_step_is_taken():
+    assert curve_steps(128)[:3] == [0, 1, 2]
+    assert {0, 2, 7, 13, 32, 64, 128} <= set(curve_steps(128))

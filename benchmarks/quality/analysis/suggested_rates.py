@@ -56,8 +56,8 @@ def _key(record: Record) -> Key:
     return (record["task"], record["label"], record["rank"])
 
 
-def cases(grid: Iterable[Record], one_step: Iterable[Record], rates: int = 9) -> list[Case]:
-    """Every line with a whole grid and a suggestion."""
+def cases(grid: Iterable[Record], one_step: Iterable[Record], rates: int = 6) -> list[Case]:
+    """Every line with a grid of at least so many rates and a suggestion."""
     losses: dict[Any, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
     for record in grid:
         loss = record["validation"]["loss"]
