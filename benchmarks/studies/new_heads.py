@@ -4,7 +4,7 @@
     python -m benchmarks.studies.new_heads --table
 
 Every run is a line of ``new_heads.jsonl``. `Auto` is the one or the other by what Natural's measured start
-takes off the loss, which each record keeps, so it needs no runs of its own. No records are kept yet.
+takes off the loss, which each record keeps, so it needs no runs of its own.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from benchmarks.quality.models.loading import choose_device, load_model
 from benchmarks.quality.models.registry import KINDS
 from benchmarks.quality.records import append, read_records
 from benchmarks.quality.stacks import batch_rows_of
+from benchmarks.quality.time_limit import Clock, OutOfTime
 from benchmarks.quality.training.trainer import Job
 from benchmarks.studies import RESULTS
 
@@ -66,8 +67,8 @@ def study(
     bench: Bench, task: str, seed: int, arguments: argparse.Namespace, done: set[str]
 ) -> None:
     """One task and seed."""
-    path = default_folder() / f"{task}.npz"
-    pools = load_labelled(path if path.is_file() else prepare_labelled(task, default_folder()))
+    path = arguments.data / f"{task}.npz"
+    pools = load_labelled(path if path.is_file() else prepare_labelled(task, arguments.data))
     pools = {name: pool.to(bench.device) for name, pool in pools.items()}
     scored = {"validation": pools["validation"].first(arguments.validation)}
     scored["test"] = pools["test"].first(arguments.test)
@@ -80,15 +81,14 @@ def study(
                 rate: f"{method}-{'fitted' if fitted else 'random'}-{first.at(learning_rate=rate).id}"
                 for rate in arguments.rates
             }
-            if done.issuperset(names.values()):
+            rates = [rate for rate in arguments.rates if names[rate] not in done]
+            if not rates:
                 continue
+            bench.clock.check(5.0)
             found, known = started(bench, first, pools["train"], method, fitted)
-            for rate in arguments.rates:
-                if names[rate] in done:
-                    continue
-                trainer = bench.trainer(("new_heads", task), first, found, pools, 1)
-                job = Job(found.start, rate, batch_rows_of(first, pools))
-                (outcome,) = trainer.run([job], scores=scored)
+            trainer = bench.trainer(("new_heads", task), first, found, pools, len(rates))
+            jobs = [Job(found.start, rate, batch_rows_of(first, pools)) for rate in rates]
+            for rate, outcome in zip(rates, trainer.run(jobs, scores=scored), strict=True):
                 record: dict[str, Any] = {"id": names[rate], "task": task, "seed": seed}
                 record |= {"method": method, "fitted": fitted, "learning_rate": rate, **common}
                 for split, (losses, exact) in outcome.scores.items():
@@ -126,18 +126,27 @@ def main() -> None:
     parser.add_argument("--test", type=int, default=1024, help="sequences scored")
     parser.add_argument("--out", type=Path, default=REPOSITORY / "outputs" / "new-heads")
     parser.add_argument("--table", action="store_true", help="only print what is recorded")
+    parser.add_argument("--data", type=Path, default=default_folder(), help="prepared tasks")
+    parser.add_argument("--model", type=Path, help="folder of a packed model; else the cache's")
+    parser.add_argument("--time-limit", type=float, help="seconds after which nothing new starts")
     parser.add_argument("--commit")
     arguments = parser.parse_args()
     if arguments.table:
         print(table())
         return
     done = set(read_records([RESULTS, arguments.out], "new_heads"))
-    model = load_model(None, choose_device(), MODEL)
-    bench = Bench(model, default_folder(), arguments.out, "new_heads", commit=arguments.commit)
-    for seed in arguments.seeds:
-        for task in arguments.tasks:
-            study(bench, task, seed, arguments, done)
-            bench.free()
+    model = load_model(arguments.model, choose_device(), MODEL)
+    clock = Clock(arguments.time_limit)
+    bench = Bench(
+        model, arguments.data, arguments.out, "new_heads", commit=arguments.commit, clock=clock
+    )
+    try:
+        for seed in arguments.seeds:
+            for task in arguments.tasks:
+                study(bench, task, seed, arguments, done)
+                bench.free()
+    except OutOfTime:
+        print("out of time: the same call goes on from here")
 
 
 if __name__ == "__main__":
