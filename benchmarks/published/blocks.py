@@ -8,7 +8,6 @@ from collections.abc import Callable
 
 from benchmarks.common.cache import REPOSITORY
 from benchmarks.published.sources import (
-    Mean,
     at_rate,
     beside_on,
     grid_cells,
@@ -19,10 +18,12 @@ from benchmarks.published.sources import (
     start_seconds,
     tuned,
 )
+from benchmarks.quality.analysis.grid_comparison import compared, differences
 from benchmarks.quality.analysis.markdown import table
-from benchmarks.quality.analysis.rate_grid import BASELINE, compared, differences, tuned_loss
+from benchmarks.quality.analysis.rate_grid import BASELINE, tuned_loss
 from benchmarks.quality.analysis.suggested_rates import quantiles
 from benchmarks.quality.analysis.suggested_rates import table as rates_table
+from benchmarks.quality.analysis.t_tests import Mean
 from benchmarks.quality.experiment import GRID
 from benchmarks.quantized import recovery_tables
 from benchmarks.quantized.optimality import table as optimality_table

@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import json
-import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 from benchmarks.common.cache import REPOSITORY
-from benchmarks.quality.analysis.rate_grid import (
-    BASELINE,
-    Cells,
-    cells_of,
-    differences,
-    interval,
-    loss_of,
-)
+from benchmarks.quality.analysis.grid_comparison import differences
+from benchmarks.quality.analysis.rate_grid import Cells, cells_of
+from benchmarks.quality.analysis.rate_tables import gaps_at
 from benchmarks.quality.analysis.suggested_rates import Case, cases
-from benchmarks.quality.choose import chosen, rooms
+from benchmarks.quality.analysis.t_tests import Mean
+from benchmarks.quality.choose import CHOSEN
 from benchmarks.quality.experiment import GRID
 from benchmarks.quality.records import RESULTS, Record, read_records
 from benchmarks.quality.stages import STANDARD_RANK
@@ -38,8 +31,7 @@ def grid() -> tuple[Record, ...]:
 def grid_cells() -> Cells:
     """Of the language model at the standard rank, on the tasks that plain LoRA's records chose."""
     mine = [r for r in grid() if r["rank"] == STANDARD_RANK and r["experiment"]["model"] == MODEL]
-    names = chosen(rooms(mine), 12)
-    return cells_of(r for r in mine if r["task"] in names)
+    return cells_of(r for r in mine if r["task"] in CHOSEN)
 
 
 @cache
@@ -82,38 +74,9 @@ def start_seconds(name: str) -> float:
     return float(next(r["seconds"]["total"] for r in records if r["name"] == name))
 
 
-@dataclass(frozen=True)
-class Mean:
-    """A mean over tasks with its 95% t interval, and on how many of them it is below zero."""
-
-    value: float
-    low: float
-    high: float
-    below: int
-    tasks: int
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Mean:
-        low, high = interval(values)
-        below = sum(value < 0 for value in values)
-        return cls(statistics.mean(values), low, high, below, len(values))
-
-    def rounded(self, digits: int) -> str:
-        return f"{self.value:+.{digits}f} [{self.low:+.{digits}f}, {self.high:+.{digits}f}]"
-
-    def __str__(self) -> str:
-        return self.rounded(3)
-
-
 def at_rate(label: str, rate: float, cells: Cells | None = None) -> Mean:
     """Test loss of a line above plain LoRA's, both at one rate, over the tasks of `cells` (`grid_cells`)."""
-    found = []
-    for lines in (grid_cells() if cells is None else cells).values():
-        if label in lines and BASELINE in lines:
-            mine, plain = lines[label][rate], lines[BASELINE][rate]
-            seeds = set(mine) & set(plain)
-            found.append(statistics.mean(loss_of(mine[s]) - loss_of(plain[s]) for s in seeds))
-    return Mean.of(found)
+    return Mean.of(gaps_at(grid_cells() if cells is None else cells, label, rate))
 
 
 def tuned(label: str) -> Mean:

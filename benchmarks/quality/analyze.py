@@ -1,8 +1,9 @@
 """From records to tables and figures: ``python -m benchmarks.quality.analyze [--records ...]``.
 
-The learning rate of every method and task is chosen on the validation split (mean over seeds), and
-all else is read at that rate. Intervals are percentile bootstraps over seeds; a comparison with
-plain LoRA pairs the runs of one task and seed: same data, same order.
+Of the stage "grid" ``grid-MODEL.md`` and its figure, see `compare_grid`; of the first edition's stages
+``tables.md`` and its figures. In those the learning rate of every method and task is chosen on the validation
+split (mean over seeds), and all else is read at that rate. Intervals are percentile bootstraps over seeds; a
+comparison with plain LoRA pairs the runs of one task and seed: same data, same order.
 """
 
 from __future__ import annotations
@@ -17,8 +18,11 @@ from benchmarks.quality.analysis.lines import collect_lines
 from benchmarks.quality.analysis.report import chosen_on, in_order, model_name, report
 from benchmarks.quality.analysis.speed_figures import speed_and_forgetting
 from benchmarks.quality.analysis.sweeps import sweeps_of
+from benchmarks.quality.compare_grid import write_grids
 from benchmarks.quality.models.registry import FRESH_TASKS
 from benchmarks.quality.records import RESULTS, read_records
+
+FIRST_EDITION = ("search", "seeds", "sweep")
 
 PICTURE = REPOSITORY / "docs" / "images" / "quality.png"
 
@@ -27,11 +31,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--records", type=Path, nargs="*", default=[RESULTS])
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--steps", type=Path, help="seconds of steps; default: the kept ones")
     parser.add_argument("--picture", type=Path, help="of the final scores; default: the docs'")
     arguments = parser.parse_args()
     here = arguments.out.resolve() == RESULTS.resolve()
     picture = arguments.picture or (PICTURE if here else arguments.out / PICTURE.name)
-    records = in_order(read_records(arguments.records).values())
+    known = read_records(arguments.records).values()
+    for path in write_grids(known, arguments.out, arguments.steps):
+        print(path)
+    records = in_order(r for r in known if r["stage"] in FIRST_EDITION)
+    if not records:
+        return
     text = report(records)
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "tables.md").write_text(text, encoding="utf-8")

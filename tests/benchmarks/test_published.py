@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from benchmarks.published import pages, sources
 from benchmarks.published.blocks import BLOCKS
-from benchmarks.published.sources import Mean
+from benchmarks.quality.analysis.t_tests import Mean
 
 
 @pytest.mark.parametrize("page", pages.PAGES, ids=lambda page: page.name)

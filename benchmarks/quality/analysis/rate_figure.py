@@ -9,18 +9,16 @@ from pathlib import Path
 from matplotlib import pyplot
 
 from benchmarks.quality.analysis.plotting import style_of
-from benchmarks.quality.analysis.rate_grid import Cells, by_rate
-
-FIXED = (1e-4, 2e-4)
-"""Rates that papers fix for all methods."""
+from benchmarks.quality.analysis.rate_grid import Cells
+from benchmarks.quality.analysis.rate_tables import FIXED, by_rate
 
 
-def rate_figure(cells: Cells, path: Path, highest: float = 0.6) -> Path:
-    """Two panels over the rate, means over tasks: test loss above tuned plain LoRA's, and exact match."""
+def rate_figure(cells: Cells, path: Path, highest: float = 0.6, score: str = "exact match") -> Path:
+    """Two panels over the rate, means over tasks: test loss above tuned plain LoRA's, and the score."""
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.6))
     panels: Sequence[tuple[str, str]] = (
         ("loss", "test loss above plain LoRA's at its own best rate, nats"),
-        ("exact", "exact match, %"),
+        ("exact", f"{score}, %"),
     )
     for axis, (value, title) in zip(axes, panels, strict=True):
         rates, found = by_rate(cells, value)
