@@ -7,8 +7,8 @@
     python -m benchmarks.quality seeds  --records OUT ...
     python -m benchmarks.quality sweep --over rank --values 1 4 16 64 --methods vanilla eva ...
 
-Every finished run is a line of ``OUT/records.jsonl``. What is recorded there, or below
-``--records``, is not run again; a call stops cleanly at its time limit and the same call goes on.
+Every finished run is a line of ``OUT/records.jsonl``. What this stage has recorded there, or
+below ``--records``, is not run again; a call stops cleanly at its time limit and the same call goes on.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from benchmarks.quality.arguments import add_common, experiments_of
 from benchmarks.quality.bench import Bench
 from benchmarks.quality.experiment import GRID
 from benchmarks.quality.models.loading import choose_device, full_precision, load_model
-from benchmarks.quality.records import read_records
+from benchmarks.quality.records import done_in, read_records
 from benchmarks.quality.time_limit import Clock, OutOfTime
 
 
@@ -51,8 +51,9 @@ def main() -> None:
         parser.error("the stage 'sweep' needs --over and --values")
     clock = Clock(arguments.time_limit)
     clock.began = clock_began
-    done = read_records([*arguments.records, arguments.out])
-    experiments = experiments_of(arguments, list(done.values()))
+    known = list(read_records([*arguments.records, arguments.out]).values())
+    done = done_in(known, arguments.stage)
+    experiments = experiments_of(arguments, known)
     models = {e.model for e in experiments}
     if len(models) > 1:
         parser.error(f"one call trains one model; these tasks need {', '.join(sorted(models))}")
@@ -73,11 +74,11 @@ def main() -> None:
         reference=full_precision(arguments.model, device, model),
     )
     try:
-        bench.run(experiments, set(done))
+        bench.run(experiments, done)
         print(f"done in {clock.gone:.0f} s", flush=True)
     except OutOfTime:
-        now = read_records([arguments.out])
-        left = sum(e.id not in now and e.id not in done for e in experiments)
+        done |= done_in(read_records([arguments.out]).values(), arguments.stage)
+        left = sum(e.id not in done for e in experiments)
         print(f"time limit: {left} runs left after {clock.gone:.0f} s; call again", flush=True)
 
 

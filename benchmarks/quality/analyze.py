@@ -20,9 +20,7 @@ from benchmarks.quality.analysis.speed_figures import speed_and_forgetting
 from benchmarks.quality.analysis.sweeps import sweeps_of
 from benchmarks.quality.compare_grid import write_grids
 from benchmarks.quality.models.registry import FRESH_TASKS
-from benchmarks.quality.records import RESULTS, read_records
-
-FIRST_EDITION = ("search", "seeds", "sweep")
+from benchmarks.quality.records import FIRST_EDITION, RESULTS, read_records
 
 PICTURE = REPOSITORY / "docs" / "images" / "quality.png"
 

@@ -30,9 +30,15 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 Record = dict[str, Any]
 
+FIRST_EDITION = frozenset({"search", "seeds", "sweep"})
+"""Stages whose runs serve each other: a sweep's value that is the standard one is a run of ``seeds``."""
+
 
 def read_records(folders: Iterable[Path], name: str = "records") -> dict[str, Record]:
-    """Every record below the folders, by id: lines of ``{name}.jsonl`` and of ``{name}/*.jsonl``."""
+    """Every record below the folders, by id: lines of ``{name}.jsonl`` and of ``{name}/*.jsonl``.
+
+    An experiment that two stages have run has two records; the second key says its stage, too.
+    """
     found: dict[str, Record] = {}
     for folder in folders:
         for path in sorted([*folder.rglob(f"{name}.jsonl"), *folder.rglob(f"{name}/*.jsonl")]):
@@ -41,8 +47,17 @@ def read_records(folders: Iterable[Path], name: str = "records") -> dict[str, Re
                     record = json.loads(line)
                 except ValueError:
                     continue  # the last line of a call that was stopped in the middle of it
-                found[record["id"]] = record
+                key = record["id"]
+                if key in found and found[key].get("stage") != record.get("stage"):
+                    key = f"{key} {record['stage']}"
+                found[key] = record
     return found
+
+
+def done_in(records: Iterable[Record], stage: str) -> set[str]:
+    """Ids of the experiments that need not run again in a stage: other stages' runs may be of older code."""
+    stages = FIRST_EDITION if stage in FIRST_EDITION else {stage}
+    return {record["id"] for record in records if record["stage"] in stages}
 
 
 def append(folder: Path, record: Record, name: str = "records") -> None:
@@ -53,8 +68,9 @@ def append(folder: Path, record: Record, name: str = "records") -> None:
 
 
 def keep(folder: Path, records: Iterable[Record]) -> None:
-    """Records into ``folder/records/{stage}-{model}.jsonl``, sorted; of equal ids the new one stays."""
-    known = read_records([folder]) | {record["id"]: record for record in records}
+    """Records into ``folder/records/{stage}-{model}.jsonl``, sorted; of one stage and id the new one stays."""
+    every = [*read_records([folder]).values(), *records]
+    known = {(record["stage"], record["id"]): record for record in every}
     by_file: dict[str, list[Record]] = defaultdict(list)
     for record in known.values():
         by_file[f"{record['stage']}-{record['experiment']['model']}.jsonl"].append(record)

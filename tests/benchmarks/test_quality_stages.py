@@ -13,7 +13,7 @@ from benchmarks.quality.bench import Bench
 from benchmarks.quality.data.order import batch_order, training_rows
 from benchmarks.quality.experiment import Experiment, curve_steps, percent_steps
 from benchmarks.quality.models.loading import round_base
-from benchmarks.quality.records import keep, read_records
+from benchmarks.quality.records import done_in, keep, read_records
 from benchmarks.quality.stages import best_rates, parse_method, search, seeds, suggested
 from benchmarks.quality.time_limit import Clock, OutOfTime
 
@@ -73,6 +73,13 @@ def test_a_stage_is_recorded_resumed_and_merged(folder, tmp_path):
     (file,) = (tmp_path / "merged" / "records").iterdir()
     assert file.name == "search-smollm2-135m-instruct.jsonl"
     assert len(file.read_text().splitlines()) == len(records)
+    # The same experiment in another stage is a second record, and is not taken for done there.
+    again = every[0] | {"stage": "grid"}
+    keep(tmp_path / "merged", [again])
+    found = read_records([tmp_path / "merged"]).values()
+    assert sorted(r["stage"] for r in found) == ["grid"] + ["search"] * len(every)
+    assert done_in(found, "grid") == {again["id"]}
+    assert done_in(found, "seeds") == {r["id"] for r in every}
     following = seeds(records.values(), methods, ["tiny"], [0, 1], rates=1, **SMALL)
     assert len(following) == 8
 
