@@ -76,8 +76,12 @@ def test_ranks_are_compared_each_with_its_own_plain_lora(records: list[Record]) 
         best = {p.rate for p in pairs(cells_of(mine), "auto") if p.task in TASKS[:2]}
         assert best == {1e-3}
         assert row_of(rates, "auto")[column] == "0.001"
-    # Rank 8 is read at the six rates that the others have, so PiSSA's best is their lowest.
-    assert row_of(rates, "pissa")[1:] == ["0.0001", "0.0001"]
+    # Rank 8 is read at the six rates that the others have, so PiSSA's best is their lowest, though the first
+    # seed's of all nine is below.
+    first = [r for r in both if r["seed"] == 0]
+    assert {p.rate for p in pairs(cells_of(r for r in first if r["rank"] == 8), "pissa")} == {5e-5}
+    for seeds in (both, first):
+        assert row_of(rank_tables(seeds)[1], "pissa")[1:] == ["0.0001", "0.0001"]
     # One rank alone is no table.
     assert rank_tables(records) == []
 
@@ -136,7 +140,7 @@ def test_cost_is_steps_to_plain_loras_final_loss_and_what_they_take(records: lis
     ]  # fmt: skip
     row = row_of(cost_table(cells_of(worse), times), "pissa")
     assert row[2:4] == ["0 of 8", "never"]
-    assert row[4] == "-0.15*"
+    assert (row[4], row[6], row[8]) == ("-0.15*", "never", "never")
 
 
 def test_the_page_of_a_model(records: list[Record], tmp_path: Path) -> None:

@@ -130,6 +130,26 @@ def test_rates_are_chosen_on_validation(records: list[Record]) -> None:
     assert "pissa" not in cells_of(without)["gcd"]
 
 
+def test_plain_lora_is_tuned_on_the_shared_seeds_alone() -> None:
+    """By hand: plain LoRA is best at 1e-4 on its first seed, at 1e-3 over both; the line has the first."""
+
+    def run(label: str, rate: float, seed: int, loss: float) -> Record:
+        split = {"loss": loss, "exact": 0.5}
+        about = {"stage": "grid", "task": "a", "label": label, "learning_rate": rate, "seed": seed}
+        return about | {"validation": split, "test": split}
+
+    runs = [
+        run("vanilla", 1e-4, 0, 1.0), run("vanilla", 1e-3, 0, 1.25),
+        run("vanilla", 1e-4, 1, 3.0), run("vanilla", 1e-3, 1, 1.0),
+        run("auto", 1e-4, 0, 1.5), run("auto", 1e-3, 0, 0.5),
+    ]  # fmt: skip
+    cells = cells_of(runs, least=(1e-4, 1e-3))
+    (found,) = pairs(cells, "auto")
+    assert (found.seeds, found.rate, found.base_rate) == ([0], 1e-3, 1e-4)
+    assert differences(cells)["auto"][0].loss == 0.5 - 1.0
+    assert best_rate(cells["a"]["vanilla"]) == 1e-3
+
+
 def test_a_tuned_loss_is_that_of_the_best_rate(records: list[Record]) -> None:
     line = cells_of(records)["gcd"]["auto"]
     at_best = [r["test"]["loss"] for r in line[best_rate(line)].values()]

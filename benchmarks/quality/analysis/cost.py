@@ -124,9 +124,9 @@ class Cost:
         """Steps of training from which on the start has paid, if it always saves the same share of them."""
         if math.isnan(self.step):
             return math.nan
-        if self.start <= 0:
-            return 0.0
-        return self.start / ((1 - self.share) * self.step) if self.share < 1 else math.inf
+        if self.share >= 1:
+            return math.inf
+        return max(0.0, self.start / ((1 - self.share) * self.step))
 
 
 def cost_of(found: Pair, times: StepTimes, label: str) -> Cost:
