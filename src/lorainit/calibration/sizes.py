@@ -5,6 +5,8 @@ from __future__ import annotations
 import statistics as stats
 from collections.abc import Mapping
 
+import torch
+
 from lorainit.adapters.targets import Target
 from lorainit.adapters.weights import read_weight
 from lorainit.models.displacement import LowRank
@@ -35,5 +37,9 @@ def length_for(sizes: Mapping[str, float], size: float) -> float:
 
 def weight_norms(targets: Mapping[str, Target]) -> dict[str, float]:
     """``|W|_F`` of every layer, above zero; sharded weights are read on every process."""
-    norms = {n: float(read_weight(t.module, n).float().norm()) for n, t in targets.items()}
-    return {name: max(norm, 1e-30) for name, norm in norms.items()}
+    norms = {}
+    for name, target in targets.items():
+        weight = read_weight(target.module, name)
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        norms[name] = max(float(torch.linalg.vector_norm(weight, dtype=wide)), 1e-30)
+    return norms

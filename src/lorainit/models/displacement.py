@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -54,8 +55,12 @@ def displaced(modules: Mapping[str, nn.Module], terms: Mapping[str, LowRank]) ->
             form = form_of(module)
             if form is not None:
                 return output + form.low_rank(x, term.left.to(output), term.right.to(output))
-            right, left = term.right.to(x), term.left.to(x)
-            return output + F.linear(F.linear(x, right), left)
+            inner = F.linear(x, term.right.to(x)).to(output)
+            rank, width = inner.shape[-1], output.shape[-1]
+            # Added in the product: no other tensor as large as the output.
+            left = term.left.to(output).mT
+            moved = torch.addmm(output.reshape(-1, width), inner.reshape(-1, rank), left)
+            return moved.reshape(output.shape)
 
         return hook
 

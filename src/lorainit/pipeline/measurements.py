@@ -106,7 +106,8 @@ class Measurements:
             sample: of the data.
             workspace: bytes that the solve of a part takes beside it.
         """
-        self._fingerprints()
+        # Different weights are an error before long work.
+        _ = self.fingerprints
         return plan_collection(self.subject, sample, workspace)
 
     def statistics(
@@ -116,7 +117,7 @@ class Measurements:
         planned: PlannedCollection | None = None,
     ) -> Statistics:
         """Statistics of the base model, displaced by `at`, with its fingerprints; `planned` if they are."""
-        known = self._fingerprints()
+        known = self.fingerprints
         with displaced(self.subject.modules, at) if at else contextlib.nullcontext():
             found = collect_layers(self.subject, sample, planned)
         found.fingerprints = {n: known[n] for n in found.names if n in known}
@@ -158,6 +159,11 @@ class Measurements:
         limits = rank_limits(configured, possible, method.rho)
         values = value_directions(served, statistics, method, limits, self.settings.budget)
         return replace(self, targets=self.with_ranks(allocate_ranks(values, configured)))
+
+    @cached_property
+    def fingerprints(self) -> dict[str, torch.Tensor]:
+        """Of all targets' weights, read once: no start changes them."""
+        return self._fingerprints()
 
     def _fingerprints(self) -> dict[str, torch.Tensor]:
         """Of all targets' weights, which must be the same on every process."""
