@@ -13,6 +13,7 @@ from torch import Tensor
 from lorainit.adapters.targets import Target
 from lorainit.linalg.low_rank_sum import LowRankSum
 from lorainit.solve.ownership import after_out_of_memory
+from lorainit.solve.stacks import together
 from lorainit.solve.words import of_words, widened, words_of
 from lorainit.statistics import Statistics
 from lorainit.types import (
@@ -103,10 +104,11 @@ class StepStack:
         there = present[first.name][1] if present else None
         known = statistics[first.name].only(method.needs)
         words = words_of(first, known, first.spec.rank, there)
-        together = _stacked(targets, statistics, method.needs, device, words)
-        found = method.step(together, first.spec.rank)
-        del together
-        step = found.left, found.right
+        layers = [of_words(statistics[t.name], words) for t in targets]
+        stack, sharing = together(layers, method.needs, device)
+        found = method.step(stack, first.spec.rank)
+        del stack
+        step = _in_a_row(found.left, sharing), _in_a_row(found.right, sharing)
         bounds = step[0].new_tensor([limits[t.name] for t in targets])
         if not present:
             return cls(targets, step, None, bounds, words=words)
@@ -115,9 +117,12 @@ class StepStack:
         if words is not None:
             right = right.index_select(-1, words.to(right.device))
         both = torch.cat([left, step[0]], dim=-1), torch.cat([right, step[1]], dim=-2)
-        return cls(
-            targets, step, LowRankSum.in_metric(found.metric, *both), bounds, of_step, words=words
+        grouped = (
+            half if sharing == 1 else half.reshape(-1, sharing, *half.shape[1:]) for half in both
         )
+        terms = LowRankSum.in_metric(found.metric, *grouped)
+        whole = LowRankSum(*(_in_a_row(tensor, sharing) for tensor in vars(terms).values()))
+        return cls(targets, step, whole, bounds, of_step, words=words)
 
     @classmethod
     def all_measured(
@@ -239,6 +244,11 @@ def _stacked(
     """What a method needs of these layers, in one place; of an embedding that of these words."""
     layers = [statistics[t.name].only(needs).to(device=device) for t in targets]
     return LayerStatistics.stack([of_words(layer, words) for layer in layers])
+
+
+def _in_a_row(stack: Tensor, sharing: int) -> Tensor:
+    """One leading dimension for all layers, where those that share an input stand in groups."""
+    return stack if sharing == 1 else stack.flatten(0, 1)
 
 
 def _solving_device(target: Target, statistics: Statistics) -> torch.device:

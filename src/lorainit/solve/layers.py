@@ -6,7 +6,6 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
-from itertools import groupby
 from typing import Literal
 
 import torch
@@ -21,11 +20,10 @@ from lorainit.linalg import double_precision
 from lorainit.parallel import collectives
 from lorainit.parallel.exchange import Slot, broadcast_from_owners
 from lorainit.solve.ownership import after_out_of_memory, device_of, layer_owners
-from lorainit.solve.stacks import input_key, rounds
+from lorainit.solve.stacks import rounds, together
 from lorainit.solve.words import all_words, narrowed
 from lorainit.statistics import Statistics
 from lorainit.types import (
-    OF_INPUT,
     DoubtsStatistics,
     Factors,
     LayerSpec,
@@ -276,29 +274,14 @@ def _solve_together(
     dtype: torch.dtype | None,
 ) -> Factors:
     """All layers at once; what belongs to an input that several share is there once."""
-    sharing = _sharing(layers)
-    needs = [
-        method.needs if i % sharing == 0 else method.needs - OF_INPUT for i in range(len(layers))
-    ]
-    moved = [
-        _for_solving(layer, read, weight.device, dtype)
-        for layer, read, weight in zip(layers, needs, weights, strict=True)
-    ]
     stack = torch.stack(weights)
+    statistics, sharing = together(layers, method.needs, stack.device, dtype)
     if sharing > 1:
         stack = stack.reshape(-1, sharing, *stack.shape[1:])
-    found = method.solve(
-        stack, LayerStatistics.stack(moved, sharing=sharing), spec.rank, spec.scaling
-    )
+    found = method.solve(stack, statistics, spec.rank, spec.scaling)
     if sharing == 1:
         return found
     return Factors(found.A.flatten(0, 1), found.B.flatten(0, 1), found.anchored)
-
-
-def _sharing(layers: Sequence[LayerStatistics]) -> int:
-    """How many consecutive layers share one input's sums: the same number throughout, or 1."""
-    runs = [len(list(run)) for _, run in groupby(input_key(layer) for layer in layers)]
-    return runs[0] if len(set(runs)) == 1 else 1
 
 
 def _solve_one(target: Target, weight: Tensor, layer: LayerStatistics, method: Method) -> Factors:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from itertools import zip_longest
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby, zip_longest
 from typing import Any
 
 import torch
@@ -94,6 +94,27 @@ def stacks_of(
             whole = number * max(1, min(budget, quick) // (number * each + once))
             for first in range(0, len(members), whole):
                 yield members[first : first + whole]
+
+
+def together(
+    layers: Sequence[LayerStatistics],
+    needs: frozenset[str],
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+) -> tuple[LayerStatistics, int]:
+    """A stack of layers, what belongs to an input that several share in it once.
+
+    Returns:
+        What `needs` names of the layers, on the device; and how many consecutive layers share an input: where
+        it is above 1 there are two leading dimensions, ``(groups, sharing)``.
+    """
+    runs = [len(list(run)) for _, run in groupby(map(input_key, layers))]
+    sharing = runs[0] if len(set(runs)) == 1 else 1
+    moved = [
+        layer.only(needs if i % sharing == 0 else needs - OF_INPUT).to(device, dtype)
+        for i, layer in enumerate(layers)
+    ]
+    return LayerStatistics.stack(moved, sharing=sharing), sharing
 
 
 def stack_bytes(
