@@ -12,6 +12,7 @@ from lorainit import linalg
 from lorainit.errors import FactorizationError, NonFiniteError, RankError
 from lorainit.linalg import damped_factors, leading, subspace_iteration, thresholds
 from lorainit.linalg.dense import gram_svd
+from lorainit.statistics.memory.peak import LiveBytes
 
 N = 800
 assert N > thresholds.DENSE_LIMIT
@@ -391,6 +392,20 @@ def test_cholesky_of_a_large_stack_on_a_device(monkeypatch: pytest.MonkeyPatch) 
     assert torch.equal(wide, before.double())
     with pytest.raises(FactorizationError, match="not positive definite"):
         linalg.damped_cholesky(matrix - 100 * torch.eye(40), damping, "the matrix")
+
+
+def test_cholesky_of_a_large_matrix_alone_takes_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer that is solved by itself, as on a CUDA device: factored in place, with the same digits."""
+    half = torch.randn(300, 400, generator=torch.Generator().manual_seed(0))
+    matrix, damping = half @ half.mT, torch.tensor(0.1, dtype=torch.float64)
+    peaks, factors = [], []
+    for alone in (False, True):
+        monkeypatch.setattr(damped_factors, "_one_by_one", lambda matrix, alone=alone: alone)
+        with LiveBytes() as meter:
+            factors.append(linalg.damped_cholesky(matrix, damping, "the matrix"))
+        peaks.append(meter.peak / factors[0].nbytes)
+    assert torch.allclose(*factors, rtol=1e-12, atol=1e-12)
+    assert peaks[1] < 1.1 < 1.9 < peaks[0]
 
 
 def test_cholesky_that_fails_twice_is_an_error() -> None:

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 import lorainit
 from lorainit.errors import StatisticsFileError
+from lorainit.statistics import Statistics
 from lorainit.statistics.store import layer_table, packed_symmetric, sharded_files
 from lorainit.types import STATISTICS, LayerStatistics
 from tests.statistics import models
@@ -271,6 +272,29 @@ def test_damaged_shards_are_errors(statistics: lorainit.Statistics, tmp_path: Pa
 
 def first_key(table: dict) -> str:
     return next(k for k in table["weight_map"] if k.endswith("output_second_moment_sum"))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "left"),
+    [
+        (0, "abcd"),
+        # The last one comes back to be solved, so the one before it goes, too.
+        (1, "ab"),
+        (400, "ab"),
+        (401, "a"),
+        (10**9, ""),
+    ],
+)
+def test_what_comes_back_is_not_free(
+    wanted: int, left: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers of 400 bytes, the last of 1,600."""
+    layers = {name: LayerStatistics(gradient_sum=torch.zeros(10, 10)) for name in "abc"}
+    layers["d"] = LayerStatistics(gradient_sum=torch.zeros(20, 20))
+    found = Statistics(layers, {})
+    monkeypatch.setattr(torch.Tensor, "cpu", torch.Tensor.clone)
+    found.relieve(torch.device("cpu"), wanted)
+    assert [n for n in "abcd" if found[n].gradient_sum is layers[n].gradient_sum] == list(left)
 
 
 def test_relieving_a_device_mixes_nothing_up(monkeypatch: pytest.MonkeyPatch) -> None:

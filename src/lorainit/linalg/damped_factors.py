@@ -109,7 +109,8 @@ def solve_triangular(triangle: Tensor, right: Tensor, *, upper: bool, left: bool
     """``torch.linalg.solve_triangular``, large matrices of a stack one by one on CUDA."""
     if isinstance(triangle, Diagonal):
         return right / (triangle.values.unsqueeze(-1) if left else triangle.values.unsqueeze(-2))
-    if not (_one_by_one(triangle) and triangle.shape[:-2] == right.shape[:-2]):
+    alone = triangle.dim() == 2
+    if alone or not (_one_by_one(triangle) and triangle.shape[:-2] == right.shape[:-2]):
         whole: Tensor = torch.linalg.solve_triangular(triangle, right, upper=upper, left=left)
         return whole
     pairs = zip(triangle.flatten(0, -3), right.flatten(0, -3), strict=True)
@@ -119,11 +120,11 @@ def solve_triangular(triangle: Tensor, right: Tensor, *, upper: bool, left: bool
 
 def _one_by_one(matrix: Tensor) -> bool:
     """CUDA's batched factorizations are made for small matrices: large ones go one by one."""
-    return matrix.is_cuda and matrix.dim() > 2 and matrix.shape[-1] >= _LOOP_FROM
+    return matrix.is_cuda and matrix.shape[-1] >= _LOOP_FROM
 
 
 def _cholesky(matrix: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
-    """Of ``matrix + damping * I`` in the damping's dtype; a large stack one by one, and copied once."""
+    """Of ``matrix + damping * I`` in the damping's dtype; large ones one by one, and copied once."""
     if not _one_by_one(matrix):
         out = matrix.to(damping.dtype, copy=True)
         out.diagonal(dim1=-2, dim2=-1).add_(damping.unsqueeze(-1))

@@ -137,16 +137,21 @@ class Statistics(Mapping[str, LayerStatistics]):
         self._layers.pop(name, None)
 
     def relieve(self, device: torch.device, nbytes: int) -> None:
-        """Move layers from `device` to the host, last ones first, until so many bytes are free."""
+        """Move layers from `device` to the host, last ones first, until so many bytes are free.
+
+        Beside the largest of the moved layers, which comes back to be solved.
+        """
         moved: dict[int, Tensor] = {}
-        freed = 0
+        freed = back = 0
         for layer in reversed(self._layers.values()):
-            if freed >= nbytes:
+            if freed >= nbytes + back:
                 break
-            for tensor in _tensors_of(layer).values():
-                if tensor.device == device and id(tensor) not in moved:
+            there = [t for t in _tensors_of(layer).values() if t.device == device]
+            back = max(back, sum(t.nbytes for t in there))
+            for tensor in there:
+                if id(tensor) not in moved:
                     moved[id(tensor)] = tensor.cpu()
-                    freed += tensor.numel() * tensor.element_size()
+                    freed += tensor.nbytes
         # Not before: the address of a tensor that is gone may be another one's.
         for name, layer in self._layers.items():
             # Layers that share a tensor that was moved share the moved one.
