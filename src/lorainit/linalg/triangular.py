@@ -170,12 +170,13 @@ def product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def gram_of_lower(lower: Tensor) -> Tensor:
-    """``P^T P`` ``(batch, n, n)`` of lower triangular float32 ``P``, by products in halves."""
+    """``P^T P`` ``(batch, n, n)`` of lower triangular float32 ``P``, written over it; by products in halves."""
     n = lower.shape[-1]
     scale = largest(lower, (-2, -1)) / LARGEST
     digits = lower.new_empty(2, *lower.shape, dtype=torch.float16)
     split_into(lower, scale.reciprocal(), digits[0], digits[1])
-    out = torch.empty_like(lower)
+    # All of it is in the digits: no other matrix as large.
+    out = lower
     for first in range(0, n, _PANEL):
         end = min(first + _PANEL, n)
         high, low = (d[:, first:, :end].mT for d in digits)
