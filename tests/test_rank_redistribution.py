@@ -4,7 +4,7 @@ from peft import LoraConfig, PeftModel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lorainit
-from lorainit.solve import directions, stacks
+from lorainit.solve import stacks
 
 
 def tiny():
@@ -65,8 +65,7 @@ def test_solves_are_told_the_memory_that_is_allowed(monkeypatch):
         allowed.append(max_memory)
         return 1 << 20
 
-    for place in (stacks, directions):
-        monkeypatch.setattr(place, "stack_bytes", spy)
+    monkeypatch.setattr(stacks, "stack_bytes", spy)
     lorainit.get_peft_model(
         tiny(),
         configuration(),

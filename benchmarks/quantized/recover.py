@@ -8,7 +8,8 @@ quantized model and of the full-precision one; on other rows of the same is meas
 the full-precision one, and its loss (``measures.py``). Data: Python's manual, or tasks (``token_rows.py``).
 
 Every closed form's start of rank r is the first r terms of that of a higher rank. So each is solved once, at
-the highest rank asked for, and measured at all. One JSON line a start; what ``--output`` holds is left out.
+the highest rank asked for, and measured at all; but for those whose ranks are shared out over the layers, which
+are solved at every rank. One JSON line a start; what ``--output`` holds is left out.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ METHODS: dict[str, Any] = {
     "QERA diagonal": lorainit.QERA("diagonal"),
     "QERA": lorainit.QERA(),
     "both sides": lorainit.KroneckerQER(),
+    "both sides, ranks shared": lorainit.KroneckerQER(rho=4),
 }
 
 PEFT = "PEFT loftq"
@@ -140,7 +142,15 @@ class Trial:
     def line(
         self, method: str, of: str, ranks: Sequence[int], device: torch.device
     ) -> Iterator[dict[str, Any]]:
-        """A method's figures at every rank, solved at the highest of them."""
+        """A method's figures at every rank, solved at the highest of them, or at each."""
+        each = getattr(METHODS[method], "rho", 1) > 1
+        for some in [[rank] for rank in ranks] if each else [ranks]:
+            yield from self._solved(method, of, some, device)
+
+    def _solved(
+        self, method: str, of: str, ranks: Sequence[int], device: torch.device
+    ) -> Iterator[dict[str, Any]]:
+        """At every rank, solved at the highest of them."""
         top, watch = max(ranks), Stopwatch(device)
         statistics = self.statistics(of, device)
         with watch.stretch("solve"):
@@ -151,11 +161,14 @@ class Trial:
         seconds = {"solve": round(watch.seconds["solve"], 2)}
         if statistics is not None:
             seconds["statistics"] = round(self.seconds[of], 2)
+        parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
         for rank in sorted(ranks, reverse=True):
-            cut(model, rank)
+            if rank < top:
+                cut(model, rank)
             yield {
                 "method": method, "statistics": of, "rank": rank, "solved_at_rank": top,
-                "s": 16 / math.sqrt(top), "seconds": seconds, **self.case.measure(model),
+                "parameters": parameters * rank // top, "s": 16 / math.sqrt(top),
+                "seconds": seconds, **self.case.measure(model),
             }  # fmt: skip
         self.rounded.model = model.unload()
 

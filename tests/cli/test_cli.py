@@ -185,7 +185,7 @@ def test_statistics_serve_other_methods_and_ranks(
         assert json.loads(capsys.readouterr().out)["rank"] == rank
 
 
-@pytest.mark.parametrize("method", ["loftq", "qera"])
+@pytest.mark.parametrize("method", ["loftq", "qera", "kronecker-qer --set rho=2"])
 def test_a_quantized_model_is_brought_nearer_to_its_reference(
     method: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -202,6 +202,7 @@ def test_a_quantized_model_is_brought_nearer_to_its_reference(
     assert run(tmp_path, shared) == 0
     wanted, far = tiny.logits(full), tiny.logits(coarse)
     started = PeftModel.from_pretrained(coarse, tmp_path / "start")
+    assert bool(started.peft_config["default"].rank_pattern) == ("rho" in method)
     assert (tiny.logits(started) - wanted).norm() < 0.9 * (far - wanted).norm()
     # The command that is printed shows what quantization took.
     said = capsys.readouterr().out

@@ -360,6 +360,28 @@ def given_back(rank: int, size: int) -> dict[str, dict[str, Tensor]]:
     return found
 
 
+def ranked_by_error(rank: int, size: int, kind: str) -> list[dict[str, Tensor]]:
+    """Adapters whose ranks follow from what quantization took of each layer, of a sharded base too."""
+    full = models.llama()
+    with torch.no_grad():
+        for name, parameter in full.named_parameters():
+            drawn = torch.Generator().manual_seed(len(name))
+            parameter.mul_(1 + 0.1 * torch.randn(parameter.shape, generator=drawn))
+    return [
+        adapter(
+            lorainit.get_peft_model(
+                wrapped(kind),
+                config(),
+                method=method,
+                data=part(ROWS, even(size), rank),
+                reference_weights=full,
+                progress=False,
+            )
+        )
+        for method in (lorainit.KroneckerQER(rho=2), lorainit.QERA(rho=2))
+    ]
+
+
 def train(model: Any, rank: int, size: int) -> list[float]:
     """Eight steps on all rows; gradients are averaged by the wrapper, or here where there is none."""
     torch.manual_seed(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -56,11 +57,14 @@ def test_statistics_shared_out(tmp_path: Path) -> None:
         assert "save them there" in other
 
 
-def test_ranks_and_directions_from_sharded_weights(tmp_path: Path) -> None:
+@pytest.mark.parametrize("work", [scenarios.ranked_and_turned, scenarios.ranked_by_error])
+def test_ranks_and_directions_from_sharded_weights(
+    work: Callable[[int, int, str], list[dict[str, torch.Tensor]]], tmp_path: Path
+) -> None:
     """Weights that no process holds whole are gathered for both; all processes and one find the same."""
     with torch.random.fork_rng(devices=[]):
-        alone = scenarios.ranked_and_turned(0, 1, "plain")
-    results = succeeded(launch(scenarios.ranked_and_turned, 2, tmp_path, "fsdp"))
+        alone = work(0, 1, "plain")
+    results = succeeded(launch(work, 2, tmp_path, "fsdp"))
     for number, wanted in enumerate(alone):
         for result in results:
             found = result[number]

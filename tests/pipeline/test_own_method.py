@@ -162,7 +162,7 @@ def test_protocols_of_the_packages_own_methods() -> None:
     }
     assert all(isinstance(kind(), Method) for kind in METHODS.values())
     assert found[TakesSteps] == found[RefusesStart] == {"natural", "auto"}
-    assert found[RanksDirections] >= {"natural", "auto", "eva"}
+    assert found[RanksDirections] >= {"natural", "auto", "eva", "qera", "kronecker-qer"}
     assert found[MeasuresLength] >= {"natural", "auto", "lora-da", "lora-one"}
     assert found[UsesDefaultStart] == {"vanilla"}
     # Whatever can be calibrated says how far a layer may go.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lorainit import linalg
 from lorainit.methods._settings import require_damping, require_number
-from lorainit.methods._weight_error import factors_of_terms, weight_error
+from lorainit.methods._weight_error import factors_of_terms, over_positions, weight_error
 from lorainit.methods.metric import KroneckerMetric
 from lorainit.types import DampingMode, Factors, LayerStatistics
 
@@ -39,17 +39,22 @@ class KroneckerQER:
         damping: added to the diagonals of both factors, see `damping_mode`.
         damping_mode: ``"relative"``: times the mean of each factor's own diagonal; ``"absolute"``: as
             it is, for both.
+        rho: a layer may get up to ``rho`` times its configured rank when `get_peft_model`
+            redistributes ranks by what their directions take from the objective, summed over layers;
+            1 (default) keeps every rank as configured.
     """
 
     balanced: bool = True
     damping: float = 0.01
     damping_mode: DampingMode = "relative"
+    rho: float = 1.0
 
     needs: ClassVar[frozenset[str]] = frozenset({"input_second_moment", "output_second_moment"})
     needs_reference: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         require_damping(self.damping, self.damping_mode)
+        require_number("rho", self.rho, above=1.0)
 
     @classmethod
     def paper(cls) -> KroneckerQER:
@@ -85,11 +90,50 @@ class KroneckerQER:
             statistics: with both second moments in full.
             rank: number of triplets.
         """
+        seen = self._seen(error, statistics)
+        u, _, _ = linalg.top_singular(seen.by_both, rank)
+        left = seen.metric.y_triangle.solve_transposed(u.to(seen.unit)) * seen.unit
+        return left.to(error), u.mT @ seen.by_outputs
+
+    def rank_values(self, statistics: LayerStatistics, max_rank: int) -> Tensor:
+        """What each of a layer's directions is worth: what it takes from the objective.
+
+        Args:
+            statistics: of one layer or a stack of layers, as `solve` takes them.
+            max_rank: how many, at most ``min(out, in)``.
+
+        Returns:
+            ``(..., max_rank)``, descending: the squares of ``S``, in the loss's own units, summed over
+            counted positions, on which the Fisher is a sum.
+        """
+        error = weight_error(statistics, "KroneckerQER")
+        linalg.check_rank(max_rank, *error.shape[-2:])
+        seen = self._seen(error, statistics)
+        values = linalg.top_singular(seen.by_both, max_rank)[1].to(seen.unit)
+        return over_positions((values * seen.unit.squeeze(-1)).square(), statistics)
+
+    def _seen(self, error: Tensor, statistics: LayerStatistics) -> _Seen:
+        """What quantization took, ``(..., out, in)``, in the metric."""
         metric = KroneckerMetric.damped(statistics, self.damping, self.damping_mode)
         # The unit of Y falls out of the product, and would leave float32's range where losses are small.
         unit = metric.y_root.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-        seen_by_outputs = (metric.y_root / unit).to(error).mT @ error
+        by_outputs = (metric.y_root / unit).to(error).mT @ error
         x_root = linalg.once(lambda root: root.to(error), metric.x_root)
-        u, _, _ = linalg.top_singular(seen_by_outputs @ x_root, rank)
-        left = metric.y_triangle.solve_transposed(u.to(metric.y_root)) * unit
-        return left.to(error), u.mT @ seen_by_outputs
+        return _Seen(metric, unit, by_outputs, by_outputs @ x_root)
+
+
+@dataclass(frozen=True, eq=False)
+class _Seen:
+    """``E`` in the metric of a layer, or of a stack of layers.
+
+    Attributes:
+        metric: of both sides.
+        unit: ``(..., 1, 1)``, which both of the following are divided by.
+        by_outputs: ``(..., out, in)``, ``Y^(1/2) E`` up to an orthogonal matrix.
+        by_both: ``(..., out, in)``, ``Y^(1/2) E X^(1/2)`` up to orthogonal matrices.
+    """
+
+    metric: KroneckerMetric
+    unit: Tensor
+    by_outputs: Tensor
+    by_both: Tensor

@@ -157,7 +157,9 @@ class Measurements:
             n: min(t.spec.out_features, t.spec.in_features) // share for n, t in served.items()
         }
         limits = rank_limits(configured, possible, method.rho)
-        values = value_directions(served, statistics, method, limits, self.settings.budget)
+        values = value_directions(
+            served, statistics, method, limits, self.settings.budget, self.reference
+        )
         return replace(self, targets=self.with_ranks(allocate_ranks(values, configured)))
 
     @cached_property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Literal
 
 import torch
@@ -14,11 +14,12 @@ from tqdm.auto import tqdm
 
 from lorainit.adapters.reference import ReferenceWeights
 from lorainit.adapters.targets import Target
-from lorainit.adapters.weights import part_of_gather, read_weight
+from lorainit.adapters.weights import read_weight
 from lorainit.errors import AdapterError, LorainitError, NonFiniteError
 from lorainit.linalg import double_precision
 from lorainit.parallel import collectives
 from lorainit.parallel.exchange import Slot, broadcast_from_owners
+from lorainit.solve.gathered import read_in_turn
 from lorainit.solve.ownership import after_out_of_memory, device_of, layer_owners
 from lorainit.solve.stacks import rounds, together
 from lorainit.solve.words import all_words, narrowed
@@ -70,13 +71,14 @@ def solve_layers(
     )
     with bar, torch.no_grad():
         exact = precision == "exact"
+        needed = not isinstance(method, ReadsWeight) or method.reads_weight
         matrices = 1 if reference is None else 2
         cut = rounds(
             targets, owners, size, statistics, method, max_memory, exact=exact, matrices=matrices
         )
         for chunks in cut:
             try:
-                weights = _weights(chunks, rank, method)
+                weights = read_in_turn(chunks, rank, partial(_weight, needed=needed))
                 if chunks[rank] and failure is None:
                     chunk = chunks[rank]
                     layers = [
@@ -154,30 +156,8 @@ def _without_gradient(chunk: Sequence[Target], layers: Sequence[LayerStatistics]
     return [name for name, one in zip(names, told, strict=True) if not bool(one)]
 
 
-def _weights(chunks: Sequence[list[Target]], rank: int, method: Method) -> list[Tensor]:
-    """The weights of this process's chunk; sharded ones are gathered by everyone, one at a time.
-
-    One that cannot be read is zero for a method that reads none.
-    """
-    needed = not isinstance(method, ReadsWeight) or method.reads_weight
-    weights = []
-    failure: Exception | None = None
-    for owner, chunk in enumerate(chunks):
-        for target in chunk:
-            try:
-                if owner == rank:
-                    weights.append(_weight(target, needed=needed))
-                else:
-                    part_of_gather(target.module)
-            except Exception as error:
-                # The others go on gathering, and this process with them.
-                failure = failure or error
-    if failure is not None:
-        raise failure
-    return weights
-
-
 def _weight(target: Target, *, needed: bool) -> Tensor:
+    """A target's weight; one that cannot be read is zero for a method that reads none."""
     try:
         return read_weight(target.module, target.name)
     except AdapterError:
