@@ -24,6 +24,8 @@ METHODS: dict[str, tuple[Any, int]] = {
     "CG-LoRA": (CGLoRA(), 900_000),
     "CG-LoRA, calibrated": (CGLoRA(scale="calibrated"), 900_000),
     "LoRA-One": (LoraOne(), 600_000),
+    "KroneckerQER": (lorainit.KroneckerQER(), 600_000),
+    "KroneckerQER, ranks shared out": (lorainit.KroneckerQER(rho=2), 600_000),
 }
 """Each with the bytes beside the model that only one pass block by block fits."""
 
@@ -34,6 +36,9 @@ def started(method: Any, budget: int | None, **more: Any) -> dict[str, torch.Ten
     torch.manual_seed(5)
     config = LoraConfig(r=4, target_modules="all-linear")
     data = batches(rows=4, length=8, count=4)
+    if getattr(method, "needs_reference", False):
+        full = {n: w + 0.1 * w.roll(1, -1) for n, w in model.state_dict().items()}
+        more["reference_weights"] = full
     wrapped = lorainit.get_peft_model(
         model, config, method=method, data=data, max_memory=budget, progress=False, **more
     )
