@@ -111,8 +111,8 @@ def adapter(model: PeftModel) -> dict[str, Tensor]:
     return {n: whole(p) for n, p in model.named_parameters() if "lora_" in n}
 
 
-def wrapped(kind: str) -> Any:
-    model = models.llama()
+def wrapped(kind: str, **settings: Any) -> Any:
+    model = models.llama(**settings)
     if kind == "ddp":
         return DistributedDataParallel(model)
     return sharded(model) if kind == "fsdp" else model
@@ -360,9 +360,29 @@ def given_back(rank: int, size: int) -> dict[str, dict[str, Tensor]]:
     return found
 
 
+def of_one_shape(rank: int, size: int, kind: str) -> list[dict[str, Tensor]]:
+    """Layers of one shape, of which some share an input, which only the owner of their statistics knows."""
+    return [
+        adapter(
+            lorainit.get_peft_model(
+                wrapped(kind, num_key_value_heads=4),
+                config(),
+                method=method,
+                data=part(ROWS, even(size), rank),
+                progress=False,
+            )
+        )
+        for method in (
+            lorainit.EVA(rho=2.0),
+            lorainit.CorDA(),
+            lorainit.Natural(rho=2.0, length=1.0),
+        )
+    ]
+
+
 def ranked_by_error(rank: int, size: int, kind: str) -> list[dict[str, Tensor]]:
     """Adapters whose ranks follow from what quantization took of each layer, of a sharded base too."""
-    full = models.llama()
+    full = models.llama(num_key_value_heads=4)
     with torch.no_grad():
         for name, parameter in full.named_parameters():
             drawn = torch.Generator().manual_seed(len(name))
@@ -370,7 +390,7 @@ def ranked_by_error(rank: int, size: int, kind: str) -> list[dict[str, Tensor]]:
     return [
         adapter(
             lorainit.get_peft_model(
-                wrapped(kind),
+                wrapped(kind, num_key_value_heads=4),
                 config(),
                 method=method,
                 data=part(ROWS, even(size), rank),

@@ -57,7 +57,9 @@ def test_statistics_shared_out(tmp_path: Path) -> None:
         assert "save them there" in other
 
 
-@pytest.mark.parametrize("work", [scenarios.ranked_and_turned, scenarios.ranked_by_error])
+@pytest.mark.parametrize(
+    "work", [scenarios.ranked_and_turned, scenarios.ranked_by_error, scenarios.of_one_shape]
+)
 def test_ranks_and_directions_from_sharded_weights(
     work: Callable[[int, int, str], list[dict[str, torch.Tensor]]], tmp_path: Path
 ) -> None:

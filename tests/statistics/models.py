@@ -33,7 +33,7 @@ def llama(dtype: torch.dtype = torch.float32, seed: int = 0, **settings: Any) ->
         intermediate_size=24,
         num_hidden_layers=2,
         num_attention_heads=4,
-        num_key_value_heads=2,
+        num_key_value_heads=settings.pop("num_key_value_heads", 2),
         max_position_embeddings=64,
         pad_token_id=0,
         # Eager attention's softmax is float32, whatever the model is.

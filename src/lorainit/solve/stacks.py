@@ -49,10 +49,15 @@ def rounds(
     A layer counts with so many `matrices` of its weight's shape in float32 beside its statistics.
     """
     budget = stack_bytes(targets, method, max_memory, exact=exact)
-    mine: list[dict[str, Target]] = [{} for _ in range(size)]
-    for name, target in targets.items():
-        mine[owners[name]][name] = target
-    chunks = [stacks_of(members, budget, method.needs, statistics, matrices) for members in mine]
+    rank = collectives.world()[0]
+    mine = {name: target for name, target in targets.items() if owners[name] == rank}
+    own = stacks_of(mine, budget, method.needs, statistics, matrices)
+    if size == 1:
+        yield from ([chunk] for chunk in own)
+        return
+    # Which layers share an input is known where their statistics are, so each process says how it cuts.
+    known = collectives.gather_objects([[target.name for target in chunk] for chunk in own])
+    chunks = [[[targets[name] for name in chunk] for chunk in theirs] for theirs in known]
     yield from (list(turn) for turn in zip_longest(*chunks, fillvalue=[]))
 
 
