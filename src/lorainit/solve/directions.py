@@ -15,7 +15,7 @@ from lorainit.parallel import collectives
 from lorainit.parallel.exchange import Slot, broadcast_from_owners
 from lorainit.solve.gathered import read_in_turn
 from lorainit.solve.ownership import after_out_of_memory, device_of, layer_owners
-from lorainit.solve.stacks import rounds
+from lorainit.solve.stacks import rounds, together
 from lorainit.solve.words import of_words, words_of
 from lorainit.statistics import Statistics
 from lorainit.types import LayerStatistics, RanksDirections
@@ -45,14 +45,16 @@ def value_directions(
     failure: Exception | None = None
     matrices = 1 if reference is None else 2
     with torch.no_grad():
-        for chunks in rounds(targets, owners, size, None, method, max_memory, matrices=matrices):
+        for chunks in rounds(
+            targets, owners, size, statistics, method, max_memory, matrices=matrices
+        ):
             chunk = chunks[rank]
             try:
                 errors = _errors(chunks, rank, reference)
                 if chunk and failure is None:
                     limit = limits[chunk[0].name]
                     layers = [
-                        _layer(target, statistics, method, limit, error)
+                        _layer(target, statistics, limit, error)
                         for target, error in zip(chunk, errors, strict=True)
                     ]
                     values = _values(chunk, layers, method, limit, device_of(chunk[0]))
@@ -80,14 +82,10 @@ def _errors(
 
 
 def _layer(
-    target: Target,
-    statistics: Statistics,
-    method: RanksDirections,
-    limit: int,
-    error: Tensor | None,
+    target: Target, statistics: Statistics, limit: int, error: Tensor | None
 ) -> LayerStatistics:
-    """Only what the method reads; an embedding's of the words that the statistics say something of."""
-    held = statistics[target.name].only(method.needs)
+    """With what quantization took; an embedding's of the words that the statistics say something of."""
+    held = statistics[target.name]
     held = held if error is None else replace(held, weight_error=error)
     return of_words(held, words_of(target, held, limit))
 
@@ -101,8 +99,9 @@ def _values(
 ) -> list[Tensor]:
     """Of layers of one shape, together; in halves, or on the CPU, where the memory does not do."""
     try:
-        moved = LayerStatistics.stack([layer.to(device=device) for layer in layers])
-        return list(method.rank_values(moved, limit))
+        stack, sharing = together(layers, method.needs, device)
+        values = method.rank_values(stack, limit)
+        return list(values if sharing == 1 else values.flatten(0, 1))
     except torch.OutOfMemoryError:
         # Handled below: until here the traceback holds what was allocated.
         pass
