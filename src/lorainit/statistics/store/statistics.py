@@ -338,14 +338,12 @@ def _shares(table: Mapping[str, Mapping[str, Any]], file: Stored) -> Shares | No
 def _check_header(path: Path, header: Mapping[str, str]) -> None:
     if header.get("format") != STATISTICS:
         raise StatisticsFileError(
-            f"'{path}' is a safetensors file, but not one of lorainit's statistics. Give the "
-            "file that "
+            f"'{path}' is a safetensors file, but not one of lorainit's statistics. Give the file that "
             "Statistics.save wrote."
         )
     if int(header["version"]) > _FORMAT_VERSION:
         raise StatisticsFileError(
             f"'{path}' has format version {header['version']}, written by lorainit "
-            f"{header.get('lorainit')}; this is {__version__}, which reads up to "
-            f"{_FORMAT_VERSION}. "
+            f"{header.get('lorainit')}; this is {__version__}, which reads up to {_FORMAT_VERSION}. "
             "Upgrade lorainit."
         )
