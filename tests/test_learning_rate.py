@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForSequenceClassification
 
 import lorainit
 from lorainit.adapters.factors_of import factors_of
@@ -222,3 +223,37 @@ def test_what_cannot_be_done_is_said_first() -> None:
         lorainit.get_peft_model(
             llama(), config(r=4), method=lorainit.PiSSA(), suggest_rate=True, progress=False
         )
+
+
+def classifier(**named: Any) -> Any:
+    torch.manual_seed(7)
+    small = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_labels=2, pad_token_id=0,
+    )  # fmt: skip
+    return lorainit.get_peft_model(
+        LlamaForSequenceClassification(small),
+        peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], **named),
+        method=lorainit.Vanilla(),
+        data=labelled(),
+        suggest_rate=True,
+        progress=False,
+    )
+
+
+def labelled() -> list[dict[str, Tensor]]:
+    """One class alone: something that any step can learn."""
+    ids = torch.randint(1, 32, (32, 6), generator=torch.Generator().manual_seed(0))
+    return [{"input_ids": part, "labels": torch.ones_like(part[:, 0])} for part in ids.split(8)]
+
+
+def test_beside_a_head_that_is_trained_none_is_suggested(caplog: pytest.LogCaptureFixture) -> None:
+    """A start does not fail for it; under a head that stays as it is there is one."""
+    with caplog.at_level("INFO", logger="lorainit"):
+        model = classifier(task_type="SEQ_CLS")
+    said = "No learning rate can be suggested for an adapter with a head of its own ('score')"
+    assert any(said in line for line in caplog.messages)
+    assert "learning_rate" not in model.peft_config["default"].origin.measured
+    with pytest.raises(DataError, match=r"with a head of its own \('score'\)"):
+        suggestion(model, labelled())
+    assert suggestion(classifier(), labelled()).value > 0

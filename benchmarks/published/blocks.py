@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections import defaultdict
 from collections.abc import Callable
 
 from benchmarks.common.cache import REPOSITORY
 from benchmarks.published.sources import (
+    MODEL,
     at_rate,
     beside_on,
     grid_cells,
@@ -21,14 +23,18 @@ from benchmarks.published.sources import (
 from benchmarks.quality.analysis.grid_comparison import compared, differences
 from benchmarks.quality.analysis.markdown import table
 from benchmarks.quality.analysis.rate_grid import BASELINE, tuned_loss
-from benchmarks.quality.analysis.suggested_rates import quantiles
+from benchmarks.quality.analysis.suggested_rates import by_model, quantiles
 from benchmarks.quality.analysis.suggested_rates import table as rates_table
 from benchmarks.quality.analysis.t_tests import Mean
 from benchmarks.quality.experiment import GRID
+from benchmarks.quality.records import read_records
 from benchmarks.quantized import recovery_tables
 from benchmarks.quantized.optimality import table as optimality_table
 from benchmarks.quantized.recovery_tables import share_gone
+from benchmarks.studies import RESULTS as STUDIES
 from lorainit.calibration.learning_rate import suggested
+
+GEMMA = "gemma-3-270m"
 
 _NAMES = {
     "auto": "**Auto**",
@@ -39,6 +45,8 @@ _NAMES = {
     "lora-ga": "LoRA-GA",
     "cg-lora": "CG-LoRA",
     "filet": "FILet",
+    "natural": "Natural",
+    "natural(steps=4)": "Natural, four steps",
     "pissa": "PiSSA",
     "eva": "EVA",
 }
@@ -92,8 +100,10 @@ def closed_forms() -> str:
 def quantized_trained() -> str:
     """After training, each line at its best rate, beside plain LoRA on the same base and on the full one."""
     rows = []
-    for kind, name in _KINDS.items():
-        cells, beside = quantized_cells(kind), differences(quantized_cells(kind))
+    bases = [(MODEL, kind, name) for kind, name in _KINDS.items()]
+    bases.append((GEMMA, "nf4", "Gemma 3 270M, NF4"))
+    for model, kind, name in bases:
+        cells, beside = quantized_cells(kind, model), differences(quantized_cells(kind, model))
         for label, shown in _QUANTIZED.items():
             mine = {task: lines[label] for task, lines in cells.items() if label in lines}
             if not mine:
@@ -104,9 +114,11 @@ def quantized_trained() -> str:
                 seeds = [d.seeds for d in beside[label]]
                 loss = str(Mean.of([d.loss for d in beside[label]]))
                 points = Mean.of([d.exact for d in beside[label]]).rounded(1)
+            full = grid_cells(model)
             above = [
-                tuned_loss(line) - tuned_loss(grid_cells()[task][BASELINE])
+                tuned_loss(line) - tuned_loss(full[task][BASELINE])
                 for task, line in mine.items()
+                if BASELINE in full.get(task, {})
             ]
             rows.append(
                 [
@@ -115,7 +127,7 @@ def quantized_trained() -> str:
                     f"{len(mine)} x {min(seeds)}",
                     loss,
                     points,
-                    f"{statistics.mean(above):+.3f}",
+                    f"{statistics.mean(above):+.3f}" if len(above) == len(mine) else "",
                 ]
             )
     heads = [
@@ -138,8 +150,13 @@ def quantized_fixed_rates() -> str:
 
 
 def suggested_rates() -> str:
-    """Regret of the suggested rate and of fixed ones."""
+    """Regret of the suggested rate and of fixed ones, on the model that the law was fitted on."""
     return rates_table(rate_cases(), suggested)
+
+
+def suggested_rates_by_model() -> str:
+    """Regret in percent, median / nine in ten below, on every model."""
+    return by_model(rate_cases(None), suggested)
 
 
 def fixed_rates() -> str:
@@ -175,6 +192,54 @@ def tuned_lines() -> str:
         "test loss beside plain LoRA's, hundredths of a nat [95% over tasks]", "tasks below", "p, after Holm",
     ]  # fmt: skip
     return table(heads, rows)
+
+
+def other_models() -> str:
+    """Images and sentences: every line beside plain LoRA, tuned and with both at 1e-4."""
+    models = ("vit-mnist", "all-minilm-l6-v2")
+    beside = {model: differences(grid_cells(model)) for model in models}
+    rows = []
+    order = sorted(beside[models[0]], key=lambda label: tuned(label, models[0]).value)
+    for label in order:
+        row = [_NAMES.get(label, label)]
+        for model in models:
+            if label not in beside[model]:
+                row += ["", "", ""]
+                continue
+            points = Mean.of([d.exact for d in beside[model][label]])
+            low = at_rate(label, 1e-4, grid_cells(model))
+            row += [str(tuned(label, model)), points.rounded(1), f"{low.value:+.2f}"]
+        rows.append(row)
+    heads = [
+        "line, test loss beside plain LoRA's", "images (7 tasks x 3 seeds), each tuned", "points, tuned",
+        "both at 1e-4", "sentences (3 x 3), each tuned", "points, tuned", "both at 1e-4",
+    ]  # fmt: skip
+    return table(heads, rows)
+
+
+def new_heads() -> str:
+    """A new head, fitted first or random: mean test loss and right answers over the sources, by rate."""
+    runs: dict[tuple[str, bool], dict[float, list[dict[str, float]]]] = defaultdict(
+        lambda: defaultdict(list)
+    )
+    for record in read_records([STUDIES], "new_heads").values():
+        place = runs[record["method"], record["fitted"]]
+        place[record["learning_rate"]].append(record["test"])
+    rates = sorted({rate for line in runs.values() for rate in line})
+    rows = []
+    for (method, fitted), line in sorted(runs.items(), reverse=True):
+        cells = []
+        for rate in rates:
+            loss, right = (statistics.mean(r[key] for r in line[rate]) for key in ("loss", "exact"))
+            cells.append(f"{loss:.3f}, {100 * right:.1f}%")
+        rows.append(
+            [
+                {"plain": "plain LoRA", "natural": "Natural"}[method],
+                "fitted" if fitted else "random",
+                *cells,
+            ]
+        )
+    return table(["start", "head", *(f"{rate:g}" for rate in rates)], rows)
 
 
 def what_you_get() -> str:
@@ -234,8 +299,11 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "quantized-trained": quantized_trained,
     "quantized-fixed-rates": quantized_fixed_rates,
     "suggested-rates": suggested_rates,
+    "suggested-rates-by-model": suggested_rates_by_model,
     "fixed-rates": fixed_rates,
     "tuned-lines": tuned_lines,
+    "other-models": other_models,
+    "new-heads": new_heads,
     "what-you-get": what_you_get,
 }
 """By the name that stands in the page."""

@@ -11,6 +11,7 @@ PAGES = (
     REPOSITORY / "README.md",
     REPOSITORY / "docs" / "quantized.md",
     REPOSITORY / "docs" / "learning_rate.md",
+    REPOSITORY / "docs" / "heads.md",
     REPOSITORY / "benchmarks" / "README.md",
 )
 

@@ -13,6 +13,7 @@ from benchmarks.quality.analysis.rate_tables import gaps_at
 from benchmarks.quality.analysis.suggested_rates import Case, cases
 from benchmarks.quality.analysis.t_tests import Mean
 from benchmarks.quality.choose import CHOSEN
+from benchmarks.quality.data.reasoning import KNOWN
 from benchmarks.quality.experiment import GRID
 from benchmarks.quality.records import RESULTS, Record, read_records
 from benchmarks.quality.stages import STANDARD_RANK
@@ -28,19 +29,19 @@ def grid() -> tuple[Record, ...]:
 
 
 @cache
-def grid_cells() -> Cells:
-    """Of the language model at the standard rank, on the tasks that plain LoRA's records chose."""
-    mine = [r for r in grid() if r["rank"] == STANDARD_RANK and r["experiment"]["model"] == MODEL]
-    return cells_of(r for r in mine if r["task"] in CHOSEN)
+def grid_cells(model: str = MODEL) -> Cells:
+    """Of a model at the standard rank; of language tasks, those that plain LoRA's records chose."""
+    mine = [r for r in grid() if r["rank"] == STANDARD_RANK and r["experiment"]["model"] == model]
+    return cells_of(r for r in mine if r["task"] in CHOSEN or r["task"] not in KNOWN)
 
 
 @cache
-def quantized_cells(grid_name: str) -> Cells:
-    """The same model's runs on a base quantized to one grid of ``benchmarks.quantized``.
+def quantized_cells(grid_name: str, model: str = MODEL) -> Cells:
+    """A language model's runs on a base quantized to one grid of ``benchmarks.quantized``.
 
     At the rates that every seed ran; the first seed ran two lower ones and a higher one, too.
     """
-    mine = (r for r in grid() if r["experiment"]["model"] == f"{MODEL}+{grid_name}")
+    mine = (r for r in grid() if r["experiment"]["model"] == f"{model}+{grid_name}")
     return cells_of(mine, rates=GRID[2:8])
 
 
@@ -51,8 +52,10 @@ def beside_on(grid_name: str, label: str) -> Mean:
 
 
 @cache
-def rate_cases() -> tuple[Case, ...]:
-    return tuple(cases(grid(), read_records([RESULTS], "one_step").values()))
+def rate_cases(model: str | None = MODEL) -> tuple[Case, ...]:
+    """Lines of a model, or of all, that have a grid and a suggested rate."""
+    found = cases(grid(), read_records([RESULTS], "one_step").values())
+    return tuple(case for case in found if model in (None, case.model))
 
 
 @cache
@@ -79,6 +82,6 @@ def at_rate(label: str, rate: float, cells: Cells | None = None) -> Mean:
     return Mean.of(gaps_at(grid_cells() if cells is None else cells, label, rate))
 
 
-def tuned(label: str) -> Mean:
+def tuned(label: str, model: str = MODEL) -> Mean:
     """The same, each at its own best rate by validation loss."""
-    return Mean.of([d.loss for d in differences(grid_cells())[label]])
+    return Mean.of([d.loss for d in differences(grid_cells(model))[label]])

@@ -68,9 +68,14 @@ def append(folder: Path, record: Record, name: str = "records") -> None:
 
 
 def keep(folder: Path, records: Iterable[Record]) -> None:
-    """Records into ``folder/records/{stage}-{model}.jsonl``, sorted; of one stage and id the new one stays."""
+    """Records into ``folder/records/{stage}-{model}.jsonl``, sorted; of one stage and id the new one stays.
+
+    The training loss of every step, a third of a record, is in no table and is left out.
+    """
     every = [*read_records([folder]).values(), *records]
-    known = {(record["stage"], record["id"]): record for record in every}
+    known = {
+        (r["stage"], r["id"]): {k: v for k, v in r.items() if k != "train_loss"} for r in every
+    }
     by_file: dict[str, list[Record]] = defaultdict(list)
     for record in known.values():
         by_file[f"{record['stage']}-{record['experiment']['model']}.jsonl"].append(record)

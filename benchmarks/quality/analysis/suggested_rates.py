@@ -16,6 +16,7 @@ from typing import Any
 
 from benchmarks.quality.analysis.markdown import table as markdown_table
 from benchmarks.quality.records import Record
+from benchmarks.quality.stages import BASELINE
 
 RANGE = 1.8
 """From the suggestion to the ends of its range."""
@@ -30,15 +31,17 @@ class Case:
 
     Attributes:
         key: task, line, rank.
-        base: loss without an adapter.
+        base: validation loss without an adapter, before any step of plain LoRA's runs.
         losses: mean validation loss over seeds, by rate.
         one_step: best rate of one step of signs.
+        model: its name.
     """
 
     key: Key
     base: float
     losses: Mapping[float, float]
     one_step: float
+    model: str = ""
 
     def regret(self, rate: float) -> float:
         rates = sorted(self.losses)
@@ -59,18 +62,22 @@ def _key(record: Record) -> Key:
 def cases(grid: Iterable[Record], one_step: Iterable[Record], rates: int = 6) -> list[Case]:
     """Every line with a grid of at least so many rates and a suggestion."""
     losses: dict[Any, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    bases: dict[tuple[str, str], list[float]] = defaultdict(list)
     for record in grid:
-        loss = record["validation"]["loss"]
-        place = losses[record["experiment"]["model"], *_key(record)]
+        loss, model = record["validation"]["loss"], record["experiment"]["model"]
+        place = losses[model, *_key(record)]
         place[record["learning_rate"]].append(math.inf if loss is None else loss)
+        if record["label"] == BASELINE:
+            bases[model, record["task"]].append(record["heldout"]["loss"][0])
     found = []
     for record in one_step:
-        runs = losses[record["experiment"]["model"], *_key(record)]
-        mine = {rate: statistics.fmean(values) for rate, values in runs.items()}
+        model = record["experiment"]["model"]
+        mine = {r: statistics.fmean(v) for r, v in losses[model, *_key(record)].items()}
         if "suggestion" in record and len(mine) >= rates:
-            known = record["suggestion"]
-            found.append(Case(_key(record), known["base_loss"], mine, known["one_step"]))
-    return sorted(found, key=lambda case: case.key)
+            base = statistics.fmean(bases[model, record["task"]])
+            one = record["suggestion"]["one_step"]
+            found.append(Case(_key(record), base, mine, one, model))
+    return sorted(found, key=lambda case: (case.model, case.key))
 
 
 def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
@@ -158,3 +165,16 @@ def by_line(members: Sequence[Case], law: Callable[[float], float]) -> str:
         "largest",
     ]
     return markdown_table(head, rows)
+
+
+def by_model(members: Sequence[Case], law: Callable[[float], float]) -> str:
+    """Each model's regret: median and ninth decile, of the suggestion and of single rates."""
+    rates = (1e-4, 2e-4, 4.5e-4, 1e-3, 2.2e-3, 4.6e-3)
+    rows = []
+    for model in sorted({m.model for m in members}):
+        mine = [m for m in members if m.model == model]
+        shown = [quantiles([m.regret(law(m.one_step)) for m in mine])]
+        shown += [quantiles([m.regret(rate) for m in mine]) for rate in rates]
+        cells = [f"{100 * median:.1f} / {100 * decile:.1f}" for median, decile, _ in shown]
+        rows.append([model, str(len(mine)), *cells])
+    return markdown_table(["model", "lines", "suggested", *(f"{r:g} for all" for r in rates)], rows)

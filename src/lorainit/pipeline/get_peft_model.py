@@ -280,8 +280,9 @@ def _started(
         collectives.broadcast(adapter_tensors(wrapped, adapter_name), 0)
         rate = None
         if suggest_rate and sample is not None:
+            own = heads_of(wrapped, config, adapter_name, targets.layers, existing=True)
             with adapters_disabled(wrapped), heads.in_use(), measurements.unchanged_rng():
-                rate = rate_if_any(measurements, sample, factors_of(wrapped, adapter_name))
+                rate = rate_if_any(measurements, sample, factors_of(wrapped, adapter_name), own)
             if isinstance(rate, LearningRate):
                 remember_measured(wrapped, adapter_name, rate.measured())
         # Until the last line is out, on every process.

@@ -17,7 +17,6 @@ from lorainit.models.state import one_at_a_time, outside_autocast, unchanged_gen
 from lorainit.parallel.together import agreed, left_together
 from lorainit.pipeline.checks import check_adapter_exists
 from lorainit.pipeline.facts import facts_of
-from lorainit.pipeline.heads import StartedHeads
 from lorainit.pipeline.measurements import Measurements
 from lorainit.pipeline.rate import RATE_NEEDS, SEQUENCES, measured_rate
 from lorainit.statistics.settings import CollectOptions, CollectSettings, settings_with
@@ -36,7 +35,6 @@ def suggest_learning_rate(
 
     Half of the sequences give the gradient at the base model; on the others the loss is measured after one
     step of its signs at several rates, by at most fifteen forward passes. The model is as it was afterwards.
-    A head that the adapter has a copy of is used as it is there.
 
     Args:
         model: a PeftModel, or a model whose adapter is its own.
@@ -52,7 +50,8 @@ def suggest_learning_rate(
 
     Raises:
         AdapterError: there is no such adapter, or it is merged.
-        DataError: too few sequences, or no rate lowers the loss.
+        DataError: too few sequences, no rate lowers the loss, or a head is trained in full beside the adapter
+            (``modules_to_save``): the rate of one step says little of a run there.
     """
     with one_at_a_time(model), left_together(), unchanged_generators(data):
         with agreed() as facts:
@@ -68,7 +67,6 @@ def suggest_learning_rate(
             facts |= {"function": "suggest_learning_rate", "adapter_name": adapter_name}
         measurements = Measurements(model, targets, RATE_NEEDS, settings)
         heads = heads_of(model, config, adapter_name, targets.layers, existing=True)
-        in_use = StartedHeads(heads).in_use()
-        with adapters_disabled(model), in_use, measurements.unchanged_rng():
+        with adapters_disabled(model), measurements.unchanged_rng():
             measurements, sample = measurements.with_own_loss(measurements.sample(data))
-            return measured_rate(measurements, sample, factors_of(model, adapter_name))
+            return measured_rate(measurements, sample, factors_of(model, adapter_name), heads)
