@@ -329,6 +329,14 @@ def test_a_run_records_every_start_once(tiny: list[str]) -> None:
             assert record["s"] == pytest.approx(16 / top**0.5)
             assert record["solved_at_rank"] == top
             assert record["seconds"]["solve"] >= 0
+    alike = ("data", "kind", "statistics", "rank")
+    equal = {
+        tuple(r[k] for k in alike): r["parameters"] for r in first if r["method"] == "both sides"
+    }
+    for record in (r for r in first if r["method"] == SHARED):
+        # Less than a direction of the widest layer is left over.
+        most = equal[tuple(record[k] for k in alike)]
+        assert most - 80 < record["parameters"] <= most
     path = Path(tiny[-1])
     kept = path.read_text().splitlines()
     recover.main(tiny)

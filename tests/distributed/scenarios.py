@@ -381,7 +381,7 @@ def of_one_shape(rank: int, size: int, kind: str) -> list[dict[str, Tensor]]:
 
 
 def ranked_by_error(rank: int, size: int, kind: str) -> list[dict[str, Tensor]]:
-    """Adapters whose ranks follow from what quantization took of each layer, of a sharded base too."""
+    """An adapter whose ranks follow from what quantization took of each layer, of a sharded base too."""
     full = models.llama(num_key_value_heads=4)
     with torch.no_grad():
         for name, parameter in full.named_parameters():
@@ -392,13 +392,12 @@ def ranked_by_error(rank: int, size: int, kind: str) -> list[dict[str, Tensor]]:
             lorainit.get_peft_model(
                 wrapped(kind, num_key_value_heads=4),
                 config(),
-                method=method,
+                method=lorainit.KroneckerQER(rho=2),
                 data=part(ROWS, even(size), rank),
                 reference_weights=full,
                 progress=False,
             )
         )
-        for method in (lorainit.KroneckerQER(rho=2), lorainit.QERA(rho=2))
     ]
 
 

@@ -190,7 +190,6 @@ def test_input_that_is_not_finite_is_refused(name: str) -> None:
         ("random", {"seed": 0.5}),
         ("qera", {"form": "approximate"}),
         ("qera", {"damping": -1.0}),
-        ("qera", {"rho": 0.5}),
         ("kronecker-qer", {"damping_mode": "none"}),
         ("kronecker-qer", {"rho": 0.5}),
     ],

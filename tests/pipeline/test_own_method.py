@@ -14,6 +14,7 @@ import lorainit
 from lorainit.methods import METHODS
 from lorainit.types import (
     Factors,
+    KeepsParameters,
     LayerStatistics,
     LowRankStep,
     MeasuresLength,
@@ -156,13 +157,15 @@ def test_protocols_of_the_packages_own_methods() -> None:
             TakesSteps,
             RefusesStart,
             RanksDirections,
+            KeepsParameters,
             MeasuresLength,
             UsesDefaultStart,
         )
     }
     assert all(isinstance(kind(), Method) for kind in METHODS.values())
     assert found[TakesSteps] == found[RefusesStart] == {"natural", "auto"}
-    assert found[RanksDirections] >= {"natural", "auto", "eva", "qera", "kronecker-qer"}
+    assert found[RanksDirections] >= {"natural", "auto", "eva", "kronecker-qer"}
+    assert found[KeepsParameters] == {"kronecker-qer"}
     assert found[MeasuresLength] >= {"natural", "auto", "lora-da", "lora-one"}
     assert found[UsesDefaultStart] == {"vanilla"}
     # Whatever can be calibrated says how far a layer may go.

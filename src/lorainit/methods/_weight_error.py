@@ -1,4 +1,4 @@
-"""What methods for quantized bases share: ``E = W - Q``, factors of a projection of it, what is left by one."""
+"""What methods for quantized bases share: reading ``E = W - Q``, and factors of a projection of it."""
 
 from __future__ import annotations
 
@@ -49,17 +49,3 @@ def factors_of_terms(left: Tensor, right: Tensor, scaling: float, *, balanced: b
     a = right * (size / rows.clamp_min(tiny)).unsqueeze(-1)
     b = left * (size / columns.clamp_min(tiny)).unsqueeze(-2)
     return Factors(a, b, anchored=False)
-
-
-def over_positions(squares: Tensor, statistics: LayerStatistics) -> Tensor:
-    """Squared singular values in a metric of means over positions, as those of sums over positions.
-
-    So they are comparable across layers that see different numbers of positions, as those of an image
-    tower and of a language model.
-
-    Args:
-        squares: ``(..., k)``.
-        statistics: of the same leading shape.
-    """
-    positions = torch.as_tensor(statistics.positions).to(squares).clamp_min(1)
-    return squares * positions.unsqueeze(-1)

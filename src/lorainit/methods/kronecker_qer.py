@@ -10,11 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from lorainit import linalg
 from lorainit.methods._settings import require_damping, require_number
-from lorainit.methods._weight_error import factors_of_terms, over_positions, weight_error
+from lorainit.methods._weight_error import factors_of_terms, weight_error
 from lorainit.methods.metric import KroneckerMetric
 from lorainit.types import DampingMode, Factors, LayerStatistics
 
@@ -40,8 +41,9 @@ class KroneckerQER:
         damping_mode: ``"relative"``: times the mean of each factor's own diagonal; ``"absolute"``: as
             it is, for both.
         rho: a layer may get up to ``rho`` times its configured rank when `get_peft_model`
-            redistributes ranks by what their directions take from the objective, summed over layers;
-            1 (default) keeps every rank as configured.
+            redistributes ranks, within the parameters of the configured ones, by what a direction takes
+            from the objective, summed over layers, over its parameters; 1 (default) keeps every rank as
+            configured.
     """
 
     balanced: bool = True
@@ -51,6 +53,7 @@ class KroneckerQER:
 
     needs: ClassVar[frozenset[str]] = frozenset({"input_second_moment", "output_second_moment"})
     needs_reference: ClassVar[bool] = True
+    keeps_parameters: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         require_damping(self.damping, self.damping_mode)
@@ -110,7 +113,9 @@ class KroneckerQER:
         linalg.check_rank(max_rank, *error.shape[-2:])
         seen = self._seen(error, statistics)
         values = linalg.top_singular(seen.by_both, max_rank)[1].to(seen.unit)
-        return over_positions((values * seen.unit.squeeze(-1)).square(), statistics)
+        # The metric is of means, and layers may see different numbers of positions.
+        positions = torch.as_tensor(statistics.positions).to(seen.unit).clamp_min(1)
+        return (values * seen.unit.squeeze(-1)).square() * positions.unsqueeze(-1)
 
     def _seen(self, error: Tensor, statistics: LayerStatistics) -> _Seen:
         """What quantization took, ``(..., out, in)``, in the metric."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lorainit import linalg
 from lorainit.methods._settings import require_choice, require_damping, require_number
-from lorainit.methods._weight_error import factors_of_terms, over_positions, weight_error
+from lorainit.methods._weight_error import factors_of_terms, weight_error
 from lorainit.types import DampingMode, Factors, LayerStatistics
 
 
@@ -40,9 +40,6 @@ class QERA:
             does, ``B = U`` and ``A = U^T E / s``.
         damping: added to the diagonal of ``Sx`` (exact form), see `damping_mode`.
         damping_mode: ``"relative"``: times the mean of the diagonal; or ``"absolute"``.
-        rho: a layer may get up to ``rho`` times its configured rank when `get_peft_model`
-            redistributes ranks by what their directions take from the objective, summed over layers;
-            1 (default) keeps every rank as configured.
 
     Deviations from the release: no square root of a matrix and no inverse are taken, so that damping
     replaces its noise on singular values; its inputs are those of the quantized model by default here,
@@ -53,7 +50,6 @@ class QERA:
     balanced: bool = True
     damping: float = 0.01
     damping_mode: DampingMode = "relative"
-    rho: float = 1.0
 
     needs: ClassVar[frozenset[str]] = frozenset({"input_second_moment"})
     needs_reference: ClassVar[bool] = True
@@ -61,7 +57,6 @@ class QERA:
     def __post_init__(self) -> None:
         require_choice("form", self.form, ("exact", "diagonal"))
         require_damping(self.damping, self.damping_mode)
-        require_number("rho", self.rho, above=1.0)
 
     @classmethod
     def paper(cls) -> QERA:
@@ -100,22 +95,6 @@ class QERA:
         seen = self._as_inputs_see(error, statistics.input_second_moment)
         u, _, _ = linalg.top_singular(seen, rank)
         return u, u.mT @ error
-
-    def rank_values(self, statistics: LayerStatistics, max_rank: int) -> Tensor:
-        """What each of a layer's directions is worth: what it takes from the objective.
-
-        Args:
-            statistics: of one layer or a stack of layers, as `solve` takes them.
-            max_rank: how many, at most ``min(out, in)``.
-
-        Returns:
-            ``(..., max_rank)``, descending: the squares of ``S``, summed over counted positions.
-        """
-        error = weight_error(statistics, "QERA")
-        linalg.check_rank(max_rank, *error.shape[-2:])
-        seen = self._as_inputs_see(error, statistics.input_second_moment)
-        values = linalg.double_precision(linalg.top_singular(seen, max_rank)[1])
-        return over_positions(values.square(), statistics)
 
     def _as_inputs_see(self, error: Tensor, second: Tensor) -> Tensor:
         """``E X^(1/2)``, up to an orthogonal matrix on its right."""

@@ -32,6 +32,7 @@ from lorainit.statistics.settings import CollectSettings, Subject
 from lorainit.statistics.store.statistics import Statistics
 from lorainit.types import (
     GRADIENT_STATISTICS,
+    KeepsParameters,
     LimitsRank,
     Method,
     RanksDirections,
@@ -160,7 +161,10 @@ class Measurements:
         values = value_directions(
             served, statistics, method, limits, self.settings.budget, self.reference
         )
-        return replace(self, targets=self.with_ranks(allocate_ranks(values, configured)))
+        costs = None
+        if isinstance(method, KeepsParameters) and method.keeps_parameters:
+            costs = {n: t.spec.out_features + t.spec.in_features for n, t in served.items()}
+        return replace(self, targets=self.with_ranks(allocate_ranks(values, configured, costs)))
 
     @cached_property
     def fingerprints(self) -> dict[str, torch.Tensor]:

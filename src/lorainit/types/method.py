@@ -101,6 +101,15 @@ class RanksDirections(Method, Protocol):
 
 
 @runtime_checkable
+class KeepsParameters(RanksDirections, Protocol):
+    """A method that says whether redistributed ranks may cost more parameters than the configured ones."""
+
+    @property
+    def keeps_parameters(self) -> bool:
+        """If so, they have at most as many parameters; if not, the same sum, whatever a rank costs a layer."""
+
+
+@runtime_checkable
 class RanksLayers(Method, Protocol):
     """A method whose ranks follow from one number of each layer, which may read the weight."""
 
