@@ -58,6 +58,7 @@ _QUANTIZED = {
     "kronecker-qer(reference=True)": "KroneckerQER",
     "natural": "Natural, no reference",
     "auto(reference=True)": "Auto with reference",
+    "auto(joined=True,reference=True)": "given back and Natural's step in one, Auto until November 29",
     "auto(least_taken=0.0,reference=True)": "Auto(least_taken=0) with reference",
 }
 
@@ -246,7 +247,8 @@ def what_you_get() -> str:
     """The README's table."""
     nf4 = {r["method"]: r for r in recovered_on_text("nf4") if r["rank"] == 8}
     qer, loftq = nf4["both sides"], nf4["LoftQ"]
-    line, bits = "auto(reference=True)", ("hqq3", "hqq2")
+    # What Auto is there.
+    line, bits = "kronecker-qer(reference=True)", ("hqq3", "hqq2")
     three, two = (beside_on(kind, line) for kind in bits)
     three_low, two_low = (at_rate(line, 1e-4, quantized_cells(kind)) for kind in bits)
     regrets = [c.regret(suggested(c.one_step)) for c in rate_cases()]

@@ -106,7 +106,7 @@ def big_plan(
                 method=method,
                 options={},
             )
-            for name, method in (("QERA", "qera"), ("Auto, giving back", "join"))
+            for name, method in (("QERA", "qera"), ("Auto, giving back", "giving_back"))
         ),
         replace(small, name="share", kind="share", batch=32),
         replace(peers, name="PEFT LoRA-GA", kind="peft_lora_ga"),

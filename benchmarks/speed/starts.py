@@ -31,7 +31,7 @@ METHODS: dict[str, Callable[[], Any]] = {
     "lora_ga": LoraGA,
     "qera": QERA,
     # What three bits and fewer get, whatever the bits.
-    "join": partial(Auto, least_taken=0.0),
+    "giving_back": partial(Auto, least_taken=0.0),
 }
 
 

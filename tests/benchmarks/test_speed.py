@@ -102,5 +102,4 @@ def test_starts_of_a_base_in_four_bits_read_its_reference_from_disk(tmp_path) ->
         record = known[name]
         assert 0 < record["seconds"]["read"] < record["seconds"]["total"]
         assert record["plan"][0].startswith("reference weights of 14 layers")
-    # Statistics at the base; for the join again at the compensated point.
-    assert [known[name]["passes"] for name in names] == [1, 2]
+    assert [known[name]["passes"] for name in names] == [1, 1]

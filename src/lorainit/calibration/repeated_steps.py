@@ -20,20 +20,16 @@ from lorainit.calibration.held_out_loss import DisplacedLoss, HeldOutLoss
 from lorainit.calibration.line_search import SearchResult, clear_result, search_length
 from lorainit.calibration.paired import SequenceLosses, clearest, gain
 from lorainit.calibration.sizes import FIRST_SIZE, length_for, relative_sizes, weight_norms
-from lorainit.calibration.step_stack import ErrorOf, Pairs, StepStack
+from lorainit.calibration.step_stack import Pairs, StepStack
 from lorainit.models.displacement import LowRank
 from lorainit.parallel import collectives
 from lorainit.parallel.exchange import Slot, broadcast_from_owners
 from lorainit.solve.ownership import device_of, layer_owners
 from lorainit.solve.stacks import stack_bytes, stacks_of
 from lorainit.statistics import Statistics
-from lorainit.types import Factors, ForgetsStatistics, GivesBack, TakesSteps
+from lorainit.types import Factors, ForgetsStatistics, TakesSteps
 
 logger = logging.getLogger("lorainit")
-
-
-_PARTS = (1.0, 0.7, 0.5)
-"""Parts of what quantization took, cut to the rank, that are tried."""
 
 
 @dataclass(eq=False)
@@ -47,7 +43,6 @@ class RepeatedSteps:
         method: its settings.
         targets: by name.
         searches: one a step.
-        compensated: whether they begin where what quantization took is given back.
         directions: how many the newest step used.
     """
 
@@ -55,7 +50,6 @@ class RepeatedSteps:
     targets: Mapping[str, Target]
     searches: list[SearchResult] = field(default_factory=list)
     directions: int | None = None
-    compensated: bool = False
     _at: Pairs = field(default_factory=dict)
     _stacks: list[StepStack] = field(default_factory=list)
     _owners: Mapping[str, int] = field(default_factory=dict)
@@ -65,52 +59,6 @@ class RepeatedSteps:
     def present(self) -> dict[str, LowRank]:
         """The displacement so far."""
         return {n: LowRank(left.float(), right.float()) for n, (left, right) in self._at.items()}
-
-    def give_back(
-        self, statistics: Statistics, held_out: HeldOutLoss, errors: ErrorOf
-    ) -> SearchResult:
-        """Begin where what quantization took is given back: the way and the part of it of least loss.
-
-        Args:
-            statistics: at the base.
-            held_out: measures them.
-            errors: what quantization took from a layer.
-
-        Returns:
-            The part as its length, and its loss, which may be above the base's; zero if no loss is finite.
-        """
-        method = self.method
-        assert isinstance(method, GivesBack)
-        self._reached = dict(self.targets)
-        self._owners = layer_owners(self.targets, statistics)
-        groups = self._own_stacks(statistics, None)
-        with collectives.shared_errors(), torch.no_grad():
-            stacks = [
-                ways
-                for members in groups
-                for ways in StepStack.all_compensated(method, members, statistics, errors)
-            ]
-        # A process without layers does not know how many ways there are.
-        count = collectives.maximum(max((len(stack) for stack in stacks), default=0))
-        with held_out.measuring() as loss:
-            base = loss({})
-            best, trials = (0.0, math.inf, 0), []
-            for way in range(count):
-                self._stacks = [stack[way] for stack in stacks]
-                for part in _PARTS:
-                    value = loss(self._terms(lambda s, part=part: s.moved(part, s.rank)))  # type: ignore[misc]
-                    trials.append((part, value))
-                    if math.isfinite(value) and value < best[1]:
-                        best = part, value, way
-        length, least, way = best
-        if length > 0:
-            self._stacks = [stack[way] for stack in stacks]
-            self._at = self._pairs(
-                lambda s: s.factors(method, statistics, length, s.rank), torch.float64
-            )
-            self.compensated = True
-        self._stacks = []
-        return SearchResult(length, least, base, tuple(trials))
 
     def take(self, statistics: Statistics, held_out: HeldOutLoss) -> SearchResult:
         """One step from statistics taken at the present displacement; `held_out` measures its length."""
@@ -124,7 +72,7 @@ class RepeatedSteps:
                 stack
                 for members in groups
                 for stack in StepStack.all_measured(
-                    self.method, members, statistics, self._at, limits, self.compensated
+                    self.method, members, statistics, self._at, limits
                 )
             ]
         return self._measured(held_out, statistics)
@@ -199,15 +147,9 @@ class RepeatedSteps:
             for name, target in self.targets.items()
         }
 
-    def place(self) -> Pairs:
-        """Where the model is, to go back to."""
-        return dict(self._at)
-
-    def go_back(self, place: Pairs) -> None:
-        """No step after all; at the base the directions are kept."""
-        self._at = place or {
-            n: (torch.zeros_like(left), right) for n, (left, right) in self._at.items()
-        }
+    def go_back(self) -> None:
+        """No step after all: the directions are kept."""
+        self._at = {n: (torch.zeros_like(left), right) for n, (left, right) in self._at.items()}
 
     def _own_stacks(self, statistics: Statistics, max_memory: int | None) -> list[list[Target]]:
         """This process's layers, as many together as are solved at once; every process has to call this."""

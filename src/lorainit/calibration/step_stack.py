@@ -18,7 +18,6 @@ from lorainit.solve.words import of_words, widened, words_of
 from lorainit.statistics import Statistics
 from lorainit.types import (
     ForgetsStatistics,
-    GivesBack,
     LayerStatistics,
     RowEnergies,
     TakesSteps,
@@ -30,9 +29,6 @@ Pairs = dict[str, tuple[Tensor, Tensor]]
 
 Solved = TypeVar("Solved")
 
-ErrorOf = Callable[[Target], Tensor]
-"""What quantization took from a layer, ``W - Q``, ``(out, in)``, where its weight is."""
-
 
 @dataclass(frozen=True, eq=False)
 class StepStack:
@@ -43,8 +39,6 @@ class StepStack:
         step: one ``Delta``, strongest directions first.
         whole: the displacement so far and the step together; None at the base.
         limits: ``(layers,)``, the largest ``|s B A|_F`` of each.
-        of_step: whether limits are of the step alone, since what is there before it is given back to a
-            quantized base, and no way from a model that works.
         energies: by the number of directions that a step may use; None: statistics are kept.
         words: of an embedding, those that `step` and `whole` are of; None: all inputs.
     """
@@ -53,7 +47,6 @@ class StepStack:
     step: tuple[Tensor, Tensor]
     whole: LowRankSum | None
     limits: Tensor
-    of_step: bool = False
     energies: Mapping[int, RowEnergies] | None = None
     words: Tensor | None = None
 
@@ -63,31 +56,6 @@ class StepStack:
         return self.targets[0].spec.rank
 
     @classmethod
-    def compensated(
-        cls,
-        method: GivesBack,
-        targets: list[Target],
-        statistics: Statistics,
-        errors: ErrorOf,
-        device: torch.device,
-    ) -> list[StepStack]:
-        """What quantization took from these layers, a stack for each way to give it back; at the base."""
-        layers = [
-            replace(statistics[t.name].only(method.needs), weight_error=errors(t)).to(device=device)
-            for t in targets
-        ]
-        found = method.compensations(LayerStatistics.stack(layers), targets[0].spec.rank)
-        return [
-            cls(
-                targets,
-                (step.left, step.right),
-                None,
-                step.left.new_full((len(targets),), torch.inf),
-            )
-            for step in found
-        ]
-
-    @classmethod
     def measured(
         cls,
         method: TakesSteps,
@@ -95,7 +63,6 @@ class StepStack:
         statistics: Statistics,
         present: Pairs,
         limits: Mapping[str, float],
-        of_step: bool,
         device: torch.device,
     ) -> StepStack:
         """The step from statistics taken at the present displacement."""
@@ -122,7 +89,7 @@ class StepStack:
         )
         terms = LowRankSum.in_metric(found.metric, *grouped)
         whole = LowRankSum(*(_in_a_row(tensor, sharing) for tensor in vars(terms).values()))
-        return cls(targets, step, whole, bounds, of_step, words=words)
+        return cls(targets, step, whole, bounds, words=words)
 
     @classmethod
     def all_measured(
@@ -132,23 +99,11 @@ class StepStack:
         statistics: Statistics,
         present: Pairs,
         limits: Mapping[str, float],
-        of_step: bool = False,
     ) -> list[StepStack]:
         """The same, of fewer layers at once where memory does not do for all."""
 
         def solve(part: list[Target], device: torch.device) -> list[StepStack]:
-            return [cls.measured(method, part, statistics, present, limits, of_step, device)]
-
-        return _in_parts(solve, targets, _solving_device(targets[0], statistics))
-
-    @classmethod
-    def all_compensated(
-        cls, method: GivesBack, targets: list[Target], statistics: Statistics, errors: ErrorOf
-    ) -> list[list[StepStack]]:
-        """`compensated`, of fewer layers at once where memory does not do for all."""
-
-        def solve(part: list[Target], device: torch.device) -> list[list[StepStack]]:
-            return [cls.compensated(method, part, statistics, errors, device)]
+            return [cls.measured(method, part, statistics, present, limits, device)]
 
         return _in_parts(solve, targets, _solving_device(targets[0], statistics))
 
@@ -186,12 +141,6 @@ class StepStack:
         left, right = self.step
         used = torch.arange(left.shape[-1], device=left.device) < directions
         weights = (used * length).to(left)
-        if self.of_step:
-            scale = self._scale(left * weights, right)
-            weights = torch.cat([torch.ones_like(weights), weights]) * torch.ones_like(scale)
-            weights[:, len(used) :] *= scale
-            assert self.whole is not None
-            return self.whole.cut(weights, self.rank)
         if self.whole is None:
             left = left * weights
         else:

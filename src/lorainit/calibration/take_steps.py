@@ -38,7 +38,6 @@ def take_steps(
     first: Statistics | None = None,
     parts: Iterable[Statistics] | None = None,
     max_memory: int | None = None,
-    begun: RepeatedSteps | None = None,
     progress: bool = True,
     on_step: Callable[[int, dict[str, LowRank], SearchResult], None] | None = None,
 ) -> tuple[dict[str, Factors], SearchResult]:
@@ -49,19 +48,17 @@ def take_steps(
         targets: layers by name.
         held_out: the loss on calibration sequences, by number of the step, from one.
         collect_at: statistics from the step's other sequences, at a displacement.
-        first: statistics where the steps begin, where they are there already.
+        first: statistics of the base model, where they are there already.
         parts: the same part by part, for a method that forgets them, see `RepeatedSteps.take_by_parts`.
         max_memory: what everything on a device may take, in bytes, where they come in parts.
-        begun: where they begin; None: at the base model.
         progress: show a progress bar.
         on_step: called after each step, with its number, the displacement and the search.
 
     Returns:
-        Factors by layer; and the last search, its first loss that of the model where the steps begin, on
+        Factors by layer; and the last search, its first loss that of the base model, on
         the same sequences. If that is lower, the factors are those there.
     """
-    steps = RepeatedSteps(method, targets) if begun is None else begun
-    begin, terms = steps.place(), steps.present()
+    steps = RepeatedSteps(method, targets)
     number = 0
     with _bar(method, progress) as bar:
         for number in range(1, method.steps + 1):
@@ -82,14 +79,14 @@ def take_steps(
     found = steps.searches[-1]
     if number > 1:
         with held_out(number).measuring() as loss:
-            base = loss(terms)
+            base = loss({})
             before = loss.latest
             loss(steps.present())
             whole = gain(before, loss.latest)
         # What a later step brings was not clear perhaps: the ones before it were.
         found = replace(found, gain_by_sequence=whole, unclear=None)
         if not found.loss < base:
-            steps.go_back(begin)
+            steps.go_back()
             found = replace(found, loss=base, length=0.0)
         found = replace(found, start_loss=base)
     return steps.factors(), found

@@ -131,7 +131,7 @@ def _check_reference(
         return
     if not has_data or not method.calibrated:
         raise AdapterError(
-            f"{name} measures how much of what quantization took it gives back: pass data=... beside "
+            f"{name} measures whether giving back what quantization took pays: pass data=... beside "
             "reference_weights and leave its length at None, or take lorainit.QERA()."
         )
     if is_sharded(model):

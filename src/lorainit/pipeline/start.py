@@ -8,11 +8,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from lorainit.adapters.reference import ReferenceWeights
 from lorainit.adapters.targets import Target
 from lorainit.adapters.weights import read_weight
 from lorainit.calibration.along_factors import calibrate_factors, scale_factors
-from lorainit.calibration.compensated_steps import compensated_steps
 from lorainit.calibration.line_search import SearchResult
 from lorainit.calibration.sizes import (
     UNMEASURED_SIZE,
@@ -25,6 +23,7 @@ from lorainit.data.sampling import Sample
 from lorainit.methods.vanilla import Vanilla
 from lorainit.models.displacement import LowRank
 from lorainit.pipeline.checks import unused_targets
+from lorainit.pipeline.giving_back import given_back, worth_giving_back
 from lorainit.pipeline.measurements import Measurements
 from lorainit.solve.layers import relative_size, solve_layers
 from lorainit.solve.stacks import solving_bytes
@@ -135,8 +134,8 @@ def _measured(
 ) -> Start:
     """A start whose length is found on sequences that its statistics do not hold."""
     steps = method.steps if isinstance(method, TakesSteps) else 1
-    reference = _worth_giving_back(method, measurements.reference)
-    apart = statistics is None or steps > 1 or reference is not None
+    reference = worth_giving_back(method, measurements.reference)
+    apart = statistics is None or steps > 1
 
     def parts(step: int) -> tuple[Sample, Sample]:
         """Sequences of a step's statistics, and those that it is measured on: others every time."""
@@ -157,17 +156,10 @@ def _measured(
     served = measurements.served(unused)
     if isinstance(method, GivesBack) and reference is not None:
         assert statistics is not None
-        found = compensated_steps(
-            method,
-            served,
-            lambda step: measurements.held_out_loss(parts(step)[1]),
-            lambda step, at: measurements.statistics(parts(step)[0], at),
-            lambda target: reference.error(target, read_weight(target.module, target.name)),
-            statistics,
-            progress=measurements.settings.progress,
-        )
+        back = measurements.held_out_loss(first[1])
+        found = given_back(method, measurements, served, statistics, back, precision)
         if found is not None:
-            return Start(found.factors, _sizes(found.factors, served), unused, found.search)
+            return Start(found[0], _sizes(found[0], served), unused, found[1])
     if isinstance(method, TakesSteps):
         factors, search = take_steps(
             method,
@@ -194,23 +186,6 @@ def _measured(
     if refusal is not None:
         return _refused(measurements, unused, search, refusal)
     return Start(factors, _sizes(factors, served), unused, search)
-
-
-def _worth_giving_back(
-    method: Method, reference: ReferenceWeights | None
-) -> ReferenceWeights | None:
-    """The reference weights, where the method gives back what quantization took, and it took enough."""
-    if not isinstance(method, GivesBack) or reference is None:
-        return None
-    if reference.taken >= method.least_taken:
-        return reference
-    logger.info(
-        "quantization took %.2g of a weight's norm, less than least_taken=%g: the whole rank is the task's "
-        "step (QERA and KroneckerQER give back at any width)",
-        reference.taken,
-        method.least_taken,
-    )
-    return None
 
 
 def _workspace(method: Method, measurements: Measurements, precision: Precision) -> int:

@@ -296,25 +296,18 @@ class ForgetsStatistics(TakesSteps, Protocol):
 
 
 @runtime_checkable
-class GivesBack(TakesSteps, ReadsReference, Protocol):
-    """A method whose steps begin where what quantization took is given back, if that is known.
-
-    In which way and how much of it is measured.
+class GivesBack(MeasuresLength, ReadsReference, Protocol):
+    """A method that gives back what quantization took, where that is known and much, in place of its own start.
 
     Attributes:
-        least_taken: of ``|W - Q| / |W|``, the median over layers: below it nothing is given back, and the
-            whole rank is the steps'.
+        least_taken: of ``|W - Q| / |W|``, the median over layers: below it nothing is given back.
     """
 
     least_taken: float
 
-    def compensations(self, statistics: LayerStatistics, rank: int) -> Sequence[LowRankStep]:
-        """What quantization took, cut to the rank, in the ways to be tried; as many for every layer.
-
-        Args:
-            statistics: of one layer or a stack of layers, with ``weight_error``.
-            rank: of each.
-        """
+    @property
+    def giving_back(self) -> Method:
+        """The closed form that does it, from statistics that this method has; not anchored."""
 
 
 def settings_of(method: Method) -> dict[str, object]:
