@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 import lorainit
@@ -52,6 +53,23 @@ def start_of(model: PeftModel, adapter_name: str = "default") -> Start:
         for key, value in value.named_parameters()
     }
     return Start(factors, anchors, extras)
+
+
+def take_out(wrapped: PeftModel, model: nn.Module) -> None:
+    """The base as it was before the adapter.
+
+    PEFT's ``unload`` leaves the adapter's copies of heads in the places of the base's own, and marks the base.
+    """
+    heads = {
+        name: module.original_module
+        for name, module in model.named_modules()
+        if isinstance(module, ModulesToSaveWrapper)
+    }
+    wrapped.unload()
+    for name, head in heads.items():
+        model.set_submodule(name, head)
+    if hasattr(model, "peft_config"):
+        del model.peft_config
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,10 +158,7 @@ class Initialiser:
         try:
             found = Initialised(start_of(wrapped), seconds, took)
         finally:
-            wrapped.unload()
-            # PEFT leaves the base frozen and marked as an adapter's.
-            if hasattr(self.model, "peft_config"):
-                del self.model.peft_config
+            take_out(wrapped, self.model)
         self._solved[key] = found
         return found
 

@@ -21,7 +21,7 @@ from benchmarks.quality import stages
 from benchmarks.quality.arguments import add_common, assignment
 from benchmarks.quality.data.files import load_pools
 from benchmarks.quality.experiment import Experiment
-from benchmarks.quality.initialization import Initialiser, lora_config
+from benchmarks.quality.initialization import Initialiser, lora_config, take_out
 from benchmarks.quality.models.loading import choose_device, load_model
 from benchmarks.quality.models.registry import defaults, kind_of, model_of
 from benchmarks.quality.records import append, head, provenance, read_records
@@ -88,9 +88,7 @@ def suggested(
             return {"refused": str(error)}
         return {"suggestion": asdict(found), "seconds": time.perf_counter() - began}
     finally:
-        wrapped.unload()
-        if hasattr(model, "peft_config"):
-            del model.peft_config
+        take_out(wrapped, model)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from benchmarks.quality.data.classification import load_labelled, prepare_labell
 from benchmarks.quality.data.files import default_folder
 from benchmarks.quality.data.pools import Pool
 from benchmarks.quality.experiment import Experiment
-from benchmarks.quality.initialization import Initialised, lora_config, start_of
+from benchmarks.quality.initialization import Initialised, lora_config, start_of, take_out
 from benchmarks.quality.models.loading import choose_device, load_model
 from benchmarks.quality.models.registry import KINDS
 from benchmarks.quality.records import append, read_records
@@ -57,9 +57,7 @@ def started(
     try:
         found = start_of(model)
     finally:
-        model.unload()
-        if hasattr(bench.model, "peft_config"):
-            del bench.model.peft_config
+        take_out(model, bench.model)
     return Initialised(found, 0.0, 0.0), {"heads": origin.heads, "measured": origin.measured}
 
 

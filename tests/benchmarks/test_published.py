@@ -59,7 +59,7 @@ def test_differences_are_of_the_same_rate_and_seeds(monkeypatch: pytest.MonkeyPa
         },
         "c": {"vanilla": {1e-4: {0: run(0.0)}, 1e-3: {0: run(0.0)}}},
     }
-    monkeypatch.setattr(sources, "grid_cells", lambda: cells)
+    monkeypatch.setattr(sources, "grid_cells", lambda model="": cells)
     low = sources.at_rate("auto", 1e-4)
     assert (low.value, low.below, low.tasks) == (pytest.approx((-0.75 + 0.25) / 2), 1, 2)
     assert sources.at_rate("auto", 1e-3, cells).value == pytest.approx((0.25 - 1.0) / 2)

@@ -10,7 +10,7 @@ from benchmarks.quality.data import classification
 from benchmarks.quality.data.files import load_pools
 from benchmarks.quality.data.order import batch_order
 from benchmarks.quality.experiment import FULL, Experiment
-from benchmarks.quality.initialization import lora_config, start_of
+from benchmarks.quality.initialization import Initialiser, lora_config, start_of
 from benchmarks.quality.models.registry import KINDS, defaults, model_of
 from benchmarks.quality.records import read_records
 from benchmarks.quality.training.encoder import StackedEncoder
@@ -130,6 +130,27 @@ def test_a_stage_of_encoders_is_recorded(tmp_path, kind, make, name):
     base = [records[r.id]["heldout"]["loss"][0] for r in runs if r.seed == 0]
     same = [b for m, b in zip(methods, base, strict=True) if m in ("vanilla", "pissa", "eva", FULL)]
     assert same == pytest.approx([same[0]] * 4, rel=1e-4)
+
+
+@pytest.mark.parametrize(("kind", "make", "name"), CASES)
+def test_a_start_that_fits_the_head_leaves_the_base_its_own(tmp_path, kind, make, name):
+    """Plain LoRA starts under the same head before and after it."""
+    write(tmp_path, kind)
+    train, model = load_pools(kind, tmp_path, name)["train"], make()
+    common = {"model": name, "rank": 2, "precision": "fp32", "train_samples": 64}
+    plain, fitting = (Experiment(kind, m, 1e-3, **common) for m in ("vanilla", "natural"))
+    head = model.classifier
+
+    def head_of(experiment):
+        # Starts are kept: a new one for each.
+        extras = Initialiser(model, batch_size=8)(experiment, train).start.extras
+        return torch.cat([extras["classifier.weight"].flatten(), extras["classifier.bias"]])
+
+    before, fitted, after = head_of(plain), head_of(fitting), head_of(plain)
+    assert not torch.equal(fitted, before)
+    assert torch.equal(after, before)
+    assert model.classifier is head
+    assert not hasattr(model, "peft_config")
 
 
 def test_full_fine_tuning_is_plain_training_of_every_weight(tmp_path):

@@ -42,7 +42,7 @@ def measured_rate(
         DataError: there are heads, too few sequences, or no rate lowers the loss.
     """
     if heads:
-        # Measured: a third of what training gains was lost by it on sentences, a tenth on images.
+        # Measured: by it a third of what training gains was lost on sentences (docs/learning_rate.md).
         raise DataError(
             f"no learning rate can be suggested for an adapter with a head of its own ('{min(heads)}'): the "
             "rate of one step says little of a run there (docs/learning_rate.md). Compare a few between "
