@@ -13,7 +13,7 @@ from lorainit.linalg import leading, split_precision, thresholds
 from lorainit.linalg.split_precision import Leading, SplitMatrix
 from lorainit.methods import EVA, LoraDA, LoraGA, LoraOne
 from lorainit.solve import stacks
-from lorainit.solve.stacks import stacks_of
+from lorainit.solve.stacks import more_than_there_is, stacks_of
 from lorainit.statistics import Statistics
 from lorainit.statistics.memory.peak import LiveBytes
 from lorainit.types import LayerSpec, LayerStatistics
@@ -130,3 +130,13 @@ def test_float64_and_what_says_nothing_get_a_small_share(monkeypatch: pytest.Mon
 def test_a_method_that_says_nothing_gets_a_small_share() -> None:
     assert not hasattr(LoraDA, "workspace")
     assert 2 * max(m.workspace for m in (LoraGA, LoraOne, EVA)) <= stacks._SHARE_OF_BUDGET
+
+
+def test_a_solve_that_does_not_fit_beside_the_model_is_said() -> None:
+    """Within 46 GiB, 37 of which a model in four bits takes, a layer of 28,672 inputs does not."""
+    size = 2**30
+    said = more_than_there_is(37 * size, 17 * size, 46 * size)
+    assert said is not None
+    for part in ("17 GiB beside 37 GiB", "max_memory (46 GiB)", "Give 54 GiB"):
+        assert part in said
+    assert more_than_there_is(37 * size, 9 * size, 46 * size) is None

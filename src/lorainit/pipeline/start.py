@@ -26,7 +26,7 @@ from lorainit.pipeline.checks import unused_targets
 from lorainit.pipeline.giving_back import given_back, worth_giving_back
 from lorainit.pipeline.measurements import Measurements
 from lorainit.solve.layers import relative_size, solve_layers
-from lorainit.solve.stacks import solving_bytes
+from lorainit.solve.stacks import more_than_there_is, solving_bytes
 from lorainit.statistics.collect.finalize import check_unused
 from lorainit.statistics.collection import PlannedCollection
 from lorainit.statistics.memory.peak import held_bytes
@@ -197,9 +197,14 @@ def _solvable(
 ) -> Iterator[Statistics]:
     """Parts of a collection, some on the host where a solve would not fit beside them; fills `unused`."""
     budget, device = measurements.settings.budget, measurements.device
+    within = budget if device.type != "cpu" else None
+    if within is not None:
+        said = more_than_there_is(held_bytes(measurements.model, device), workspace, within)
+        if said is not None:
+            logger.warning(said)
     for part in planned.parts():
-        if budget is not None and device.type != "cpu":
-            part.relieve(device, held_bytes(measurements.model, device) + workspace - budget)
+        if within is not None:
+            part.relieve(device, held_bytes(measurements.model, device) + workspace - within)
         unused |= unused_targets(part, measurements.targets)
         yield part
         # Nobody holds it while the next one is made.

@@ -12,7 +12,7 @@ from lorainit.adapters.targets import Target
 from lorainit.parallel import collectives
 from lorainit.solve.ownership import device_of
 from lorainit.statistics import Statistics
-from lorainit.statistics.memory.plan import statistic_bytes
+from lorainit.statistics.memory.plan import gib, statistic_bytes
 from lorainit.types import OF_INPUT, EstimatesSolve, EstimatesWorkspace, LayerStatistics, Method
 
 _STACK_BYTES = 1 << 30
@@ -171,6 +171,23 @@ def solving_bytes(targets: Mapping[str, Target], method: Method, *, exact: bool 
             for t in targets.values()
         ),
         default=0,
+    )
+
+
+def more_than_there_is(held: int, solving: int, budget: int) -> str | None:
+    """What to say where the solve of the largest layer does not fit beside the model; None: it does.
+
+    Args:
+        held: bytes that are there all along.
+        solving: see `solving_bytes`.
+        budget: ``max_memory`` in bytes.
+    """
+    if held + solving <= budget:
+        return None
+    return (
+        f"solving the largest layer takes about {gib(solving)} beside {gib(held)} that are held, more than "
+        f"max_memory ({gib(budget)}): it goes beyond it, or to the processor where the device has no more. "
+        f"Give {gib(held + solving)}, or take a method whose solves take less (FILet, EVA)."
     )
 
 
