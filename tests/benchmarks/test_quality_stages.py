@@ -69,7 +69,9 @@ def test_a_stage_is_recorded_resumed_and_merged(folder, tmp_path):
     every = list(records.values())
     keep(tmp_path / "merged", every[:3])
     keep(tmp_path / "merged", every[2:])
-    assert read_records([tmp_path / "merged"]) == records
+    # The training loss of every step is in no table, and is not kept.
+    kept = {key: {k: v for k, v in r.items() if k != "train_loss"} for key, r in records.items()}
+    assert read_records([tmp_path / "merged"]) == kept
     (file,) = (tmp_path / "merged" / "records").iterdir()
     assert file.name == "search-smollm2-135m-instruct.jsonl"
     assert len(file.read_text().splitlines()) == len(records)
