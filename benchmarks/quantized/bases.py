@@ -20,6 +20,7 @@ from benchmarks.common.models import (
     load_minilm_tokenizer,
     load_smollm2_tokenizer,
 )
+from benchmarks.quality.choose import CHOSEN
 from benchmarks.quality.data.classification import SENTIMENT
 from benchmarks.quality.data.pools import Pool
 from benchmarks.quality.models.registry import KINDS
@@ -33,14 +34,7 @@ from benchmarks.quantized.measures import (
 )
 from benchmarks.quantized.token_rows import HEAD, TEXT, divided
 
-TASKS = (
-    "basic_arithmetic",
-    "calendar_arithmetic",
-    "chain_sum",
-    "complex_arithmetic",
-    "count_bits",
-    "gcd",
-)
+TASKS = CHOSEN[:6]
 """Of language models, those that quantized bases are trained on as well (docs/quantized.md)."""
 
 

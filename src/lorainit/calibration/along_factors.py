@@ -13,6 +13,11 @@ from lorainit.models.displacement import LowRank
 from lorainit.types import Factors
 
 
+def terms_of(factors: Mapping[str, Factors], targets: Mapping[str, Target]) -> dict[str, LowRank]:
+    """What displaced factors add to the weights, ``s B A`` of each layer."""
+    return {n: LowRank(f.B * targets[n].spec.scaling, f.A) for n, f in factors.items()}
+
+
 def scale_factors(factors: Mapping[str, Factors], length: float) -> dict[str, Factors]:
     """Factors with ``B`` times `length`."""
     return {n: Factors(f.A, f.B * length, f.anchored) for n, f in factors.items()}
@@ -29,9 +34,7 @@ def calibrate_factors(
     A layer that would move by more than `trust_region` of its weight's norm stays at that size. A length
     whose gain is not clear over the sequences is not taken, see `clear_result`.
     """
-    terms = {
-        name: LowRank(pair.B * targets[name].spec.scaling, pair.A) for name, pair in factors.items()
-    }
+    terms = terms_of(factors, targets)
     sizes = relative_sizes(terms, weight_norms(targets))
     first = length_for(sizes, FIRST_SIZE)
 

@@ -50,11 +50,6 @@ class StepStack:
     energies: Mapping[int, RowEnergies] | None = None
     words: Tensor | None = None
 
-    @property
-    def rank(self) -> int:
-        """Of the layers' adapters."""
-        return self.targets[0].spec.rank
-
     @classmethod
     def measured(
         cls,

@@ -8,9 +8,9 @@ from typing import Literal
 
 from lorainit.adapters.reference import ReferenceWeights
 from lorainit.adapters.targets import Target
+from lorainit.calibration.along_factors import terms_of
 from lorainit.calibration.held_out_loss import HeldOutLoss
 from lorainit.calibration.line_search import SearchResult
-from lorainit.models.displacement import LowRank
 from lorainit.pipeline.measurements import Measurements
 from lorainit.solve.layers import solve_layers
 from lorainit.statistics import Statistics
@@ -63,9 +63,8 @@ def given_back(
         max_memory=measurements.settings.budget,
         reference=measurements.reference,
     )
-    terms = {n: LowRank(pair.B * served[n].spec.scaling, pair.A) for n, pair in factors.items()}
     with held_out.measuring() as loss:
-        base, value = loss({}), loss(terms)
+        base, value = loss({}), loss(terms_of(factors, served))
     if not value < base:
         logger.info("giving back what quantization took does not lower the loss: left out")
         return None

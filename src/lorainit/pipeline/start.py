@@ -10,7 +10,7 @@ from typing import Literal
 
 from lorainit.adapters.targets import Target
 from lorainit.adapters.weights import read_weight
-from lorainit.calibration.along_factors import calibrate_factors, scale_factors
+from lorainit.calibration.along_factors import calibrate_factors, scale_factors, terms_of
 from lorainit.calibration.line_search import SearchResult
 from lorainit.calibration.sizes import (
     UNMEASURED_SIZE,
@@ -21,7 +21,6 @@ from lorainit.calibration.sizes import (
 from lorainit.calibration.take_steps import take_steps
 from lorainit.data.sampling import Sample
 from lorainit.methods.vanilla import Vanilla
-from lorainit.models.displacement import LowRank
 from lorainit.pipeline.checks import unused_targets
 from lorainit.pipeline.giving_back import given_back, worth_giving_back
 from lorainit.pipeline.measurements import Measurements
@@ -261,7 +260,7 @@ def _solved(
 def _at_stated_length(start: Start, measurements: Measurements, method: Method) -> Start:
     """The start at a length that is stated, since there is no data to measure it on."""
     served = measurements.served(start.unused)
-    terms = {n: LowRank(f.B * served[n].spec.scaling, f.A) for n, f in start.factors.items()}
+    terms = terms_of(start.factors, served)
     length = length_for(relative_sizes(terms, weight_norms(served)), UNMEASURED_SIZE)
     logger.warning(
         "%s: there is no data to measure the length of the start on; it is set so that the median "
