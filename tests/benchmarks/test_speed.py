@@ -12,6 +12,7 @@ from benchmarks.speed import figure
 from benchmarks.speed import measure as speed
 from benchmarks.speed import tables as table
 from benchmarks.speed.plans import big_plan, processor_plan, tiny_plan
+from benchmarks.speed.quantized_starts import predicted
 
 CPU = torch.device("cpu")
 WANTED = (
@@ -103,3 +104,17 @@ def test_starts_of_a_base_in_four_bits_read_its_reference_from_disk(tmp_path) ->
         assert 0 < record["seconds"]["read"] < record["seconds"]["total"]
         assert record["plan"][0].startswith("reference weights of 14 layers")
     assert [known[name]["passes"] for name in names] == [1, 1]
+
+
+def test_labels_are_what_the_model_finds_likeliest() -> None:
+    """Its loss of them is the least that labels can have; of labels one place off it is not."""
+    case = cases("LoRA-DA")[0]
+    model, batches = build(SHAPES["tiny"], CPU), batches_of(case)
+    with torch.no_grad():
+        for batch, plain in zip(predicted(model, batches, CPU), batches, strict=True):
+            logits = model(input_ids=plain["input_ids"]).logits[:, :-1]
+            least = -logits.log_softmax(-1).amax(-1).mean()
+            torch.testing.assert_close(model(**batch).loss, least)
+            shifted = {**batch, "labels": batch["labels"].roll(1, -1)}
+            assert model(**shifted).loss > least + 1e-3
+            assert torch.equal(batch["input_ids"], plain["input_ids"])
