@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from lorainit.adapters.targets import Target
 from lorainit.linalg import leading, split_precision, thresholds
 from lorainit.linalg.split_precision import Leading, SplitMatrix
 from lorainit.methods import EVA, LoraDA, LoraGA, LoraOne
+from lorainit.pipeline import start
 from lorainit.solve import stacks
 from lorainit.solve.stacks import more_than_there_is, stacks_of
 from lorainit.statistics import Statistics
@@ -140,3 +143,22 @@ def test_a_solve_that_does_not_fit_beside_the_model_is_said() -> None:
     for part in ("17 GiB beside 37 GiB", "max_memory (46 GiB)", "Give 54 GiB"):
         assert part in said
     assert more_than_there_is(37 * size, 9 * size, 46 * size) is None
+
+
+@pytest.mark.parametrize(("budget", "warns"), [(100, True), (1000, False)])
+def test_a_start_within_a_budget_says_so_before_its_pass(
+    budget: int, warns: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(start, "held_bytes", lambda *_: 60)
+    settings = SimpleNamespace(budget=budget)
+    measurements: Any = SimpleNamespace(
+        settings=settings, device=torch.device("cuda"), model=nn.Identity()
+    )
+    planned: Any = SimpleNamespace(parts=list)
+    assert list(start._solvable(planned, measurements, {}, workspace=50)) == []
+    assert ("solving the largest layer takes about" in caplog.text) == warns
+    # On a processor there is no such budget.
+    caplog.clear()
+    measurements.device = torch.device("cpu")
+    assert list(start._solvable(planned, measurements, {}, workspace=50)) == []
+    assert not caplog.text
