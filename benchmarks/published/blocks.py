@@ -261,7 +261,7 @@ def what_you_get() -> str:
             "a base of 3 or 2 bits, trained",
             f"test loss {-three_low.value:.3f} and {-two_low.value:.3f} nats below plain LoRA's on the same "
             f"base at a rate of 1e-4, {-three.value:.3f} and {-two.value:.3f} with tuned rates (not beyond "
-            "chance over six tasks)",
+            "chance over six tasks; one seed at 2 bits)",
             "[after training](docs/quantized.md#after-training)",
         ],
         [
