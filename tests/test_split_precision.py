@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorainit.linalg import split_precision
+from lorainit import linalg
+from lorainit.linalg import split_precision, thresholds
 from lorainit.linalg.split_precision import SplitMatrix
 from lorainit.linalg.triangular import Triangle, gram_of_lower, lower_inverse
 from lorainit.statistics.memory.peak import LiveBytes
@@ -40,6 +41,27 @@ def test_products_are_as_exact_as_float32(size: float) -> None:
     assert off(alone, matrix.double() @ block[..., 3:4]) < FLOAT32
     block[..., 5] = 0
     assert not bool(halves.times(block)[..., 5].any())
+
+
+@pytest.mark.parametrize("units", [True, False])
+def test_products_of_whole_matrices(units: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As exact as in float32; one right side may serve several left ones."""
+    monkeypatch.setattr(thresholds, "has_matrix_units", lambda like: units)
+    left, right = random(2, 3, 50, 70), random(2, 3, 70, 40, seed=1)
+    right[1] *= 1e9
+    shared = random(2, 1, 70, 40, seed=2).expand(2, 3, 70, 40)
+    for other in (right, shared, right.mT.contiguous().mT):
+        found = linalg.whole_product(left.float(), _narrow(other))
+        assert off(found, left @ other) < FLOAT32
+    assert linalg.whole_product(left[0, 0].float(), right[0, 0].float()).shape == (50, 40)
+    exact = linalg.whole_product(left, right)
+    assert exact.dtype == torch.float64
+    assert off(exact, left @ right) < 1e-14
+
+
+def _narrow(stack: Tensor) -> Tensor:
+    """In float32, as it is laid out."""
+    return linalg.once(lambda matrix: matrix.float(), stack)
 
 
 def test_leading_digits_alone_are_not_enough() -> None:

@@ -1,4 +1,4 @@
-"""The pass of two commits in turns on one machine: is the newer one slower?
+"""The pass, and the whole start, of two commits in turns on one machine: is the newer one slower?
 
     git archive COMMIT src | tar -x -C OLD
     python -m benchmarks.speed.between_commits --old OLD/src --new src --device cuda --out turns.jsonl
@@ -26,10 +26,12 @@ import torch
 from benchmarks.common import json_lines
 
 METHODS = ("LoraDA", "FILet", "Natural")
+WHOLE = "start "
+"""Before a method's name: from batches to the adapter."""
 
 
 def serve(device: str) -> None:
-    """Answer each method's name on the standard input with the seconds of its pass."""
+    """Answer each method's name on the standard input with the seconds of its pass, or of its start."""
     from peft import LoraConfig
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -59,12 +61,17 @@ def serve(device: str) -> None:
     lora = LoraConfig(r=8, target_modules="all-linear")
     print("ready", flush=True)
     for line in sys.stdin:
-        needs = getattr(lorainit, line.strip())().needs
+        method = getattr(lorainit, line.strip().removeprefix(WHOLE))()
         _wait(large)
         began = time.perf_counter()
-        lorainit.collect_statistics(model, lora, data=data, needs=needs, progress=False)
+        if line.startswith(WHOLE):
+            wrapped = lorainit.get_peft_model(model, lora, method=method, data=data, progress=False)
+        else:
+            lorainit.collect_statistics(model, lora, data=data, needs=method.needs, progress=False)
         _wait(large)
         print(time.perf_counter() - began, flush=True)
+        if line.startswith(WHOLE):
+            wrapped.unload()
 
 
 def _wait(large: bool) -> None:
@@ -129,7 +136,7 @@ def main() -> None:
         parser.error("give the folders of both source trees, --old and --new")
     turns = {name: Turn(getattr(options, name), options.device) for name in ("old", "new")}
     cuda = options.device == "cuda"
-    for method in METHODS:
+    for method in (*METHODS, *(WHOLE + name for name in METHODS)):
         record = compare(turns, method, options.rounds)
         record["commits"] = dict(zip(("old", "new"), options.commits, strict=True))
         record["device"] = torch.cuda.get_device_name() if cuda else platform.machine()

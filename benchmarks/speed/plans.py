@@ -98,6 +98,16 @@ def big_plan(
                 ("Auto", "auto", "46 GiB"),
             )
         ),
+        # 70B's blocks are alike: a quarter of them, beside as much room as 80 leave of 58 GiB.
+        replace(
+            small,
+            name="LoRA-DA within 31 GiB, 20 blocks of 70B in 4 bits",
+            kind="start",
+            shape=quantized,
+            layers=20,
+            limit=180,
+            options={"max_memory": "31 GiB"},
+        ),
         *(
             replace(
                 tight,

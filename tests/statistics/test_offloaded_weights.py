@@ -10,12 +10,17 @@ from typing import Any
 import accelerate
 import pytest
 import torch
+from peft import LoraConfig
 from torch import Tensor, nn
 
 import lorainit
+from lorainit.adapters import weights
+from lorainit.adapters.targets import match_targets
+from lorainit.adapters.weights import read_weight
 from lorainit.data.sampling import draw_sample
 from lorainit.models.introspection import input_device
 from lorainit.models.resident import fetched_again, offloaded_bytes, resident
+from lorainit.solve.ownership import device_of
 from lorainit.statistics.memory.block_plan import BlockPlan, make_block_plan
 from lorainit.statistics.memory.peak import LiveBytes
 from lorainit.statistics.memory.plan import BatchSize
@@ -163,3 +168,21 @@ def planned(
     )
     assert found is not None
     return found
+
+
+@pytest.mark.parametrize("place", [torch.device("meta"), "meta"])
+def test_offloaded_layers_are_solved_where_they_are_used(
+    place: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not where they wait: a device solves in seconds what a processor takes minutes for."""
+    monkeypatch.setattr(weights, "all_finite", lambda weight: True)
+    model = offloaded(frozen(models.llama))
+    targets = match_targets(model, LoraConfig(r=2, target_modules=["q_proj", "down_proj"])).layers
+    assert {device_of(t).type for t in targets.values()} == {"cpu"}
+    for part in model.modules():
+        hook: Any = getattr(part, "_hf_hook", None)
+        if hook is not None:
+            hook.execution_device = place
+    for name, target in targets.items():
+        assert device_of(target) == torch.device(place)
+        assert read_weight(target.module, name).device.type == "meta"

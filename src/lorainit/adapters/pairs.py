@@ -18,6 +18,7 @@ from lorainit.adapters.anchor import (
 )
 from lorainit.adapters.anchored_kinds import Side, give_anchor
 from lorainit.adapters.stacks import in_peft, is_stack, stacked_a, stacked_b
+from lorainit.models.introspection import execution_device
 from lorainit.types import Factors
 
 
@@ -192,8 +193,7 @@ def _base_device(layer: LoraLayer) -> torch.device:
     for tensor in [*base.parameters(), *base.buffers()]:
         if not tensor.is_meta:
             return torch.device(tensor.device)
-    place = getattr(getattr(base, "_hf_hook", None), "execution_device", None)
-    return torch.device("cpu" if place is None else place)
+    return execution_device(base) or torch.device("cpu")
 
 
 def _refresh_magnitude(layer: LoraLayer, adapter_name: str) -> None:

@@ -14,6 +14,7 @@ from lorainit.adapters.dequantize import dequantized
 from lorainit.adapters.targets import weight_shape
 from lorainit.errors import AdapterError, NonFiniteError, first_line
 from lorainit.linalg import all_finite
+from lorainit.models.introspection import execution_device
 from lorainit.parallel.partitioned import is_partitioned, whole
 
 FINGERPRINT_SIZE = 32
@@ -23,6 +24,8 @@ _SIMILAR = 0.9
 def read_weight(module: nn.Module, name: str) -> Tensor:
     """The layer's weight, detached, ``(out, in)``, floating: dequantized, gathered, transposed.
 
+    One that accelerate keeps on the host or on disk is brought to the device that uses it.
+
     Raises:
         AdapterError: the weight cannot be read as a matrix of the layer's shape.
         NonFiniteError: the weight has values that are not finite.
@@ -31,6 +34,8 @@ def read_weight(module: nn.Module, name: str) -> Tensor:
         weight = _floating(module, name)
         if is_partitioned(getattr(module, "weight", None)):
             weight = weight.clone()
+    if (place := execution_device(module)) is not None:
+        weight = weight.to(place)
     if isinstance(module, Conv1D | nn.Embedding):
         weight = weight.mT
     expected = weight_shape(module)

@@ -51,6 +51,7 @@ from lorainit.linalg.signs import (
     fix_pair_signs,
     fix_signs,
 )
+from lorainit.linalg.split_precision import whole_product
 from lorainit.linalg.thresholds import (
     block_width,
     dense_limit,
@@ -91,4 +92,5 @@ __all__ = [
     "split_evenly",
     "svd",
     "top_singular",
+    "whole_product",
 ]

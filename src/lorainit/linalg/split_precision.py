@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lorainit.linalg.thresholds import on_matrix_units
+
 LARGEST = 1024.0
 """Of a matrix's entries, where it is split."""
 
@@ -144,6 +146,37 @@ def accumulate(total: Tensor, left: Tensor, right: Tensor, weight: float = 1.0) 
         torch.baddbmm(total, left, right, out_dtype=torch.float32, alpha=weight, out=total)
     else:
         total.add_(left.float() @ right.float(), alpha=weight)
+
+
+def product_in_halves(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right`` of float32 stacks, by products in halves."""
+    sizes, digits = [], []
+    for matrix in (left, right):
+        size = largest(matrix, (-2, -1)) / LARGEST
+        pair = matrix.new_empty(2, *matrix.shape, dtype=torch.float16)
+        split_into(matrix, size.reciprocal(), pair[0], pair[1])
+        sizes.append(size)
+        digits.append(pair)
+    (a, b), (c, d) = digits
+    found = multiply(a, c)
+    accumulate(found, a, d)
+    accumulate(found, b, c)
+    return found.mul_(sizes[0] * sizes[1])
+
+
+def whole_product(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right`` of two stacks of large matrices: of float32 on matrix units by products in halves.
+
+    Args:
+        left: ``(..., m, k)``.
+        right: ``(..., k, n)``, in the dtype of `left`; expanded over the last leading dimension where one is
+            meant for several.
+    """
+    if not on_matrix_units(left):
+        return left @ right
+    narrow, _ = narrowed(right)
+    found = product_in_halves(left.reshape(len(narrow), -1, left.shape[-1]), narrow)
+    return found.reshape(*left.shape[:-1], right.shape[-1])
 
 
 def narrowed(matrix: Tensor) -> tuple[Tensor, int]:

@@ -18,6 +18,7 @@ from lorainit.linalg.split_precision import (
     largest,
     multiply,
     narrowed,
+    product_in_halves,
     split_columns,
     split_into,
 )
@@ -124,7 +125,7 @@ class Triangle:
                 done, rest = known[:, :, :first, :before], part[..., :before]
                 for left_digits, right_digits in ((0, 0), (0, 1), (1, 0)):
                     accumulate(rest, row[left_digits], done[right_digits], -1.0)
-            solved = product((self._inverse(index) * unit).float(), part)
+            solved = product_in_halves((self._inverse(index) * unit).float(), part)
             out[:, first:end, :reach] = solved
             one = torch.ones_like(size)
             split_into(solved, one, known[0, :, first:end, :reach], known[1, :, first:end, :reach])
@@ -151,22 +152,6 @@ class DiagonalTriangle:
 def triangle_of(lower: Tensor) -> Triangle | DiagonalTriangle:
     """A factor ready for substitution, whichever form it has."""
     return DiagonalTriangle(lower) if isinstance(lower, Diagonal) else Triangle(lower)
-
-
-def product(left: Tensor, right: Tensor) -> Tensor:
-    """``left @ right`` of float32 stacks, by products in halves."""
-    sizes, digits = [], []
-    for matrix in (left, right):
-        size = largest(matrix, (-2, -1)) / LARGEST
-        pair = matrix.new_empty(2, *matrix.shape, dtype=torch.float16)
-        split_into(matrix, size.reciprocal(), pair[0], pair[1])
-        sizes.append(size)
-        digits.append(pair)
-    (a, b), (c, d) = digits
-    found = multiply(a, c)
-    accumulate(found, a, d)
-    accumulate(found, b, c)
-    return found.mul_(sizes[0] * sizes[1])
 
 
 def gram_of_lower(lower: Tensor) -> Tensor:

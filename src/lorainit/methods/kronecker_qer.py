@@ -122,9 +122,9 @@ class KroneckerQER:
         metric = KroneckerMetric.damped(statistics, self.damping, self.damping_mode)
         # The unit of Y falls out of the product, and would leave float32's range where losses are small.
         unit = metric.y_root.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-        by_outputs = (metric.y_root / unit).to(error).mT @ error
+        by_outputs = linalg.whole_product((metric.y_root / unit).to(error).mT, error)
         x_root = linalg.once(lambda root: root.to(error), metric.x_root)
-        return _Seen(metric, unit, by_outputs, by_outputs @ x_root)
+        return _Seen(metric, unit, by_outputs, linalg.whole_product(by_outputs, x_root))
 
 
 @dataclass(frozen=True, eq=False)

@@ -105,4 +105,4 @@ class QERA:
         root = linalg.damped_root(
             second, self.damping, self.damping_mode, "the input second moment"
         )
-        return error @ linalg.once(lambda matrix: matrix.to(error), root)
+        return linalg.whole_product(error, linalg.once(lambda matrix: matrix.to(error), root))

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lorainit.models.experts import ExpertLayer
+
 
 def innermost_model(model: nn.Module) -> nn.Module:
     """The model inside wrappers (PEFT, data parallel, compile), which know little of themselves."""
@@ -42,13 +44,20 @@ def input_device(model: nn.Module) -> torch.device:
         embedding = None
     for owner in (embedding, model):
         for part in owner.modules() if isinstance(owner, nn.Module) else ():
-            place = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
+            place = execution_device(part)
             if place is not None:
-                return torch.device(place)
+                return place
             for parameter in part.parameters(recurse=False):
                 if parameter.device.type != "meta":
                     return _where_it_runs(parameter)
     return torch.device("cpu")
+
+
+def execution_device(module: nn.Module) -> torch.device | None:
+    """Where accelerate runs a module, whose weights may wait elsewhere; None without a hook of its."""
+    hooked = module.stack.owner if isinstance(module, ExpertLayer) else module
+    place = getattr(getattr(hooked, "_hf_hook", None), "execution_device", None)
+    return None if place is None else torch.device(place)
 
 
 def _where_it_runs(parameter: nn.Parameter) -> torch.device:

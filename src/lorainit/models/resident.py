@@ -18,7 +18,7 @@ def resident(block: nn.Module) -> Iterator[None]:
     So they travel once, however often the block runs; without this, at every call of every layer.
     """
     with ExitStack() as stack:
-        for module, hook in _offloading(block):
+        for module, hook in offloading(block):
             stack.callback(_offload, module, hook)
             hook.pre_forward(module)
             hook.offload = False
@@ -36,7 +36,7 @@ def fetched_again(model: nn.Module) -> Iterator[None]:
 
     Without this every weight that a forward pass has fetched stays until the backward: the whole model.
     """
-    hooks = list(_offloading(model))
+    hooks = list(offloading(model))
     if not hooks:
         yield
         return
@@ -106,12 +106,12 @@ def offloaded_bytes(module: nn.Module) -> tuple[int, int]:
     """Bytes of a module's offloaded weights, and of its part that has most of them."""
     sizes = [
         sum(p.numel() * p.element_size() for p in part.parameters(recurse=hook.place_submodules))
-        for part, hook in _offloading(module)
+        for part, hook in offloading(module)
     ]
     return sum(sizes), max(sizes, default=0)
 
 
-def _offloading(module: nn.Module) -> Iterator[tuple[nn.Module, Any]]:
+def offloading(module: nn.Module) -> Iterator[tuple[nn.Module, Any]]:
     """Parts whose weights accelerate fetches for each call, with the hooks that do."""
     for part in module.modules():
         hook = getattr(part, "_hf_hook", None)

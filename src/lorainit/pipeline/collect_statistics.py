@@ -11,6 +11,7 @@ from torch import nn
 from lorainit.adapters.layers import adapters_disabled, check_not_merged
 from lorainit.adapters.targets import match_targets
 from lorainit.adapters.wrappers import unwrapped
+from lorainit.models.page_locked import page_locked
 from lorainit.models.state import one_at_a_time, outside_autocast, unchanged_generators
 from lorainit.parallel.together import agreed, left_together
 from lorainit.pipeline.facts import facts_of
@@ -66,6 +67,11 @@ def collect_statistics(
             facts |= facts_of(peft_config, settings, targets)
             facts |= {"function": "collect_statistics", "needs": sorted(names), "gather": gather}
         measurements = Measurements(model, targets, names, settings, gather=gather)
-        with adapters_disabled(model), measurements.unchanged_rng(), unchanged_generators(data):
+        with (
+            adapters_disabled(model),
+            measurements.unchanged_rng(),
+            unchanged_generators(data),
+            page_locked(model),
+        ):
             measurements, sample = measurements.with_own_loss(measurements.sample(data))
             return measurements.statistics(sample)

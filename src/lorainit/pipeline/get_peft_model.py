@@ -29,6 +29,7 @@ from lorainit.adapters.tensor_sources import TensorSource
 from lorainit.adapters.wrappers import adapter_parameters, adapter_tensors, unwrapped
 from lorainit.calibration.learning_rate import LearningRate
 from lorainit.methods.auto import Auto
+from lorainit.models.page_locked import page_locked
 from lorainit.models.state import (
     one_at_a_time,
     outside_autocast,
@@ -231,7 +232,7 @@ def _started(
         )
     start, sample = Start(), None
     if heads.heads or suggest_rate or not default:
-        with adapters_disabled(model), measurements.unchanged_rng():
+        with adapters_disabled(model), measurements.unchanged_rng(), page_locked(model):
             if heads.heads or suggest_rate or sampled:
                 drawing = measurements
                 if suggest_rate:
@@ -281,7 +282,12 @@ def _started(
         rate = None
         if suggest_rate and sample is not None:
             own = heads_of(wrapped, config, adapter_name, targets.layers, existing=True)
-            with adapters_disabled(wrapped), heads.in_use(), measurements.unchanged_rng():
+            with (
+                adapters_disabled(wrapped),
+                heads.in_use(),
+                measurements.unchanged_rng(),
+                page_locked(model),
+            ):
                 rate = rate_if_any(measurements, sample, factors_of(wrapped, adapter_name), own)
             if isinstance(rate, LearningRate):
                 remember_measured(wrapped, adapter_name, rate.measured())

@@ -13,6 +13,7 @@ from lorainit.adapters.layers import adapters_disabled, check_not_merged, true_c
 from lorainit.adapters.targets import match_targets
 from lorainit.adapters.wrappers import unwrapped
 from lorainit.calibration.learning_rate import LearningRate
+from lorainit.models.page_locked import page_locked
 from lorainit.models.state import one_at_a_time, outside_autocast, unchanged_generators
 from lorainit.parallel.together import agreed, left_together
 from lorainit.pipeline.checks import check_adapter_exists
@@ -67,6 +68,6 @@ def suggest_learning_rate(
             facts |= {"function": "suggest_learning_rate", "adapter_name": adapter_name}
         measurements = Measurements(model, targets, RATE_NEEDS, settings)
         heads = heads_of(model, config, adapter_name, targets.layers, existing=True)
-        with adapters_disabled(model), measurements.unchanged_rng():
+        with adapters_disabled(model), measurements.unchanged_rng(), page_locked(model):
             measurements, sample = measurements.with_own_loss(measurements.sample(data))
             return measured_rate(measurements, sample, factors_of(model, adapter_name), heads)

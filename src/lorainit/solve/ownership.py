@@ -9,6 +9,7 @@ from itertools import chain
 import torch
 
 from lorainit.adapters.targets import Target
+from lorainit.models.introspection import execution_device
 from lorainit.parallel import collectives
 from lorainit.parallel.exchange import balanced_owners
 from lorainit.statistics import Statistics
@@ -28,10 +29,12 @@ def layer_owners(targets: Mapping[str, Target], statistics: Statistics | None) -
 
 
 def device_of(target: Target) -> torch.device:
-    """Where a layer's factors lie: with its weight, or on the CPU while that is elsewhere."""
+    """Where a layer is solved: with its weight, or where that is used if it waits elsewhere."""
     tensors = chain(target.module.parameters(), target.module.buffers())
     found = next((t.device for t in tensors), torch.device("cpu"))
-    return torch.device("cpu") if found.type == "meta" else found
+    if found.type != "meta":
+        return found
+    return execution_device(target.module) or torch.device("cpu")
 
 
 def after_out_of_memory(
