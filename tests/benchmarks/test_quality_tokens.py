@@ -93,6 +93,18 @@ def test_one_folder_holds_one_models_tokens(tmp_path):
         load_pools("gcd", tmp_path, SMALL)
 
 
+def test_another_task_that_does_not_fit_is_left_out(tmp_path):
+    """As letter_counting's answers beside those of isomorphic_strings: an empty pool could not be measured."""
+    prepare("gcd", tmp_path, model=SMALL)
+    path = prepare("letter_counting", tmp_path, model=SMALL)
+    assert len(load_pools("gcd", tmp_path, SMALL)["other"]) > 0
+    with np.load(path) as file:
+        arrays = dict(file)
+    arrays["validation_prompts"] = np.zeros_like(arrays["validation_prompts"])
+    np.savez_compressed(path, **arrays)
+    assert "other" not in load_pools("gcd", tmp_path, SMALL)
+
+
 def test_a_base_model_is_given_no_chat(tmp_path):
     with pytest.raises(ValueError, match="are plain, not chat"):
         prepare("gcd", tmp_path, "chat", model=LARGE)

@@ -69,7 +69,7 @@ def model_of_arrays(file: Any) -> str:
 
 
 def load_reasoning(task: str, folder: Path) -> dict[str, Pool]:
-    """The splits of a reasoning task; ``"other"`` if the other task is prepared too.
+    """The splits of a reasoning task; ``"other"`` if the other task is prepared too and fits its shapes.
 
     Raises:
         ValueError: the two are tokens of different models.
@@ -86,7 +86,9 @@ def load_reasoning(task: str, folder: Path) -> dict[str, Pool]:
                     f"{other} has tokens of {model_of_arrays(file)}, {task}.npz beside it of {model}: "
                     "give every model a folder of its own"
                 )
-            pools["other"] = fitting(_arrays(file, "validation"), pools["train"])
+            held = fitting(_arrays(file, "validation"), pools["train"])
+            if len(held):
+                pools["other"] = held
     return pools
 
 

@@ -1,4 +1,4 @@
-"""Weights that accelerate keeps in the host's memory, in pages from which a device copies at its full speed."""
+"""The host's memory in locked pages, between which and a device one copies at full speed."""
 
 from __future__ import annotations
 
@@ -29,6 +29,16 @@ def page_locked(model: nn.Module) -> Iterator[None]:
                 break
             stack.callback(_unlock, address)
         yield
+
+
+def copied_to_host(tensor: Tensor) -> Tensor:
+    """A copy in the host's memory; of a CUDA tensor in locked pages, which later copies use once it is gone.
+
+    Fresh memory costs several times the copy, page by page.
+    """
+    if not tensor.is_cuda:
+        return tensor.cpu()
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
 
 
 def _stretches(model: nn.Module) -> dict[int, int]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from lorainit._version import __version__
 from lorainit.errors import StatisticsFileError
 from lorainit.files.marked import STATISTICS, no_statistics
+from lorainit.models.page_locked import copied_to_host
 from lorainit.parallel import collectives
 from lorainit.parallel.exchange import broadcast_from_owners
 from lorainit.statistics.store import layer_table
@@ -150,7 +151,7 @@ class Statistics(Mapping[str, LayerStatistics]):
             back = max(back, sum(t.nbytes for t in there))
             for tensor in there:
                 if id(tensor) not in moved:
-                    moved[id(tensor)] = tensor.cpu()
+                    moved[id(tensor)] = copied_to_host(tensor)
                     freed += tensor.nbytes
         # Not before: the address of a tensor that is gone may be another one's.
         for name, layer in self._layers.items():
