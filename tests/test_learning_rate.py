@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 import lorainit
 from lorainit.adapters.factors_of import factors_of
 from lorainit.calibration.learning_rate import first_minimum, suggested
-from lorainit.calibration.sign_step import SignStep
+from lorainit.calibration.sign_step import LEAST_ROW, SignStep, lengthened
 from lorainit.errors import AdapterError, DataError, MissingStatisticError
 from lorainit.types import Factors
 from tests.adapters.tiny import config, llama
@@ -94,6 +94,46 @@ def test_every_loss_is_that_of_the_model_after_one_step(method: Any) -> None:
         assert loss == pytest.approx(expected, rel=2e-4)
     # Control: the step moves the loss by more than that.
     assert max(loss for _, loss in found.trials) > 1.01 * min(loss for _, loss in found.trials)
+
+
+def test_short_rows_ask_for_no_higher_rate_than_long_ones() -> None:
+    """A run moves them by the rate at every step; the first step alone does not see that."""
+    found = {}
+    for share in (1.0, 0.05):
+        model = started(lorainit.Vanilla())
+        for name, weight in model.named_parameters():
+            if "lora_A" in name:
+                weight.data.mul_(share)
+        found[share] = suggestion(model)
+    long, short = found[1.0], found[0.05]
+    assert len(short.trials) == len(long.trials)
+    assert short.one_step == pytest.approx(long.one_step * 3**-0.5 / LEAST_ROW, rel=0.15)
+    # Control: by their own first step they would ask for nearly twenty times that.
+    steps = {
+        "layer": SignStep.of(
+            Factors(torch.ones(2, 4) * 0.01, torch.zeros(3, 2), False), 1.0, torch.eye(3, 4)
+        )
+    }
+    own, longer = steps["layer"].at(1e-3), lengthened(steps)["layer"].at(1e-3)
+    assert torch.allclose(longer.left @ longer.right, own.left @ own.right * (LEAST_ROW / 0.02))
+
+
+def test_long_rows_and_anchored_factors_are_as_they_are() -> None:
+    gradient = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    small, large = torch.ones(2, 4) * 0.01, torch.ones(2, 4)
+    anchored = SignStep.of(Factors(small, torch.ones(3, 2), True), 1.0, gradient)
+    for free in (large, torch.zeros(2, 4)):
+        steps = {
+            "a": anchored,
+            "b": SignStep.of(Factors(free, torch.zeros(3, 2), False), 1.0, gradient),
+        }
+        assert lengthened(steps) == steps
+    # The median decides: one layer with short rows among two with long ones.
+    three = {
+        n: SignStep.of(Factors(a, torch.zeros(3, 2), False), 1.0, gradient)
+        for n, a in zip("abc", (small, large, large), strict=True)
+    }
+    assert lengthened(three) == three
 
 
 def test_the_first_of_two_minima() -> None:

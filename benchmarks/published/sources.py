@@ -8,6 +8,7 @@ from typing import Any
 
 from benchmarks.common.cache import REPOSITORY
 from benchmarks.quality.analysis.grid_comparison import differences
+from benchmarks.quality.analysis.grid_report import by_grid_model
 from benchmarks.quality.analysis.rate_grid import Cells, cells_of
 from benchmarks.quality.analysis.rate_tables import gaps_at
 from benchmarks.quality.analysis.suggested_rates import Case, cases
@@ -33,6 +34,12 @@ def grid_cells(model: str = MODEL) -> Cells:
     """Of a model at the standard rank; of language tasks, those that plain LoRA's records chose."""
     mine = [r for r in grid() if r["rank"] == STANDARD_RANK and r["experiment"]["model"] == model]
     return cells_of(r for r in mine if r["task"] in CHOSEN or r["task"] not in KNOWN)
+
+
+@cache
+def fresh_cells(model: str = MODEL) -> Cells:
+    """Of a language model at the standard rank, on the tasks on which nothing was chosen."""
+    return cells_of(next(g for g in by_grid_model(grid()) if g.model == model).fresh)
 
 
 @cache

@@ -23,8 +23,8 @@ def main() -> None:
     members = cases(grid, read_records(options.one_step, "one_step").values())
     parts = [
         "# The suggested learning rate against the whole grid",
-        "The two constants of the law were chosen on SmolLM2's records. Models with a head that is trained "
-        "beside the adapter are told no rate any more.",
+        "The constants of the law lie between what suits SmolLM2's records and what suits Gemma's. Models with "
+        "a head that is trained beside the adapter are told no rate any more.",
         "## Regret by model, %: median / nine in ten below",
         by_model(members, suggested),
     ]

@@ -44,6 +44,7 @@ RECORDS = {
     "speed/results/blocks.jsonl": "speed/__main__.py",
     "speed/results/speed.jsonl": "speed/__main__.py",
     "speed/results/speed_cpu*.jsonl": "speed/__main__.py",
+    "speed/results/whole_starts.jsonl": "speed/__main__.py",
     "studies/results/convolution_pass.json": "studies/convolution_pass.py",
     "studies/results/new_heads.jsonl": "studies/new_heads.py",
     "studies/results/natural_steps.jsonl": "studies/natural_steps/__main__.py",

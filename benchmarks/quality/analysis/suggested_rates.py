@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.quality.analysis.markdown import table as markdown_table
+from benchmarks.quality.models.registry import kind_of
 from benchmarks.quality.records import Record
 from benchmarks.quality.stages import BASELINE
 
@@ -168,13 +169,31 @@ def by_line(members: Sequence[Case], law: Callable[[float], float]) -> str:
 
 
 def by_model(members: Sequence[Case], law: Callable[[float], float]) -> str:
-    """Each model's regret: median and ninth decile, of the suggestion and of single rates."""
+    """Each model's regret: median and ninth decile, of the suggestion and of single rates.
+
+    Of a language model also that of a law fitted on the other ones alone.
+    """
     rates = (1e-4, 2e-4, 4.5e-4, 1e-3, 2.2e-3, 4.6e-3)
     rows = []
     for model in sorted({m.model for m in members}):
         mine = [m for m in members if m.model == model]
-        shown = [quantiles([m.regret(law(m.one_step)) for m in mine])]
-        shown += [quantiles([m.regret(rate) for m in mine]) for rate in rates]
-        cells = [f"{100 * median:.1f} / {100 * decile:.1f}" for median, decile, _ in shown]
-        rows.append([model, str(len(mine)), *cells])
-    return markdown_table(["model", "lines", "suggested", *(f"{r:g} for all" for r in rates)], rows)
+        others = [m for m in members if m.model != model and _has_no_head(m.model)]
+        shown: list[list[float] | None] = [[m.regret(law(m.one_step)) for m in mine], None]
+        if others and _has_no_head(model):
+            c, p = fit(others)
+            shown[1] = [m.regret(c * (m.one_step / 5e-4) ** p) for m in mine]
+        shown += [[m.regret(rate) for m in mine] for rate in rates]
+        rows.append([model, str(len(mine)), *map(_median_and_decile, shown)])
+    heads = ["model", "lines", "suggested", "law of the other model", *(f"{r:g} for all" for r in rates)]
+    return markdown_table(heads, rows)
+
+
+def _median_and_decile(regrets: Sequence[float] | None) -> str:
+    if regrets is None:
+        return "–"
+    median, decile, _ = quantiles(regrets)
+    return f"{100 * median:.1f} / {100 * decile:.1f}"
+
+
+def _has_no_head(model: str) -> bool:
+    return kind_of(model).head is None

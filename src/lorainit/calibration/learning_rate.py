@@ -22,8 +22,8 @@ from lorainit.errors import DataError
 _AT = 5e-4
 """A rate of one step, about the middle of those that were fitted."""
 
-_SUGGESTED = 1.4e-3
-"""The rate suggested there."""
+_SUGGESTED = 1.2e-3
+"""The rate suggested there: between what two models want (docs/learning_rate.md)."""
 
 _POWER = 0.6
 """How much of a factor in the rate of one step is found in the best rate of a run."""
@@ -44,7 +44,8 @@ class LearningRate:
         value: the suggestion.
         low: the lower end of a range worth trying, see docs/learning_rate.md for what its ends cost.
         high: its upper end.
-        one_step: the rate at which one step of signs lowers the held-out loss most.
+        one_step: the rate at which one step of signs lowers the held-out loss most, short rows of `A`
+            lengthened (`lorainit.calibration.sign_step.lengthened`).
         base_loss: on the held-back sequences, without the adapter.
         sequences: how many it was measured on, over all processes.
         trials: every ``(rate, loss)`` measured, ascending.

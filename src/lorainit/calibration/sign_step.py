@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from lorainit.models.displacement import LowRank
 from lorainit.types import Factors
+
+LEAST_ROW = 0.5
+"""A row of `A` counts as at least so long; one of plain LoRA's is ``1/sqrt(3)``, about 0.58."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,3 +52,31 @@ class SignStep:
         moved = (b - rate * self.sign_b) * self.scaling
         left = torch.cat([moved, b * -self.scaling], dim=1)
         return LowRank(left, torch.cat([a - rate * self.sign_a, a]))
+
+
+def lengthened(steps: Mapping[str, SignStep]) -> dict[str, SignStep]:
+    """The steps from ``B = 0`` with rows of `A` as long as `LEAST_ROW`, median over layers, or longer.
+
+    Adam moves every entry of `A` by about the rate at each step of a run, however small it is, so short rows
+    are long after a few. The first step alone does not move them, and would be longest for the shortest.
+
+    Args:
+        steps: by layer.
+
+    Returns:
+        The same where rows are long enough, or where the factors are anchored.
+    """
+    free = {name: step for name, step in steps.items() if step.sign_a is None}
+    sizes = [
+        float(torch.linalg.vector_norm(s.factors.A)) / len(s.factors.A) ** 0.5
+        for s in free.values()
+    ]
+    sizes = [size for size in sizes if size > 0]
+    factor = LEAST_ROW / statistics.median(sizes) if sizes else 1.0
+    if factor <= 1:
+        return dict(steps)
+    longer = {
+        name: replace(step, factors=replace(step.factors, A=step.factors.A * factor))
+        for name, step in free.items()
+    }
+    return {name: longer.get(name, step) for name, step in steps.items()}

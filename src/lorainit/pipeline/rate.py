@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from lorainit.calibration.learning_rate import LearningRate, find_learning_rate
-from lorainit.calibration.sign_step import SignStep
+from lorainit.calibration.sign_step import SignStep, lengthened
 from lorainit.data.sampling import Sample
 from lorainit.errors import DataError
 from lorainit.parallel import collectives
@@ -58,7 +58,7 @@ def measured_rate(
                     scaling = layers[name].spec.scaling
                     steps[name] = SignStep.of(factors[name], scaling, part[name].gradient)
     sequences = int(collectives.sum_counts([held.sequences])[0])
-    return find_learning_rate(steps, measurements.held_out_loss(held), sequences)
+    return find_learning_rate(lengthened(steps), measurements.held_out_loss(held), sequences)
 
 
 def rate_if_any(
