@@ -55,6 +55,32 @@ def test_the_best_of_two_minima_in_reach() -> None:
     assert narrow.length == pytest.approx(0.1, rel=0.2)
 
 
+def two_minima(shorter: float, longer: float) -> Callable[[float], float]:
+    """One at 0.1 / 16 and one at 0.1, so deep."""
+
+    def loss(t: float) -> float:
+        deep = ((0.1 / 16, shorter), (0.1, longer))
+        return 3.0 - sum(depth * math.exp(-((math.log(t / at) / 0.5) ** 2)) for at, depth in deep)
+
+    return loss
+
+
+@pytest.mark.parametrize(("shorter", "best"), [(2.0, 0.1 / 16), (0.5, 0.1)])
+def test_a_shorter_minimum_is_seen_from_beyond_it(shorter: float, best: float) -> None:
+    result = search_length(two_minima(shorter, 1.0), 0.1, start_loss=3.0, max_trials=40)
+    assert result.length == pytest.approx(best, rel=0.2)
+
+
+@pytest.mark.parametrize(("far", "skipped"), [(1e-3, True), (0.02, True), (0.3, False)])
+def test_shorter_lengths_are_not_scanned_where_the_loss_is_a_line(
+    far: float, skipped: bool
+) -> None:
+    """Far below the best length a quarter of it gains a quarter."""
+    result = search_length(bowl(1.0), far, start_loss=3.0, precision=0.05, max_trials=40)
+    assert result.length == pytest.approx(1.0, rel=0.05)
+    assert (min(length for length, _ in result.trials) == far) == skipped
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_lengths_at_which_the_model_breaks(bad: float) -> None:
     result = search_length(lambda t: bad if t > 0.05 else bowl(0.04)(t), 10.0, max_trials=40)

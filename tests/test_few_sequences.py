@@ -98,7 +98,7 @@ def noise(seed: int, rows: int = 30) -> list[dict[str, Tensor]]:
     return [{"input_ids": ids[i : i + 6], "labels": ids[i : i + 6]} for i in range(0, rows, 6)]
 
 
-@pytest.mark.parametrize("seed", [2, 4, 10])
+@pytest.mark.parametrize("seed", [2, 4, 6])
 def test_a_gain_by_chance_is_not_taken(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def length() -> float:
         model = lorainit.get_peft_model(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -428,3 +429,16 @@ def test_check_rank(rank: int, factor: int) -> None:
     with pytest.raises(RankError, match="min\\(out, in\\) = 4"):
         linalg.check_rank(rank, 4, 9, factor=factor)
     linalg.check_rank(2, 4, 9, factor=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("turned", [False, True])
+def test_one_value_that_is_not_finite_is_seen(dtype: torch.dtype, bad: float, turned: bool) -> None:
+    matrix = torch.linspace(-1, 1, 35, dtype=torch.float32).reshape(5, 7).to(dtype)
+    matrix = matrix.mT if turned else matrix
+    assert linalg.all_finite(matrix)
+    assert linalg.all_finite(matrix.expand(3, *matrix.shape))
+    matrix[2, 3] = bad
+    assert not linalg.all_finite(matrix)
+    assert not linalg.all_finite(matrix.expand(3, *matrix.shape))

@@ -170,3 +170,19 @@ def test_rows_are_the_subspace_of_the_linear_model_s_theory() -> None:
     factors = method.solve(problem.base, problem.statistics(), 3, 1.0)
     rows = torch.linalg.qr(factors.A.mT).Q
     assert alignment(rows, other_subspaces(problem, 3)["natural"]) == pytest.approx(1, abs=1e-9)
+
+
+def test_a_float32_gradient_is_whitened_in_float32_and_exactly_enough() -> None:
+    """At the default damping, where second moments are nearly singular: few sequences' inputs."""
+    generator = torch.Generator().manual_seed(0)
+    inputs, outputs = normal(8, 96, generator=generator), normal(8, 64, generator=generator)
+    gradient = outputs.T @ inputs
+    statistics = LayerStatistics.from_means(
+        gradient=gradient,
+        input_second_moment=inputs.T @ inputs,
+        output_second_moment=outputs.T @ outputs,
+    )
+    metric = Natural().metric(statistics)
+    exact, quick = (metric.whiten_gradient(g) for g in (gradient, gradient.float()))
+    assert (exact.dtype, quick.dtype) == (torch.float64, torch.float32)
+    assert 0 < torch.dist(quick.double(), exact) < 1e-4 * exact.norm()

@@ -3,8 +3,8 @@
 Where a method gives a direction, its length is one number for the whole model. The search brackets a
 minimum by growing or shrinking, then closes in by parabolas through the three best points, in the
 logarithm of the length. Along a natural step the loss often has more than one minimum, so the search
-scans a few lengths on both sides before it walks. It never returns a length whose loss is above the
-loss at zero.
+scans a few lengths on both sides before it walks; not the shorter ones, where the loss falls nearly in
+proportion to the length there. It never returns a length whose loss is above the loss at zero.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ LossAt = Callable[[float], float]
 """The loss at a length; may be not finite, which counts as infinitely bad."""
 
 _GROWTH = 4.0
+
+_IN_PROPORTION = 3.0
+"""A length `_GROWTH` times as long that gains so many times as much: shorter ones gain less still."""
 
 _SHRINKS = 5
 """How often the shortest length of a scan is divided by `_GROWTH`, where all of it leads up."""
@@ -112,7 +115,8 @@ def search_length(
         precision: close in until the bracket is this wide, relative to the length.
         max_trials: at most so many evaluations.
         start_loss: the loss at zero, where it is known already.
-        scan: how many factors of 4 to look at on both sides of `first` before walking.
+        scan: how many factors of 4 to look at on both sides of `first` before walking; on the longer side
+            alone, where one such factor gains three times as much or more.
 
     Returns:
         The best length measured, with all trials.
@@ -156,9 +160,13 @@ def _best_on_grid(
     scan: int,
 ) -> float:
     """Walk in factors of `_GROWTH` to a length whose neighbours on both sides are worse."""
-    for exponent in range(-scan, scan + 1):
-        if len(trials) < max_trials:
-            measure(first * _GROWTH**exponent)
+    for way in (range(scan + 1), range(-scan, 0)):
+        for exponent in way:
+            if len(trials) < max_trials:
+                measure(first * _GROWTH**exponent)
+        gains = [start - trials.get(length, math.inf) for length in (first, first * _GROWTH)]
+        if gains[1] >= _IN_PROPORTION * gains[0] > 0:
+            break
     middle = min(trials, key=lambda length: trials[length])
     if trials[middle] < start:
         while len(trials) < max_trials and measure(middle * _GROWTH) < trials[middle]:

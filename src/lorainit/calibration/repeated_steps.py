@@ -228,7 +228,8 @@ class RepeatedSteps:
         search_length(
             at_length,
             self._first_length(begin),
-            precision=1.0,
+            # A bracket as wide as one factor of the scan: it is refined below.
+            precision=3.5,
             max_trials=14,
             start_loss=base,
             scan=1 if later else 2,
@@ -237,18 +238,17 @@ class RepeatedSteps:
         for way in (counts[place + 1 :], counts[:place][::-1]):
             for directions in way if best[0] > 0 else ():
                 length = best[0]
-                # More directions make a longer step of the same length.
+                # More directions make a longer step of the same length, fewer a shorter one.
                 shorter = length * (best[2] / directions) ** 0.5
-                gains = [better(length, directions), better(shorter, directions)]
-                if not any(gains):
+                if not (better(shorter, directions) or better(length, directions)):
                     break
             if best[2] != begin:
                 break
-        if best[0] > 0 and best[2] != begin:
-            # The length was looked for with other directions.
-            length = best[0]
-            for factor in (1.4, 1 / 1.4):
-                better(length * factor, best[2])
+        if best[0] > 0:
+            # The length was looked for coarsely, and perhaps with other directions.
+            length, directions = best[0], best[2]
+            longer = better(length * 2**0.5, directions)
+            better(length * (2 if longer else 0.5**0.5), directions)
         result = SearchResult(best[0], best[1], base, tuple(trials))
         if loss is of_all or result.length == 0:
             result, taken = clear_result(result, before, measured)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from lorainit import linalg
@@ -59,16 +60,17 @@ class KroneckerMetric:
     def whiten_gradient(self, gradient: Tensor) -> Tensor:
         """``Ly^-1 G Lx^-T``: a gradient, ``(..., out, in)``, in whitened coordinates.
 
-        In float64; a float32 gradient on CUDA in float32, by products as exact as that: substitution
+        A float32 gradient in float32, on CUDA by products as exact as that, others in float64: substitution
         multiplies rounding by what damping leaves of the roots' condition at most, and by far less in
         the directions that a cut keeps.
         """
         if linalg.on_matrix_units(gradient):
             half = self.y_triangle.solve_quickly(gradient)
             return self.x_triangle.solve_quickly(half.mT).mT.contiguous()
-        wide = linalg.double_precision(gradient)
-        half = linalg.solve_triangular(self.y_root, wide, upper=False)
-        return linalg.solve_triangular(self.x_root.mT, half, upper=True, left=False)
+        single = gradient.dtype == torch.float32
+        wide = gradient if single else linalg.double_precision(gradient)
+        half = linalg.solve_triangular(self.y_root.to(wide), wide, upper=False)
+        return linalg.solve_triangular(self.x_root.to(wide).mT, half, upper=True, left=False)
 
     def into(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
         """A displacement ``left right`` in whitened coordinates, ``Ly^T left`` and ``right Lx``."""
