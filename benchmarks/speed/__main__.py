@@ -5,6 +5,7 @@
     python -m benchmarks.speed --shape tiny          every case on a CPU at tiny size, to see that it runs
     python -m benchmarks.speed --table speed.jsonl   tables, and docs/images/speed.png
     python -m benchmarks.speed --only "floor, 64 x 512" "LoRA-DA within" --out blocks.jsonl   a budget
+    python -m benchmarks.speed --only "floor" "Auto" "QERA, 7B" "EVA" --out whole_starts.jsonl   others
 
 The floor is one forward and backward with the gradients of all weights, over the same batches at the
 same batch size. Weights and tokens are random; every ratio is of one run on one device. A case that

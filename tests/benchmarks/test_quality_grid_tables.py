@@ -133,14 +133,18 @@ def test_cost_is_steps_to_plain_loras_final_loss_and_what_they_take(records: lis
     # Without it: the records' own, marked; seconds of steps are not guessed.
     row = row_of(cost_table(cells, StepTimes()), "auto")
     assert (row[4], row[5:]) == ("4.00*", ["0", "–", "–", "–"])
-    # A line that never gets there, and one that costs nothing.
+    # A line that never gets there.
     worse = [r for r in records if r["label"] != "pissa"] + [
         {**r, "heldout": {"steps": list(STEPS), "loss": [9.0] * 4}, "init_seconds": 0.1}
         for r in records if r["label"] == "pissa"
     ]  # fmt: skip
     row = row_of(cost_table(cells_of(worse), times), "pissa")
     assert row[2:4] == ["0 of 8", "never"]
-    assert (row[4], row[6], row[8]) == ("-0.15*", "never", "never")
+    # Its start is the records', of whatever device they ran on: it is not added to timed steps.
+    assert (row[4], row[5:]) == ("-0.15*", ["0", "–", "–", "–"])
+    alone = {"model": "m", "task": "gcd", "label": "pissa", "start_seconds": 0.4, "device": "card"}
+    row = row_of(cost_table(cells_of(worse), StepTimes.of([*LINES, alone], "m")), "pissa")
+    assert (row[6], row[8]) == ("never", "never")
 
 
 def test_the_page_of_a_model(records: list[Record], tmp_path: Path) -> None:

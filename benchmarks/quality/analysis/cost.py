@@ -159,7 +159,8 @@ def cost_table(cells: Cells, times: StepTimes) -> str:
         if not costs:
             continue
         runs = [share for cost in costs for share in cost.shares]
-        timed = [cost for cost in costs if not math.isnan(cost.step)]
+        # Starts of the records may be another device's.
+        timed = [cost for cost in costs if cost.start_alone and not math.isnan(cost.step)]
         middle = statistics.median
         share = middle(cost.share for cost in costs)
         rows.append(

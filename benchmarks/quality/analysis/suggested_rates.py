@@ -184,7 +184,13 @@ def by_model(members: Sequence[Case], law: Callable[[float], float]) -> str:
             shown[1] = [m.regret(c * (m.one_step / 5e-4) ** p) for m in mine]
         shown += [[m.regret(rate) for m in mine] for rate in rates]
         rows.append([model, str(len(mine)), *map(_median_and_decile, shown)])
-    heads = ["model", "lines", "suggested", "law of the other model", *(f"{r:g} for all" for r in rates)]
+    heads = [
+        "model",
+        "lines",
+        "suggested",
+        "law of the other model",
+        *(f"{r:g} for all" for r in rates),
+    ]
     return markdown_table(heads, rows)
 
 
