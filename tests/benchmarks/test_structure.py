@@ -34,6 +34,7 @@ RECORDS = {
     "quality/results/curves-*.png": "quality/analysis/figures.py",
     "quality/results/learning-rates-*.png": "quality/analysis/figures.py",
     "quality/results/speed-*.png": "quality/analyze.py",
+    "quality/results/step_seconds.jsonl": "quality/step_time.py",
     "quantized/results/quantized.jsonl": "quantized/__main__.py",
     "quantized/results/optimality.jsonl": "quantized/optimality.py",
     "quantized/results/recovery*.jsonl": "quantized/recover.py",
