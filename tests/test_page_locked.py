@@ -120,3 +120,20 @@ def test_weights_on_disk_are_not_read(runtime: Runtime, tmp_path: Any) -> None:
             hook.execution_device = "cuda:0"
     with page_locked(model):
         assert runtime.calls == 0
+
+
+def test_what_cannot_be_locked_is_copied_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, object]] = []
+
+    def empty(*shape: object, **kwargs: object) -> Tensor:
+        asked.append(kwargs)
+        raise RuntimeError("CUDA error: out of memory")
+
+    own = torch.arange(3.0)
+    away: Any = SimpleNamespace(is_cuda=True, shape=(3,), dtype=own.dtype, cpu=lambda: own)
+    monkeypatch.setattr(module, "torch", SimpleNamespace(empty=empty))
+    assert module.copied_to_host(away) is own
+    assert asked == [{"dtype": torch.float32, "pin_memory": True}]
+    here = torch.zeros(2)
+    assert module.copied_to_host(here) is here.cpu()
+    assert len(asked) == 1

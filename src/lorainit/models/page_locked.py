@@ -34,11 +34,12 @@ def page_locked(model: nn.Module) -> Iterator[None]:
 def copied_to_host(tensor: Tensor) -> Tensor:
     """A copy in the host's memory; of a CUDA tensor in locked pages, which later copies use once it is gone.
 
-    Fresh memory costs several times the copy, page by page.
+    Fresh memory costs several times the copy, page by page. Where so much cannot be locked, it is ordinary.
     """
-    if not tensor.is_cuda:
-        return tensor.cpu()
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
+    if tensor.is_cuda:
+        with suppress(RuntimeError):
+            return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
+    return tensor.cpu()
 
 
 def _stretches(model: nn.Module) -> dict[int, int]:
