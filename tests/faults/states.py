@@ -22,6 +22,7 @@ def state_of(model: Any) -> dict[str, Any]:
     log = logging.getLogger("lorainit")
     found["log"] = (log.level, len(log.handlers))
     found["grad"] = torch.is_grad_enabled()
+    found["stance"] = torch._dynamo.eval_frame._stance.stance
     if not isinstance(model, nn.Module):
         return found
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:

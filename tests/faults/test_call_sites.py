@@ -15,7 +15,7 @@ import torch
 import lorainit
 from tests.adapters import tiny
 from tests.faults.call_sites import Injected
-from tests.faults.injection import disturb
+from tests.faults.injection import Disturbed, disturb
 from tests.faults.operations import Operation, operations
 from tests.faults.states import differences, state_of
 
@@ -39,6 +39,18 @@ def test_as_it_was(name: str, every: dict[str, Operation], tmp_path: Path) -> No
     tally = disturb(name, every[name], tmp_path, most=3, seed=len(name))
     assert tally.injected >= 3
     assert not tally.broken, "\n".join(tally.broken)
+
+
+@pytest.mark.skipif(sys.gettrace() is not None, reason="somebody else traces")
+def test_what_is_one_for_the_process_is_as_it_was(
+    every: dict[str, Operation], tmp_path: Path
+) -> None:
+    """All call sites where the compiler's stance, generators and threads are looked after."""
+    disturbed = Disturbed("collect_statistics", every["collect_statistics"], tmp_path)
+    faults = [f for f in disturbed.faults(0) if f.site[0].endswith("models/state.py")]
+    assert len(faults) > 20
+    broken = {f.key: found for f in faults if (found := disturbed.inject(f))}
+    assert not broken
 
 
 def test_what_is_not_put_back_is_seen(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -28,26 +28,42 @@ _locks_lock = threading.Lock()
 
 
 _eager_lock = threading.Lock()
-_eager_entered: list[ExitStack] = []
-_eager_depth = [0]
+_eager_users: set[object] = set()
+_eager_stance: list[Any] = []
 
 
 @contextmanager
 def _eager() -> Iterator[None]:
     """Compiled models run eagerly; the stance is one for all threads, so the last to leave restores it."""
-    with _eager_lock:
-        if _eager_depth[0] == 0:
-            entered = ExitStack()
-            entered.enter_context(torch.compiler.set_stance("force_eager"))
-            _eager_entered.append(entered)
-        _eager_depth[0] += 1
-    try:
+    user = object()
+    with ExitStack() as stack:
+        stack.callback(surely, _leave_eager, user)
+        _enter_eager(user)
         yield
-    finally:
-        with _eager_lock:
-            _eager_depth[0] -= 1
-            if _eager_depth[0] == 0:
-                _eager_entered.pop().close()
+
+
+def _enter_eager(user: object) -> None:
+    with _eager_lock:
+        _eager_users.add(user)
+        if _eager_stance:
+            return
+        change: Any = None
+        try:
+            # Made and set at once.
+            change = torch.compiler.set_stance("force_eager")
+            _eager_stance.append(change)
+        except BaseException:
+            if change is not None:
+                surely(change.__exit__, None, None, None)
+            raise
+
+
+def _leave_eager(user: object) -> None:
+    with _eager_lock:
+        _eager_users.discard(user)
+        if not _eager_users and _eager_stance:
+            _eager_stance[0].__exit__(None, None, None)
+            _eager_stance.clear()
 
 
 @contextmanager
