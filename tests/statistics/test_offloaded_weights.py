@@ -21,6 +21,7 @@ from lorainit.data.sampling import draw_sample
 from lorainit.models.introspection import input_device
 from lorainit.models.resident import fetched_again, offloaded_bytes, resident
 from lorainit.solve.ownership import device_of
+from lorainit.solve.stacks import solving_bytes
 from lorainit.statistics.memory.block_plan import BlockPlan, make_block_plan
 from lorainit.statistics.memory.peak import LiveBytes
 from lorainit.statistics.memory.plan import BatchSize
@@ -186,3 +187,14 @@ def test_offloaded_layers_are_solved_where_they_are_used(
     for name, target in targets.items():
         assert device_of(target) == torch.device(place)
         assert read_weight(target.module, name).device.type == "meta"
+
+
+def test_a_solve_counts_the_weight_that_it_fetches() -> None:
+    """Which is not there beside the statistics as those of a model on the device are."""
+    config = LoraConfig(r=2, target_modules=["down_proj"])
+    found = []
+    for model in (frozen(models.llama), offloaded(frozen(models.llama))):
+        targets = match_targets(model, config).layers
+        found.append(solving_bytes(targets, lorainit.LoraDA()))
+    (target, *_) = targets.values()
+    assert found[1] - found[0] == 2 * target.spec.out_features * target.spec.in_features * 8

@@ -161,17 +161,20 @@ def solving_bytes(targets: Mapping[str, Target], method: Method, *, exact: bool 
     needs, times = method.needs, _WORKSPACE
     if isinstance(method, EstimatesSolve) and not exact:
         times = method.layer_workspace
-    return times * max(
-        (
-            sum(
-                statistic_bytes(
-                    (t.spec.out_features, t.spec.in_features), needs, one_hot=t.spec.one_hot
-                ).values()
-            )
-            for t in targets.values()
-        ),
-        default=0,
-    )
+    found = 0
+    for target in targets.values():
+        shape = target.spec.out_features, target.spec.in_features
+        own = sum(statistic_bytes(shape, needs, one_hot=target.spec.one_hot).values())
+        found = max(found, times * own + _fetched_bytes(target))
+    return found
+
+
+def _fetched_bytes(target: Target) -> int:
+    """What an offloaded weight takes while its layer is solved: itself, and as much to be looked at."""
+    weight = next(target.module.parameters(), None)
+    if weight is None or not weight.is_meta:
+        return 0
+    return 2 * target.spec.out_features * target.spec.in_features * weight.element_size()
 
 
 def more_than_there_is(held: int, solving: int, budget: int) -> str | None:
