@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,8 +13,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import lorainit
 from lorainit.models import page_locked as module
 from lorainit.models.page_locked import page_locked
+from tests.adapters.tiny import config, llama
 
 SIZE = 600
 """A square matrix of so many float32 is more than a MiB."""
@@ -137,3 +142,26 @@ def test_what_cannot_be_locked_is_copied_all_the_same(monkeypatch: pytest.Monkey
     here = torch.zeros(2)
     assert module.copied_to_host(here) is here.cpu()
     assert len(asked) == 1
+
+
+def test_whatever_fetches_weights_locks_their_pages_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    entered: list[str] = []
+
+    @contextmanager
+    def spy(model: nn.Module) -> Iterator[None]:
+        entered.append(type(model).__name__)
+        yield
+
+    for name in ("get_peft_model", "collect_statistics", "suggest_learning_rate"):
+        monkeypatch.setattr(import_module(f"lorainit.pipeline.{name}"), "page_locked", spy)
+    ids = torch.arange(40).reshape(4, 10) % 16
+    data, lora = [{"input_ids": ids, "labels": ids}], config(r=2)
+    lorainit.collect_statistics(llama(), lora, data=data, needs={"input_mean"}, progress=False)
+    assert len(entered) == 1
+    model = lorainit.get_peft_model(
+        llama(), lora, method=lorainit.PiSSA(), data=data, suggest_rate=True, progress=False
+    )
+    assert len(entered) == 3
+    with suppress(lorainit.errors.DataError):
+        lorainit.suggest_learning_rate(model, data, progress=False)
+    assert len(entered) == 4
