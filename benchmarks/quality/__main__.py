@@ -3,6 +3,8 @@
     python -m benchmarks.quality search --data DATA --model PACKED --out OUT --time-limit 400
     python -m benchmarks.quality grid --methods vanilla auto --seeds 0 1 2 ...
     python -m benchmarks.quality grid --methods qera:reference=true --set model=smollm2-135m-instruct+nf4 ...
+    python -m benchmarks.quality matched --methods auto:matched=true --at 1e-4 2e-4 ...   starts told their rate
+    python -m benchmarks.quality sizes --methods vanilla:size=4.0 --set warmup=0.1 ...   a grid kept by itself
     python -m benchmarks.quality suggested --methods vanilla auto --records OUT ...   rates of ``one_step``
     python -m benchmarks.quality seeds  --records OUT ...
     python -m benchmarks.quality sweep --over rank --values 1 4 16 64 --methods vanilla eva ...
@@ -30,7 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("stage", choices=("search", "grid", "suggested", "seeds", "sweep"))
+    parser.add_argument("stage", choices=("search", *stages.GRIDS, "suggested", "seeds", "sweep"))
     add_common(parser)
     parser.add_argument("--methods", nargs="+", help="name, or name:key=value;key=value")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(stages.SEEDS))

@@ -30,7 +30,7 @@ def experiments_of(arguments: argparse.Namespace, known: list[Record]) -> list[E
     common = dict(map(assignment, arguments.set))
     if arguments.stage == "search":
         return stages.search(methods, arguments.tasks, **common)
-    if arguments.stage == "grid":
+    if arguments.stage in stages.GRIDS:
         return stages.grid(methods, arguments.tasks, arguments.seeds, arguments.at, **common)
     if arguments.stage == "suggested":
         one_step = read_records([*arguments.records, arguments.out], "one_step").values()

@@ -216,6 +216,7 @@ class Bench:
                 rank=found.start.rank,
                 anchored=found.start.anchored,
                 scaling=first.scaling,
+                resized=found.start.resized,
                 train=pools["train"],
                 batch_size=first.batch_size,
                 max_steps=first.steps,

@@ -34,7 +34,8 @@ class Experiment:
         task: name in a list of tasks of ``benchmarks.quality.models.registry``.
         method: name in ``lorainit.METHODS``, or ``"full"``.
         settings: keyword arguments of the method, JSON values; ``{"paper": true}`` stands for
-            ``Method.paper()``, and ``{"reference": true}`` for ``reference_weights`` of a quantized base.
+            ``Method.paper()``, ``{"reference": true}`` for ``reference_weights`` of a quantized base, and
+            ``{"matched": true}`` for a start that is told its learning rate.
         learning_rate: the peak of the schedule.
         seed: draws the training samples, their order and the random starts.
         rank: of the adapter.
@@ -112,6 +113,7 @@ class Experiment:
         settings = dict(self.settings)
         kind = lorainit.METHODS[self.method]
         settings.pop("reference", None)
+        settings.pop("matched", None)
         paper = settings.pop("paper", False)
         method = replace(kind.paper(), **settings) if paper else kind(**settings)  # type: ignore[attr-defined]
         if getattr(method, "population", 0) is None:

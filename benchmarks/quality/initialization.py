@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import lorainit
 from benchmarks.quality.data.order import training_rows
 from benchmarks.quality.data.pools import Pool
-from benchmarks.quality.experiment import Experiment
+from benchmarks.quality.experiment import GRID, Experiment
 from benchmarks.quality.models.registry import kind_of
 from benchmarks.quality.training.adapters import Start
 
@@ -80,11 +80,13 @@ class Initialised:
         start: the factors.
         collect_seconds: of the statistics; where methods shared them, of the union of their needs.
         solve_seconds: the call of ``get_peft_model``: all of it for methods that get the data.
+        suggested: the learning rate that suits a start which is matched to another, as it was configured.
     """
 
     start: Start
     collect_seconds: float
     solve_seconds: float
+    suggested: float | None = None
 
     @property
     def seconds(self) -> float:
@@ -136,8 +138,9 @@ class Initialiser:
         kind_of(experiment.model).seed_head(self.model, experiment.seed)
         config = lora_config(experiment)
         collected, seconds = None, 0.0
-        arguments: dict[str, Any] = {}
-        if experiment.wants_data(method):
+        matched = bool(experiment.settings.get("matched"))
+        arguments: dict[str, Any] = {"suggest_rate": True} if matched else {}
+        if matched or experiment.wants_data(method):
             arguments["data"] = self.batches(experiment, train)
             arguments["max_sequences"] = None
         elif method.needs:
@@ -156,19 +159,40 @@ class Initialiser:
         self._wait()
         took = time.perf_counter() - began
         try:
-            found = Initialised(start_of(wrapped), seconds, took)
+            if matched:
+                self._solved |= self._matched(experiment, wrapped, took)
+            else:
+                self._solved[key] = Initialised(start_of(wrapped), seconds, took)
         finally:
             take_out(wrapped, self.model)
-        self._solved[key] = found
+        return self._solved[key]
+
+    def _matched(
+        self, experiment: Experiment, wrapped: PeftModel, took: float
+    ) -> dict[Any, Initialised]:
+        """One start resized for every rate of the grid, and for the experiment's; its own factors change."""
+        config = wrapped.peft_config["default"]
+        suggested = config.origin.measured.get("learning_rate")
+        alpha, suits = config.lora_alpha, suggested
+        found = {}
+        for rate in {*GRID, experiment.learning_rate}:
+            if suits is not None:
+                suits *= lorainit.match_learning_rate(wrapped, suits, rate)
+            ratio = wrapped.peft_config["default"].lora_alpha / alpha
+            start = replace(start_of(wrapped), ratio=ratio)
+            made = Initialised(start, 0.0, took, suggested)
+            found[self._key(experiment.at(learning_rate=rate))] = made
         return found
 
     def _key(self, experiment: Experiment) -> tuple[Any, ...]:
         """What a start depends on; its last part is None where it reads no data."""
         method = experiment.build_method()
         fresh = experiment.method in RANDOM or kind_of(experiment.model).fresh_head
-        reads = bool(method.needs) or experiment.wants_data(method)
+        matched = bool(experiment.settings.get("matched"))
+        reads = matched or bool(method.needs) or experiment.wants_data(method)
         return (
             experiment.label,
+            experiment.learning_rate if matched else None,
             experiment.rank,
             experiment.alpha,
             experiment.rslora,

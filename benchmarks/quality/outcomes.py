@@ -63,6 +63,8 @@ def measured(
         "heldout": {"steps": list(curve), "loss": list(curve.values())},
         "heldout_at_percent": percent,
     }
+    if found.suggested is not None:
+        record["suggested_rate"] = found.suggested
     for split, (losses, exact) in outcome.scores.items():
         record[split] = {
             "loss": float(losses.mean()),

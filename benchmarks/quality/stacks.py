@@ -40,6 +40,7 @@ def stack_key(experiment: Experiment, found: Initialised) -> tuple[Any, ...]:
     return (
         found.start.rank,
         found.start.anchored,
+        found.start.resized,
         experiment.scaling,
         experiment.steps,
         experiment.batch_size,

@@ -48,6 +48,7 @@ def step_seconds(
         rank=start.rank,
         anchored=start.anchored,
         scaling=e.scaling,
+        resized=start.resized,
         train=pools["train"],
         batch_size=e.batch_size,
         max_steps=e.steps,

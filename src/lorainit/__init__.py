@@ -13,6 +13,7 @@ from lorainit._version import __version__ as __version__
 if TYPE_CHECKING:
     from lorainit.adapters.export import ExportReport, export
     from lorainit.adapters.load import load_adapter
+    from lorainit.adapters.match_learning_rate import match_learning_rate
     from lorainit.adapters.save import save_adapter
     from lorainit.adapters.serving import serving_objections
     from lorainit.methods import *  # noqa: F403
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
         "export",
         "get_peft_model",
         "load_adapter",
+        "match_learning_rate",
         "save_adapter",
         "serving_objections",
         "start_trainer",
@@ -57,6 +59,7 @@ _HOMES = {
     "export": "adapters.export",
     "get_peft_model": "pipeline",
     "load_adapter": "adapters.load",
+    "match_learning_rate": "adapters.match_learning_rate",
     "save_adapter": "adapters.save",
     "serving_objections": "adapters.serving",
     "start_trainer": "trainers",

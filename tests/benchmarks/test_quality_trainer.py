@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from benchmarks.common.tasks import IGNORED, Example
 from benchmarks.quality.data.order import batch_order
 from benchmarks.quality.data.pools import pools_from_examples
 from benchmarks.quality.experiment import Experiment
-from benchmarks.quality.initialization import Initialiser, start_of
+from benchmarks.quality.initialization import Initialiser, lora_config, start_of
 from benchmarks.quality.training.llama import StackedLlama
 from benchmarks.quality.training.reference import score_plain, train_plain
 from benchmarks.quality.training.trainer import Job, StackTrainer
@@ -88,13 +90,15 @@ def test_a_stack_trains_as_separate_runs_do(pools, anchored):
     assert_trains_as_separate_runs(trainer, runs, wrapped, pools, steps, batch)
 
 
-def assert_trains_as_separate_runs(trainer, runs, wrap, pools, steps, batch):
+def assert_trains_as_separate_runs(
+    trainer, runs, wrap, pools, steps, batch, job_start=start_of
+):
     """Losses, scores and curves of a stack, beside those of stock PEFT's runs one by one."""
     jobs, expected = [], []
     for method, rate, seed in runs:
         order = batch_order(64, 48, seed, steps, batch)
         model = wrap(method, seed)
-        jobs.append(Job(start_of(model), rate, order))
+        jobs.append(Job(job_start(model), rate, order))
         before = score_plain(model, pools["validation"])
         losses = train_plain(model, pools["train"], order, learning_rate=rate, warmup=0.1, clip=0.5)
         expected.append((before, losses, score_plain(model, pools["validation"])))
@@ -183,3 +187,48 @@ def test_an_experiment_with_a_reference_starts_as_the_package_does(pools, monkey
     assert float((wanted.scaling * (b @ a).double() - best).norm() / best.norm()) < 1e-4
     with pytest.raises(ValueError, match="has no reference"):
         Initialiser(base)(wanted, pools["train"])
+
+
+@pytest.mark.parametrize("method", [lorainit.Vanilla(), lorainit.PiSSA()])
+def test_resized_adapters_of_one_stack_train_as_peft_trains_them(pools, method):
+    """Each with its own scaling, which PEFT reads off its configuration."""
+    runs = [(method, 1e-2, 0), (method, 2e-3, 1), (method, 5e-4, 2)]
+
+    def wrap(method, seed):
+        model = wrapped(method, seed)
+        lorainit.match_learning_rate(model, 1e-2, runs[seed][1])
+        return model
+
+    def job_start(model):
+        ratio = model.peft_config["default"].lora_alpha / wrapped(method, 0).peft_config["default"].lora_alpha
+        return replace(start_of(model), ratio=ratio)
+
+    trainer = StackTrainer(
+        StackedLlama(base_model(), torch.float32, fuse=False), stack=4, rank=4,
+        anchored=isinstance(method, lorainit.PiSSA), scaling=6 / 4**0.5, resized=True, train=pools["train"],
+        batch_size=8, max_steps=16, warmup=0.1, clip=0.5, evaluation_rows=16, graphs=False,
+    )  # fmt: skip
+    assert_trains_as_separate_runs(trainer, runs, wrap, pools, 12, 8, job_start)
+
+
+def test_a_matched_experiment_starts_as_the_package_does(pools) -> None:
+    base, same = base_model(), base_model()
+    line = Experiment(
+        "gcd", "vanilla", 1e-3, rank=4, alpha=6, settings={"matched": True},
+        train_samples=48, statistics_samples=48,
+    )  # fmt: skip
+    initialise = Initialiser(base, batch_size=16)
+    found = initialise(line, pools["train"])
+    batches = initialise.batches(line, pools["train"])
+    torch.manual_seed(line.seed)
+    theirs = lorainit.get_peft_model(
+        same, lora_config(line), method=lorainit.Vanilla(), data=batches, max_sequences=None,
+        learning_rate=1e-3, progress=False,
+    )  # fmt: skip
+    assert found.start.ratio == pytest.approx(theirs.peft_config["default"].lora_alpha / 6, rel=1e-6)
+    for name, (a, b) in start_of(theirs).factors.items():
+        for mine, theirs_ in zip(found.start.factors[name], (a, b), strict=True):
+            torch.testing.assert_close(mine, theirs_, rtol=1e-5, atol=1e-7)
+    # Another rate is another start of the same line, found without new measurements.
+    other = initialise(line.at(learning_rate=2e-4), pools["train"])
+    assert other.start.ratio > 20 * found.start.ratio and other.suggested == found.suggested

@@ -21,12 +21,18 @@ from torch import Tensor
 class Start:
     """One adapter's factors by layer name: ``A`` ``(r, in)``, ``B`` ``(out, r)`` and the anchor.
 
-    `extras` are other weights that are trained along with them, a classifier's head.
+    `extras` are other weights that are trained along with them, a classifier's head. `ratio` is the
+    adapter's scaling over that of the stack that it is trained in, of an adapter that was resized.
     """
 
     factors: Mapping[str, tuple[Tensor, Tensor]]
     anchors: Mapping[str, tuple[Tensor, Tensor]]
     extras: Mapping[str, Tensor] = field(default_factory=dict)
+    ratio: float | None = None
+
+    @property
+    def resized(self) -> bool:
+        return self.ratio is not None
 
     @property
     def anchored(self) -> bool:
@@ -46,6 +52,8 @@ class Group:
         spans: the columns of each.
         A: ``(E, layers * k, in)``.
         B: one ``(E, k, out)`` a layer, transposed against PEFT's.
+        scaling: ``s``.
+        ratios: ``(E, 1, 1)``, times `scaling`; None where all are 1.
     """
 
     def __init__(self, names: list[str], widths: list[int], inputs: int) -> None:
@@ -53,6 +61,7 @@ class Group:
         edges = [sum(widths[:i]) for i in range(len(widths) + 1)]
         self.spans = list(itertools.pairwise(edges))
         self.scaling = 1.0
+        self.ratios: Tensor | None = None
         self.A: Tensor
         self.grad_A: Tensor
         self.B: list[Tensor] = []
@@ -66,6 +75,8 @@ class StackedLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, group: Group) -> Tensor:
         y = (x.reshape(-1, x.shape[-1]) @ weight.mT).view(*x.shape[:-1], -1)
         z = torch.bmm(x, group.A.mT)
+        if group.ratios is not None:
+            z.mul_(group.ratios)
         k = group.B[0].shape[1]
         for i, (low, high) in enumerate(group.spans):
             y[..., low:high].baddbmm_(z[..., i * k : (i + 1) * k], group.B[i], alpha=group.scaling)
@@ -86,6 +97,8 @@ class StackedLinear(torch.autograd.Function):
             gradient = group.grad_B[i]
             zi = z[..., i * k : (i + 1) * k].mT
             torch.baddbmm(gradient, zi, part, beta=0, alpha=s, out=gradient)
+        if group.ratios is not None:
+            dz.mul_(group.ratios)
         torch.bmm(dz.mT, x, out=group.grad_A)
         dx = (dy.view(-1, dy.shape[-1]) @ ctx.weight).view_as(x)
         dx.baddbmm_(dz, group.A)
@@ -132,11 +145,20 @@ class Adapters:
         rank: rows of the trained half; layers of a lower rank are padded with zeros, which stay.
         anchored: whether there is a frozen half.
         scaling: ``s``, one for the whole adapter.
+        resized: whether adapters have a scaling of their own, ``Start.ratio`` times `scaling`.
     """
 
     def __init__(
-        self, base: Base, stack: int, rank: int, *, anchored: bool, scaling: float
+        self,
+        base: Base,
+        stack: int,
+        rank: int,
+        *,
+        anchored: bool,
+        scaling: float,
+        resized: bool = False,
     ) -> None:
+        self.ratios = torch.ones(stack, 1, 1, device=base.device) if resized else None
         self.stack, self.rank, self.anchored = stack, rank, anchored
         k = 2 * rank if anchored else rank
         total = sum(len(n) * k * i + k * sum(w) for n, w, i in base.shapes)
@@ -155,7 +177,7 @@ class Adapters:
         offset = 0
         for names, widths, inputs in base.shapes:
             group = Group(names, widths, inputs)
-            group.scaling = scaling
+            group.scaling, group.ratios = scaling, self.ratios
             size = len(names) * k * inputs
             view = slice(offset, offset + size)
             group.A = self.compute[:, view].view(stack, -1, inputs)
@@ -190,6 +212,8 @@ class Adapters:
         row = self.weights[index].zero_()
         self.first[index].zero_()
         self.second[index].zero_()
+        if self.ratios is not None:
+            self.ratios[index] = 1.0 if start.ratio is None else start.ratio
         for pairs, shift in ((start.factors, 0), (start.anchors, self.rank)):
             sign = -1.0 if shift else 1.0
             for name, (a, b) in pairs.items():

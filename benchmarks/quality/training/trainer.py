@@ -72,6 +72,7 @@ class StackTrainer:
         rank: of the trained half of every adapter.
         anchored: whether the adapters have a frozen half.
         scaling: of all of them.
+        resized: whether each has a scaling of its own besides, see ``Adapters``.
         train: pool of training sequences.
         batch_size: sequences a step and adapter.
         max_steps: room in the buffers.
@@ -90,6 +91,7 @@ class StackTrainer:
         rank: int,
         anchored: bool,
         scaling: float,
+        resized: bool = False,
         train: Pool,
         batch_size: int,
         max_steps: int,
@@ -102,7 +104,9 @@ class StackTrainer:
         device = base.device
         self.base, self.stack, self.warmup, self.clip = base, stack, warmup, clip
         self.train = train.to(device)
-        self.adapters = Adapters(base, stack, rank, anchored=anchored, scaling=scaling)
+        self.adapters = Adapters(
+            base, stack, rank, anchored=anchored, scaling=scaling, resized=resized
+        )
         self.rotation = base.rotation(train.tokens.shape[1])
         self.order = torch.zeros(max_steps, stack, batch_size, dtype=torch.long, device=device)
         self.factors = torch.zeros(max_steps, device=device)

@@ -52,6 +52,8 @@ class Origin:
             ``lorainit report`` reads by default.
         data: the same of the records, of which ``lorainit report`` takes statistics where there is no file of
             them.
+        resized: the factors are so many times what the start gave, and every alpha is divided by its square
+            (`match_learning_rate`); 1 where nothing was resized.
     """
 
     anchored: bool
@@ -61,6 +63,7 @@ class Origin:
     heads: Mapping[str, Any] = field(default_factory=dict)
     statistics: str | None = None
     data: str | None = None
+    resized: float = 1.0
 
 
 class StartedLoraConfig(LoraConfig):  # type: ignore[misc]
@@ -142,6 +145,7 @@ def read_origin(folder: Path, config: LoraConfig) -> Origin | None:
             dict(content.get("heads", {})),
             content.get("statistics"),
             content.get("data"),
+            float(content.get("resized", 1.0)),
         )
         digest = content.get("weights_sha256")
     except (ValueError, KeyError, TypeError, RecursionError) as error:

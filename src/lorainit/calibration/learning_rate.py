@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lorainit.calibration.held_out_loss import HeldOutLoss
@@ -68,6 +68,19 @@ class LearningRate:
             "one_step_rate": self.one_step,
             "learning_rate_trials": [list(trial) for trial in self.trials],
         }
+
+    def for_factors_times(self, k: float, value: float) -> LearningRate:
+        """The same for factors that are `k` times as large, at the scaling that leaves their product.
+
+        Args:
+            k: above zero.
+            value: the rate that is then suggested, which `k` was chosen for.
+        """
+        trials = tuple((rate * k, loss) for rate, loss in self.trials)
+        return replace(
+            self, value=value, low=self.low * k, high=self.high * k, one_step=self.one_step * k,
+            trials=trials,
+        )  # fmt: skip
 
     def __float__(self) -> float:
         return self.value

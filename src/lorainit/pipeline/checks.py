@@ -11,6 +11,7 @@ from peft import LoraConfig
 from torch import nn
 
 from lorainit.adapters.layers import configurations, true_config
+from lorainit.adapters.match_learning_rate import check_can_match, resized_by, scale_alphas
 from lorainit.adapters.patterns import with_ranks
 from lorainit.adapters.reference import ReferenceWeights
 from lorainit.adapters.supported import starts_asked_for
@@ -46,6 +47,7 @@ def check_arguments(
     reference_weights: object = None,
     *,
     suggest_rate: bool = False,
+    learning_rate: float | None = None,
 ) -> None:
     """Raise unless the arguments of `get_peft_model` can be worked with."""
     taken = isinstance(adapter_name, str) and hasattr(nn.ModuleDict(), adapter_name)
@@ -82,6 +84,14 @@ def check_arguments(
             "suggest_rate=True measures a learning rate on data, which is missing: pass data=..., batches of "
             "the target task, also beside statistics=...."
         )
+    if learning_rate is not None:
+        require_number("learning_rate", learning_rate, inclusive=False, error=AdapterError)
+        check_can_match(model, adapter_name, peft_config)
+        if data is None:
+            raise MissingStatisticError(
+                f"learning_rate={learning_rate:g} is matched by measuring the start's own rate on data, which is "
+                "missing: pass data=..., batches of the target task, also beside statistics=...."
+            )
     if method.needs and data is None and statistics is None:
         raise MissingStatisticError(
             f"{type(method).__name__} needs {', '.join(sorted(method.needs))}: pass data=..., batches of "
@@ -147,6 +157,8 @@ def configuration(
     """A copy of the configuration, with PEFT's own initialization schemes switched off."""
     if existing:
         config = true_config(model, adapter_name)
+        # It is started at the scaling that it was configured with.
+        scale_alphas(config, resized_by(model, adapter_name) ** 2)
         if peft_config is not None and (peft_config.r, peft_config.lora_alpha) != (
             config.r,
             config.lora_alpha,

@@ -20,6 +20,7 @@ from lorainit.adapters.layers import (
     configurations,
     left_at_default,
 )
+from lorainit.adapters.match_learning_rate import resize, resized_by
 from lorainit.adapters.origin import remember_measured
 from lorainit.adapters.patterns import with_ranks
 from lorainit.adapters.reference import ReferenceWeights
@@ -49,7 +50,7 @@ from lorainit.pipeline.checks import (
 from lorainit.pipeline.facts import facts_of, facts_of_start
 from lorainit.pipeline.heads import StartedHeads, start_heads
 from lorainit.pipeline.measurements import Measurements
-from lorainit.pipeline.rate import RATE_NEEDS, rate_if_any
+from lorainit.pipeline.rate import RATE_NEEDS, matched, rate_if_any
 from lorainit.pipeline.start import Precision, Start, find_start, needs_sample
 from lorainit.pipeline.summary import measured_losses, report_line, sequences_read, summary
 from lorainit.statistics.settings import (
@@ -78,6 +79,7 @@ def get_peft_model(
     precision: Precision = "fast",
     autocast_adapter_dtype: bool = True,
     suggest_rate: bool = False,
+    learning_rate: float | None = None,
     settings: CollectSettings | None = None,
     **options: Unpack[CollectOptions],
 ) -> PeftModel:
@@ -113,6 +115,10 @@ def get_peft_model(
         autocast_adapter_dtype: as in PEFT: adapters of half-precision models are kept in float32.
         suggest_rate: measure a learning rate for the adapter on 64 sequences of `data`, as
             `suggest_learning_rate` does; the log says it, and the adapter's side file keeps it.
+        learning_rate: the peak rate that the adapter will be trained at, where that is not to be chosen. The
+            rate that suits the start is measured, and the factors and ``lora_alpha`` are resized so that this
+            one does the same (`match_learning_rate`): the adapter's ``lora_alpha`` is then not that of
+            `peft_config`. Where no rate can be suggested, nothing is resized, and the log says why.
         settings: how statistics are collected, see `CollectSettings`.
         **options: its fields, as keywords: ``token_mask``, ``loss_reduction``, ``max_sequences``,
             ``loss_fn``, ``on_nonfinite``, ``on_unused``, ``max_memory``, ``gradient_dtype``, ``progress``.
@@ -141,6 +147,7 @@ def get_peft_model(
                 precision,
                 reference_weights,
                 suggest_rate=suggest_rate,
+                learning_rate=learning_rate,
             )
             check_not_merged(model)
             existing = adapter_name in configurations(model)
@@ -162,6 +169,7 @@ def get_peft_model(
                 precision=precision,
                 autocast_adapter_dtype=autocast_adapter_dtype,
                 suggest_rate=suggest_rate,
+                learning_rate=learning_rate,
             )
         return _started(
             model,
@@ -179,7 +187,8 @@ def get_peft_model(
             fit_heads=fit_heads,
             precision=precision,
             autocast_adapter_dtype=autocast_adapter_dtype,
-            suggest_rate=suggest_rate,
+            suggest_rate=suggest_rate or learning_rate is not None,
+            learning_rate=learning_rate,
         )
 
 
@@ -201,6 +210,7 @@ def _started(
     precision: Precision,
     autocast_adapter_dtype: bool,
     suggest_rate: bool,
+    learning_rate: float | None,
 ) -> PeftModel:
     """The work, once every argument is checked; the model is as it was if it fails anywhere."""
     reference = None
@@ -265,6 +275,7 @@ def _started(
     ):
         if existing:
             wrapped: Any = model
+            resize(model, adapter_name, 1 / resized_by(model, adapter_name))
         else:
             wrapped = create_adapter(model, config, adapter_name, autocast=autocast_adapter_dtype)
         with collectives.shared_errors():
@@ -279,7 +290,7 @@ def _started(
             )
         # PEFT's own random start of the layers left at it, too.
         collectives.broadcast(adapter_tensors(wrapped, adapter_name), 0)
-        rate = None
+        rate: LearningRate | str | None = None
         if suggest_rate and sample is not None:
             own = heads_of(wrapped, config, adapter_name, targets.layers, existing=True)
             with (
@@ -289,7 +300,9 @@ def _started(
                 page_locked(model),
             ):
                 rate = rate_if_any(measurements, sample, factors_of(wrapped, adapter_name), own)
-            if isinstance(rate, LearningRate):
+            if learning_rate is not None:
+                rate = matched(wrapped, adapter_name, rate, learning_rate)
+            elif isinstance(rate, LearningRate):
                 remember_measured(wrapped, adapter_name, rate.measured())
         # Until the last line is out, on every process.
         with collectives.shared_errors(), written(wrapped, adapter_name, heads.heads, heads.values):

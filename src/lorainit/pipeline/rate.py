@@ -6,7 +6,11 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 import torch
+from torch import nn
 
+from lorainit.adapters.layers import configurations
+from lorainit.adapters.match_learning_rate import resize_for
+from lorainit.adapters.origin import remember_measured
 from lorainit.calibration.learning_rate import LearningRate, find_learning_rate
 from lorainit.calibration.sign_step import SignStep, lengthened
 from lorainit.data.sampling import Sample
@@ -72,3 +76,27 @@ def rate_if_any(
         return measured_rate(measurements, sample.first(SEQUENCES), factors, heads)
     except DataError as error:
         return str(error)
+
+
+def matched(
+    model: nn.Module, adapter_name: str, rate: LearningRate | str, learning_rate: float
+) -> str:
+    """Resize an adapter so that a rate suits it that was chosen elsewhere; what to say of it.
+
+    Args:
+        model: holds the adapter.
+        adapter_name: of the adapter.
+        rate: what suits it as it is, or why nothing is known: then it is left as it is.
+        learning_rate: the rate that it will be trained at.
+    """
+    if isinstance(rate, str):
+        return f"not matched to the learning rate {learning_rate:.3g}: {rate}"
+    before = configurations(model)[adapter_name].lora_alpha
+    k = resize_for(model, adapter_name, learning_rate / rate.value)
+    now = rate.for_factors_times(k, learning_rate)
+    remember_measured(model, adapter_name, now.measured())
+    after = configurations(model)[adapter_name].lora_alpha
+    return (
+        f"matched to the learning rate {learning_rate:.3g}: factors times {k:.3g}, lora_alpha {before:.4g} to "
+        f"{after:.4g}; as configured {rate.value:.2g} would suit it, measured on {rate.sequences} sequences"
+    )

@@ -1,0 +1,149 @@
+"""An adapter resized so that it trains at one learning rate as it would at another.
+
+A LoRA adapter ``s B A`` is the same function as ``(s / k^2) (k B) (k A)``. An optimizer whose steps do not
+depend on the gradient's size (Adam, Lion, Adafactor without its relative step, Muon) moves every entry by
+about the learning rate, so training the second at ``k`` times the rate takes the steps of the first, one by
+one. That symmetry of sizes, multipliers and rates is the one behind "abc-parametrizations" (Yang and Hu,
+"Feature Learning in Infinite-Width Neural Networks", ICML 2021, arXiv 2011.14522; for Adam Yang et al.,
+arXiv 2203.03466); LoRA-alpha (arXiv 2606.12883) sets the scale of LoRA in place of the rate, too.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from lorainit.adapters.anchor import AnchoredFactor
+from lorainit.adapters.layers import adapter_layers, check_not_merged, configurations, true_config
+from lorainit.adapters.origin import remember
+from lorainit.adapters.patterns import scaled
+from lorainit.adapters.restore import restored_on_error
+from lorainit.adapters.wrappers import adapter_parameters, unwrapped
+from lorainit.errors import AdapterError
+from lorainit.parallel.partitioned import whole
+from lorainit.types.numbers import require_number
+
+_WHOLE_FROM = 4
+"""An alpha from here on is made whole: that moves the matched rate by 6% at most."""
+
+
+def match_learning_rate(
+    model: nn.Module, suggested: float, learning_rate: float, *, adapter_name: str = "default"
+) -> float:
+    """Resize an adapter so that `learning_rate` does to it what `suggested` does to it now.
+
+    Both factors are multiplied by ``k``, about ``learning_rate / suggested``, and ``lora_alpha`` and the
+    entries of ``alpha_pattern`` are divided by ``k^2``; an alpha of 4 or more is made whole, and ``k`` is what
+    it leaves. What the model computes stays, to rounding, and so does an anchored start's zero. Call it before
+    the first step of training: an optimizer's moments would be of other sizes. It holds for optimizers whose
+    steps do not depend on the gradient's size; gradients grow by ``1 / k``, of which a clipping of their norm
+    sees more. What trains beside the factors (DoRA's magnitudes, heads, biases of the base) is not resized.
+
+    Args:
+        model: a PeftModel, or a model whose adapter is its own.
+        suggested: a peak learning rate that suits the adapter as it is, as `suggest_learning_rate` gives it.
+        learning_rate: the one that it will be trained at.
+        adapter_name: of the adapter.
+
+    Returns:
+        ``k``, by which the factors were multiplied.
+
+    Raises:
+        AdapterError: there is no such adapter, it is merged, it has ``lora_bias``, whose contribution is
+            not a product, or a rate is no positive number.
+    """
+    model = unwrapped(model)
+    for name, value in (("suggested", suggested), ("learning_rate", learning_rate)):
+        require_number(name, value, inclusive=False, error=AdapterError)
+    check_can_match(model, adapter_name)
+    check_not_merged(model)
+    with (
+        whole(adapter_parameters(model, adapter_name), written=True),
+        restored_on_error(model, adapter_name),
+    ):
+        return resize_for(model, adapter_name, learning_rate / suggested)
+
+
+def check_can_match(model: nn.Module, adapter_name: str, config: LoraConfig | None = None) -> None:
+    """Raise unless the adapter, or the one that a configuration asks for, can be resized.
+
+    Raises:
+        AdapterError: it does not exist, or has ``lora_bias``.
+    """
+    config = configurations(model).get(adapter_name) if config is None else config
+    if not isinstance(config, LoraConfig):
+        raise AdapterError(
+            f"the model has no LoRA adapter '{adapter_name}' to match a learning rate to. Make it first, with "
+            "lorainit.get_peft_model or PEFT's own."
+        )
+    if config.lora_bias:
+        raise AdapterError(
+            "an adapter with lora_bias=True cannot be matched to a learning rate: its bias is added once, "
+            "where the factors are multiplied with each other. Leave lora_bias out, or train at the suggested "
+            "rate."
+        )
+
+
+def resize_for(model: nn.Module, adapter_name: str, ratio: float) -> float:
+    """`resize` by the factor near a ratio of rates that leaves alpha whole, where it is not small."""
+    configured = true_config(model, adapter_name).lora_alpha
+    alpha = configured / ratio**2
+    if alpha >= _WHOLE_FROM:
+        alpha = round(alpha)
+    k = math.sqrt(configured / alpha)
+    resize(model, adapter_name, k)
+    return k
+
+
+def resize(model: nn.Module, adapter_name: str, k: float) -> None:
+    """Multiply both factors by `k`, anchors too, and divide the scaling by its square; the origin keeps it.
+
+    Args:
+        model: holds the adapter, whole.
+        adapter_name: of the adapter.
+        k: above zero.
+    """
+    known = configurations(model)
+    known[adapter_name] = config = copy.deepcopy(known[adapter_name])
+    with torch.no_grad():
+        for layer in adapter_layers(model, adapter_name).values():
+            for tensor in _tensors(layer, adapter_name):
+                tensor.mul_(k)
+            layer.scaling[adapter_name] = layer.scaling[adapter_name] / k**2
+            layer.lora_alpha[adapter_name] = scaled(layer.lora_alpha[adapter_name], k**-2)
+    scale_alphas(config, k**-2)
+    origin = getattr(config, "origin", None)
+    if origin is not None:
+        remember(model, adapter_name, replace(origin, resized=origin.resized * k))
+
+
+def resized_by(model: nn.Module, adapter_name: str) -> float:
+    """By what an adapter's factors were multiplied for a learning rate, 1 where nothing is known of it."""
+    origin = getattr(configurations(model)[adapter_name], "origin", None)
+    return 1.0 if origin is None else origin.resized
+
+
+def scale_alphas(config: LoraConfig, by: float) -> None:
+    """Multiply every alpha of a configuration, in place."""
+    config.lora_alpha = scaled(config.lora_alpha, by)
+    config.alpha_pattern = {key: scaled(v, by) for key, v in config.alpha_pattern.items()}
+
+
+def _tensors(layer: LoraLayer, adapter_name: str) -> Iterator[Tensor]:
+    """Every tensor of both factors, frozen halves among them."""
+    for holder in (layer.lora_A, layer.lora_B):
+        if adapter_name in holder:
+            factor = holder[adapter_name]
+            if isinstance(factor, AnchoredFactor):
+                yield factor.anchor
+            yield from factor.parameters()
+    for holder in (layer.lora_embedding_A, layer.lora_embedding_B):
+        if adapter_name in holder:
+            yield holder[adapter_name]
