@@ -265,7 +265,7 @@ def test_what_cannot_be_done_is_said_first() -> None:
         )
 
 
-def classifier(**named: Any) -> Any:
+def classifier(learning_rate: float | None = None, **named: Any) -> Any:
     torch.manual_seed(7)
     small = LlamaConfig(
         vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
@@ -277,6 +277,7 @@ def classifier(**named: Any) -> Any:
         method=lorainit.Vanilla(),
         data=labelled(),
         suggest_rate=True,
+        learning_rate=learning_rate,
         progress=False,
     )
 

@@ -230,6 +230,22 @@ def test_the_measured_rate_is_given_to_the_trainer(tmp_path: Path) -> None:
     assert given.args.learning_rate == 1e-3
 
 
+@pytest.mark.parametrize("method", [lorainit.LoraDA(), lorainit.Vanilla()])
+def test_an_adapter_is_matched_to_the_trainers_rate(method: Any, tmp_path: Path) -> None:
+    """The rate stays, a default one too; a method that reads no data gets some for this."""
+    for given in (5e-5, 1e-3):
+        trainer = build(tmp_path, learning_rate=given)
+        before = dict(configurations(trainer.model))["default"].lora_alpha
+        model = lorainit.start_trainer(trainer, method, match_learning_rate=True, progress=False)
+        assert trainer.args.learning_rate == given
+        assert learning_rate.suggested_rate(model, "default") == given
+        origin = configurations(model)["default"].origin
+        assert origin.resized != 1
+        alpha = configurations(model)["default"].lora_alpha
+        assert alpha == pytest.approx(before / origin.resized**2)
+        trainer.train()
+
+
 @pytest.mark.parametrize("kind", ["DPOTrainer", "RewardTrainer", "KTOTrainer"])
 def test_of_preferences_no_rate_is_suggested(
     kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture

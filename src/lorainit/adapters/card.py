@@ -80,6 +80,11 @@ def _lines(config: LoraConfig, origin: Origin) -> Iterator[str]:
     frozen = ", the second half of which is the frozen start" if origin.anchored else ""
     scaling = ", rsLoRA" if config.use_rslora else ""
     yield f"- **Rank:** {config.r}{frozen}; `lora_alpha={config.lora_alpha}`{scaling}"
+    if origin.resized != 1:
+        yield (
+            f"- **Resized for its learning rate:** factors times {origin.resized:.3g}; "
+            f"`lora_alpha` was {config.lora_alpha * origin.resized**2:.4g}"
+        )
     if config.rank_pattern:
         yield f"- **Other ranks:** of {len(config.rank_pattern)} layers, in `adapter_config.json`"
     yield f"- **Target modules:** {_targets(config)}"

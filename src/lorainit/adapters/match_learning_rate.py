@@ -116,8 +116,10 @@ def resize(model: nn.Module, adapter_name: str, k: float) -> None:
         for layer in adapter_layers(model, adapter_name).values():
             for tensor in _tensors(layer, adapter_name):
                 tensor.mul_(k)
-            layer.scaling[adapter_name] = layer.scaling[adapter_name] / k**2
-            layer.lora_alpha[adapter_name] = scaled(layer.lora_alpha[adapter_name], k**-2)
+            before = layer.lora_alpha[adapter_name]
+            layer.lora_alpha[adapter_name] = after = scaled(before, k**-2)
+            # In this order what was whole is whole again when it is taken back.
+            layer.scaling[adapter_name] = layer.scaling[adapter_name] * after / before
     scale_alphas(config, k**-2)
     origin = getattr(config, "origin", None)
     if origin is not None:

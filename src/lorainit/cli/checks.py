@@ -95,6 +95,10 @@ def _check_together(options: argparse.Namespace) -> None:
         raise ValueError(
             "--data beside --statistics is there to measure an adapter's loss on: give --adapter too."
         )
+    if options.command == "init" and options.learning_rate is not None and not options.data:
+        raise ValueError(
+            "--learning-rate is matched by measuring the start's own rate on records: give --data too."
+        )
     if options.command == "compare" and not options.learning_rates:
         raise ValueError("--learning-rates: write positive numbers with commas, 1e-4,3e-4.")
 

@@ -90,6 +90,15 @@ def init(
     dropout: o.Dropout = 0.0,
     target_modules: o.TargetModules = "all-linear",
     cap_rank: o.CapRank = False,
+    learning_rate: Annotated[
+        float | None,
+        Option(
+            "that it will be trained at: factors and lora_alpha are resized so that it suits the start; "
+            "default: none, and one is suggested",
+            "adapter",
+            above=0,
+        ),
+    ] = None,
     max_sequences: o.MaxSequences = 256,
     token_mask: o.TokenMask = "attention",
     loss_reduction: o.LossReduction = "sequence",
@@ -115,6 +124,10 @@ def init(
 
         lorainit init --model ./model --statistics target.safetensors --data train.jsonl \
             --method natural --output start
+
+    For a recipe whose learning rate is not to be changed::
+
+        lorainit init --model ./model --data train.jsonl --learning-rate 2e-4 --output start
 
     A quantized model, brought nearer to the one that it was made from::
 

@@ -68,20 +68,22 @@ def _init(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
             searched=calibrated,
             rates=int(bool(options.data)),
         )
-    model = start_model(options, method)
+    model = start_model(options, method, options.learning_rate)
     save_adapter(model, options.output)
     return _result(options, method, model)
 
 
-def start_model(options: argparse.Namespace, method: Any) -> PeftModel:
-    """The model with its started adapter, as the options say."""
+def start_model(
+    options: argparse.Namespace, method: Any, learning_rate: float | None = None
+) -> PeftModel:
+    """The model with its started adapter, as the options say; matched to a learning rate, if one is given."""
     path = getattr(options, "statistics", None)
     statistics = Statistics.load(path) if path else None
     model = get_peft_model(
         load_model(options), lora_config(options), method=method, data=load_data(options),
         statistics=statistics, reference_weights=getattr(options, "reference", None),
         cap_rank=getattr(options, "cap_rank", False), suggest_rate=bool(options.data),
-        **sample_arguments(options),
+        learning_rate=learning_rate, **sample_arguments(options),
     )  # fmt: skip
     origin = origin_of(model, "default")
     if origin is not None:
@@ -109,6 +111,7 @@ def _result(
         "sizes": sizes,
         "plain": refused is not None,
         "learning_rate": rate,
+        "lora_alpha": model.peft_config["default"].lora_alpha,
     }
     text = f"{options.output}: {len(sizes)} layers of rank {options.rank}, {options.method}"
     if origin is not None and refused is not None:
@@ -121,7 +124,12 @@ def _result(
             f"; saved at rank {result['saved_rank']}, since the frozen start is subtracted: "
             "outputs are the base model's"
         )
-    if rate is not None:
+    if rate is not None and options.learning_rate is not None:
+        text += (
+            f"; matched to the learning rate {rate:.2g}, which 'lorainit train' takes: lora_alpha "
+            f"{model.peft_config['default'].lora_alpha:.4g}"
+        )
+    elif rate is not None:
         text += f"; suggested learning rate {rate:.2g}, which 'lorainit train' takes"
     reference = f" --reference {options.reference}" if options.reference else ""
     text += (

@@ -37,6 +37,7 @@ class LorainitSection(BaseModel):  # type: ignore[misc]
         max_sequences: see `CollectSettings`.
         max_memory: see `CollectSettings`.
         set_learning_rate: see `start_trainer`; axolotl always writes a rate of its own, so it is off.
+        match_learning_rate: see `start_trainer`: the adapter is resized for the rate that axolotl has.
     """
 
     method: str = "auto"
@@ -45,6 +46,7 @@ class LorainitSection(BaseModel):  # type: ignore[misc]
     max_sequences: int | None = 256
     max_memory: int | str | None = None
     set_learning_rate: bool = False
+    match_learning_rate: bool = False
 
 
 class LorainitArgs(BaseModel):  # type: ignore[misc]
@@ -80,6 +82,7 @@ class LorainitPlugin(BasePlugin):  # type: ignore[misc]
                 method,
                 section.loss,  # type: ignore[arg-type]
                 set_learning_rate=section.set_learning_rate,
+                match_learning_rate=section.match_learning_rate,
                 max_sequences=section.max_sequences,
                 max_memory=section.max_memory,
             )

@@ -23,6 +23,7 @@ class StartAdapter(TrainerCallback):  # type: ignore[misc]
     Args:
         method: how to find the start. Default: ``lorainit.Auto()``.
         adapter_name: of the adapter to start. Default: the active one.
+        match_learning_rate: see `start_trainer`.
         **options: fields of `CollectSettings`, as keywords; a ``loss_fn`` takes the loader's batches.
 
     Raises:
@@ -35,9 +36,11 @@ class StartAdapter(TrainerCallback):  # type: ignore[misc]
         method: Method | None = None,
         *,
         adapter_name: str | None = None,
+        match_learning_rate: bool = False,
         **options: Unpack[CollectOptions],
     ) -> None:
         self.method, self.adapter_name, self.options = method, adapter_name, options
+        self.match_learning_rate = match_learning_rate
 
     def on_train_begin(
         self,
@@ -72,6 +75,7 @@ class StartAdapter(TrainerCallback):  # type: ignore[misc]
                 None if "loss_fn" in self.options else "model",
                 adapter_name=self.adapter_name,
                 set_learning_rate=False,
+                match_learning_rate=self.match_learning_rate,
                 **self.options,
             )
         finally:

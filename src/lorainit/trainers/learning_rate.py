@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from lorainit.adapters.layers import configurations
+from lorainit.errors import AdapterError
 from lorainit.pipeline.summary import report_line
 from lorainit.trainers.kinds import has_preferences, is_on_policy
 
@@ -40,6 +41,22 @@ def has_judged_rate(trainer: Any) -> bool:
     low (benchmarks/README.md, Preferences).
     """
     return not (is_on_policy(trainer) or has_preferences(trainer))
+
+
+def rate_to_match(trainer: Any, *, judged: bool) -> float:
+    """The learning rate of the training arguments, for the adapter to be resized for.
+
+    Raises:
+        AdapterError: of this trainer's loss no rate can be suggested, or it has none.
+    """
+    rate = getattr(trainer.args, "learning_rate", None)
+    if not judged or not isinstance(rate, int | float):
+        why = "of its loss none can be suggested" if not judged else "its arguments have none"
+        raise AdapterError(
+            f"match_learning_rate=True wants a learning rate that suits the start to match it to that of "
+            f"{type(trainer).__name__}, and {why}. Leave match_learning_rate out."
+        )
+    return float(rate)
 
 
 def say_default_rate(trainer: Any, *, progress: bool = True) -> None:

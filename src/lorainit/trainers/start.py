@@ -33,6 +33,7 @@ from lorainit.trainers.kinds import (
 )
 from lorainit.trainers.learning_rate import (
     has_judged_rate,
+    rate_to_match,
     say_default_rate,
     set_rate,
     suggested_rate,
@@ -54,6 +55,7 @@ def start_trainer(
     *,
     adapter_name: str | None = None,
     set_learning_rate: bool = True,
+    match_learning_rate: bool = False,
     reference_weights: TensorSource | None = None,
     calibration_share: float = 0.2,
     fit_heads: bool = True,
@@ -79,6 +81,9 @@ def start_trainer(
             trainer has its class's default and no optimizer yet, and give it to the trainer; the log says it.
             Not for on-policy trainers nor for those of preferences, where a default that stays is warned of;
             nor for methods that read no data.
+        match_learning_rate: leave the trainer's learning rate as it is, and resize the factors and
+            ``lora_alpha`` so that it does what the suggested one would (``learning_rate`` of
+            `get_peft_model`); then `set_learning_rate` is without effect.
         reference_weights: see `get_peft_model`.
         calibration_share: see `get_peft_model`.
         fit_heads: see `get_peft_model`.
@@ -92,8 +97,8 @@ def start_trainer(
         started adapter.
 
     Raises:
-        AdapterError: no adapter; training has begun; or an optimizer exists that does not hold the
-            adapter's parameters.
+        AdapterError: no adapter; training has begun; an optimizer exists that does not hold the
+            adapter's parameters; or a learning rate is to be matched for a loss of which none can be suggested.
         DataError: batches that cannot be measured; on-policy data without any advantage.
         LorainitError: see `get_peft_model`; the model is as it was.
     """
@@ -103,11 +108,12 @@ def start_trainer(
     model, name = adapter_of(trainer, adapter_name)
     check_optimizer(trainer, model, name)
     kind = _loss(trainer, loss, settings)
-    needs_data = bool(getattr(method, "needs", True))
+    judged = has_judged_rate(trainer)
+    matched = rate_to_match(trainer, judged=judged) if match_learning_rate else None
+    needs_data = bool(getattr(method, "needs", True)) or match_learning_rate
     if needs_data:
         check_reference(model, name)
         _say_place(trainer, model)
-    judged = has_judged_rate(trainer)
     suggest_rate = needs_data and set_learning_rate and wants_rate(trainer) and judged
     with ExitStack() as stack:
         stack.enter_context(unchanged_rng(input_device(model)))
@@ -130,9 +136,13 @@ def start_trainer(
             calibration_share=calibration_share,
             fit_heads=fit_heads,
             suggest_rate=suggest_rate,
+            learning_rate=matched,
             precision=precision,
             settings=settings,
         )
+    if match_learning_rate:
+        # The start's line says it.
+        return started
     if set_learning_rate and not judged:
         say_default_rate(trainer, progress=settings.progress)
     elif set_learning_rate:
