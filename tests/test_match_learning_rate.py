@@ -33,7 +33,9 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
     return {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
 
 
-def losses(model: nn.Module, rate: float, optimizer: Callable[..., Any], steps: int = 8) -> list[float]:
+def losses(
+    model: nn.Module, rate: float, optimizer: Callable[..., Any], steps: int = 8
+) -> list[float]:
     """Of every step of training, before it."""
     model.train()
     rule = optimizer([p for p in model.parameters() if p.requires_grad], lr=rate)
@@ -94,8 +96,14 @@ def test_the_function_stays_on_every_kind_of_layer(kind: str, start: str, tmp_pa
 def test_an_alpha_is_whole_where_it_is_not_small_and_patterns_follow() -> None:
     model = peft.get_peft_model(
         tiny.llama(),
-        tiny.config(r=4, lora_alpha=8, use_rslora=True, alpha_pattern={"q_proj": 4}, rank_pattern={"v_proj": 2}),
-    )  # fmt: skip
+        tiny.config(
+            r=4,
+            lora_alpha=8,
+            use_rslora=True,
+            alpha_pattern={"q_proj": 4},
+            rank_pattern={"v_proj": 2},
+        ),
+    )
     before = {n: m.scaling["default"] for n, m in lora_layers(model).items()}
     k = lorainit.match_learning_rate(model, 1.1e-3, 2e-4)
     config = model.peft_config["default"]
@@ -147,14 +155,20 @@ def test_with_the_start(method: str, tmp_path: Path, caplog: pytest.LogCaptureFi
     assert origin.resized == pytest.approx(1 / 6, rel=0.02)
     measured = origin.measured
     assert measured["learning_rate"] == pytest.approx(suits / 6)
-    assert measured["learning_rate_low"] < measured["learning_rate"] < measured["learning_rate_high"]
+    assert (
+        measured["learning_rate_low"] < measured["learning_rate"] < measured["learning_rate_high"]
+    )
     # What was tried is told in rates of the adapter as it is now.
-    mine, theirs = (m.peft_config["default"].origin.measured["learning_rate_trials"] for m in (model, known))
+    mine, theirs = (
+        m.peft_config["default"].origin.measured["learning_rate_trials"] for m in (model, known)
+    )
     assert [loss for _, loss in mine] == [loss for _, loss in theirs]
     assert [rate for rate, _ in mine] == pytest.approx([r * origin.resized for r, _ in theirs])
     hand = copy.deepcopy(known)
     lorainit.match_learning_rate(hand, suits, suits / 6)
-    for (name, one), (_, other) in zip(model.named_parameters(), hand.named_parameters(), strict=True):
+    for (name, one), (_, other) in zip(
+        model.named_parameters(), hand.named_parameters(), strict=True
+    ):
         assert torch.equal(one, other), name
     model.save_pretrained(str(tmp_path))
     content = json.loads((tmp_path / "lorainit.json").read_text())
@@ -175,7 +189,8 @@ def test_started_again_it_is_what_it_would_have_been(method: str) -> None:
     assert again.peft_config["default"].lora_alpha == fresh.peft_config["default"].lora_alpha
     for name, layer in lora_layers(fresh).items():
         other = again.get_submodule(name)
-        assert other.scaling == layer.scaling and other.lora_alpha == layer.lora_alpha
+        assert other.scaling == layer.scaling
+        assert other.lora_alpha == layer.lora_alpha
         assert is_anchored(other, "default") == is_anchored(layer, "default")
     if method != "plain":
         torch.testing.assert_close(tiny.logits(again), tiny.logits(fresh), rtol=1e-4, atol=1e-5)
@@ -188,7 +203,9 @@ def test_started_again_it_is_what_it_would_have_been(method: str) -> None:
         assert twice == pytest.approx(once, rel=0.05)
 
 
-def test_a_start_that_fails_leaves_a_matched_adapter_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_start_that_fails_leaves_a_matched_adapter_as_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model = started(lorainit.LoraDA(), learning_rate=1e-4)
     before, alpha = copy.deepcopy(model.state_dict()), model.peft_config["default"].lora_alpha
     scalings = [dict(m.scaling) for m in lora_layers(model).values()]
@@ -200,25 +217,36 @@ def test_a_start_that_fails_leaves_a_matched_adapter_as_it_was(monkeypatch: pyte
     monkeypatch.setattr(module, "rate_if_any", fail)
     with pytest.raises(RuntimeError, match="an accident"):
         lorainit.get_peft_model(
-            model, None, method=lorainit.PiSSA(), data=sequences(), learning_rate=1e-3, progress=False
+            model,
+            None,
+            method=lorainit.PiSSA(),
+            data=sequences(),
+            learning_rate=1e-3,
+            progress=False,
         )
     assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
     assert model.peft_config["default"].lora_alpha == alpha
     assert scalings == [dict(m.scaling) for m in lora_layers(model).values()]
 
 
-def test_where_no_rate_can_be_suggested_nothing_is_resized(caplog: pytest.LogCaptureFixture) -> None:
+def test_where_no_rate_can_be_suggested_nothing_is_resized(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     with caplog.at_level("INFO", logger="lorainit"):
         model = classifier(task_type="SEQ_CLS", learning_rate=1e-4)
-    said = "Not matched to the learning rate 0.0001: no learning rate can be suggested for an adapter with a head"
+    said = (
+        "Not matched to the learning rate 0.0001: no learning rate can be suggested for an adapter"
+    )
     assert any(said in line for line in caplog.messages)
     config = model.peft_config["default"]
     assert (config.lora_alpha, config.origin.resized) == (8, 1.0)
 
 
 def test_what_cannot_be_done_is_said_first() -> None:
-    with pytest.raises(MissingStatisticError, match="learning_rate=0.0002 is matched by measuring"):
-        lorainit.get_peft_model(tiny.llama(), tiny.config(), method=lorainit.PiSSA(), learning_rate=2e-4)
+    with pytest.raises(MissingStatisticError, match=r"learning_rate=0\.0002 is matched by"):
+        lorainit.get_peft_model(
+            tiny.llama(), tiny.config(), method=lorainit.PiSSA(), learning_rate=2e-4
+        )
     for value in (0.0, -1e-4, float("nan"), "2e-4", True):
         with pytest.raises(AdapterError, match="learning_rate must be"):
             started(lorainit.Vanilla(), learning_rate=value)

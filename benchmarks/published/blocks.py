@@ -8,6 +8,17 @@ from collections import defaultdict
 from collections.abc import Callable
 
 from benchmarks.common.cache import REPOSITORY
+from benchmarks.published.rate_blocks import (
+    fixed_rates,
+    matched_at,
+    matched_ranks,
+    matched_rates,
+    row_sizes,
+    suggested_ranks,
+    suggested_rates,
+    suggested_rates_by_model,
+    warmups,
+)
 from benchmarks.published.sources import (
     MODEL,
     at_rate,
@@ -24,12 +35,9 @@ from benchmarks.published.sources import (
 from benchmarks.quality.analysis.grid_comparison import compared, differences
 from benchmarks.quality.analysis.markdown import table
 from benchmarks.quality.analysis.rate_grid import BASELINE, Cells, tuned_loss
-from benchmarks.quality.analysis.suggested_rates import by_model, quantiles
-from benchmarks.quality.analysis.suggested_rates import table as rates_table
-from benchmarks.quality.analysis.suggested_runs import suggested_table
+from benchmarks.quality.analysis.suggested_rates import quantiles
 from benchmarks.quality.analysis.t_tests import Mean
-from benchmarks.quality.experiment import GRID
-from benchmarks.quality.records import RESULTS, read_records
+from benchmarks.quality.records import read_records
 from benchmarks.quantized import recovery_tables
 from benchmarks.quantized.optimality import table as optimality_table
 from benchmarks.quantized.recovery_tables import share_gone
@@ -152,30 +160,6 @@ def quantized_fixed_rates() -> str:
     return table(["base", "start", *(f"{rate:g}" for rate in _FIXED)], rows)
 
 
-def suggested_rates() -> str:
-    """Regret of the suggested rate and of fixed ones, on the model that the law was fitted on."""
-    return rates_table(rate_cases(), suggested)
-
-
-def suggested_rates_by_model() -> str:
-    """Regret in percent, median / nine in ten below, on every model."""
-    return by_model(rate_cases(None), suggested)
-
-
-def fixed_rates() -> str:
-    """Auto beside plain LoRA at every rate of the grid."""
-    rows = [
-        [f"{rate:g}", str(mean), f"{mean.below} of {mean.tasks}"]
-        for rate in GRID
-        for mean in [at_rate("auto", rate)]
-    ]
-    best = tuned("auto")
-    rows.append(["each at its best", str(best), f"{best.below} of {best.tasks}"])
-    return table(
-        ["learning rate", "Auto's test loss above plain LoRA's, nats", "tasks below"], rows
-    )
-
-
 def tuned_lines(cells: Cells) -> str:
     """Every line beside plain LoRA, each at its own best rate."""
     rows = []
@@ -223,12 +207,6 @@ def classifier(model: str) -> str:
     return table(heads, rows)
 
 
-def suggested_ranks() -> str:
-    """Auto beside plain LoRA at several ranks, each at the rate suggested for it."""
-    mine = read_records([RESULTS]).values()
-    return suggested_table(r for r in mine if r["experiment"]["model"] == MODEL)
-
-
 def new_heads() -> str:
     """A new head, fitted first or random: mean test loss and right answers over the sources, by rate."""
     runs: dict[tuple[str, bool], dict[float, list[dict[str, float]]]] = defaultdict(
@@ -270,6 +248,7 @@ def what_you_get() -> str:
     regrets = [c.regret(suggested(c.one_step)) for c in rate_cases()]
     common = [c.regret(1e-4) for c in rate_cases()]
     low, best = at_rate("auto", 1e-4), tuned("auto")
+    told = [matched_at("auto", rate) for rate in (1e-4, 2e-4)]
     images = Mean.of([d.exact for d in differences(grid_cells(IMAGES))["auto"]])
     images_low = at_rate("auto", 1e-4, grid_cells(IMAGES))
     ours, theirs = start_seconds("EVA"), 32 * start_seconds("PEFT EVA")
@@ -294,6 +273,13 @@ def what_you_get() -> str:
             f"(nine in ten below {100 * quantiles(regrets)[1]:.1f}%); 1e-4 for all: "
             f"{100 * statistics.median(common):.1f}% ({100 * quantiles(common)[1]:.0f}%)",
             "[the rate](docs/learning_rate.md)",
+        ],
+        [
+            "a recipe whose learning rate is fixed",
+            f"the default, matched to it: test loss {told[0]} and {told[1]} nats beside plain LoRA's at 1e-4 "
+            f"and 2e-4 ({told[0].below} and {told[1].below} of {told[1].tasks} tasks below; plain LoRA that is "
+            "matched gains as much)",
+            "[a fixed rate](docs/learning_rate.md#a-rate-that-is-fixed)",
         ],
         [
             "a small vision transformer with a new head (seven tasks)",
@@ -327,6 +313,11 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "suggested-rates": suggested_rates,
     "suggested-rates-by-model": suggested_rates_by_model,
     "fixed-rates": fixed_rates,
+    "matched-rates": matched_rates,
+    "matched-rates-gemma": lambda: matched_rates(GEMMA),
+    "matched-ranks": matched_ranks,
+    "row-sizes": row_sizes,
+    "warmups": warmups,
     "tuned-lines": lambda: tuned_lines(grid_cells()),
     "tuned-lines-gemma": lambda: tuned_lines(grid_cells(GEMMA)),
     "fresh-tasks": lambda: tuned_lines(fresh_cells()),

@@ -24,6 +24,13 @@ MODEL = "smollm2-135m-instruct"
 
 
 @cache
+def own_records(model: str = MODEL) -> tuple[Record, ...]:
+    """Every run of a model, of any stage."""
+    known = read_records([RESULTS]).values()
+    return tuple(r for r in known if r["experiment"]["model"] == model)
+
+
+@cache
 def grid() -> tuple[Record, ...]:
     """Every run of the stage "grid"."""
     return tuple(r for r in read_records([RESULTS]).values() if r["stage"] == "grid")

@@ -90,9 +90,7 @@ def test_a_stack_trains_as_separate_runs_do(pools, anchored):
     assert_trains_as_separate_runs(trainer, runs, wrapped, pools, steps, batch)
 
 
-def assert_trains_as_separate_runs(
-    trainer, runs, wrap, pools, steps, batch, job_start=start_of
-):
+def assert_trains_as_separate_runs(trainer, runs, wrap, pools, steps, batch, job_start=start_of):
     """Losses, scores and curves of a stack, beside those of stock PEFT's runs one by one."""
     jobs, expected = [], []
     for method, rate, seed in runs:
@@ -200,7 +198,10 @@ def test_resized_adapters_of_one_stack_train_as_peft_trains_them(pools, method):
         return model
 
     def job_start(model):
-        ratio = model.peft_config["default"].lora_alpha / wrapped(method, 0).peft_config["default"].lora_alpha
+        ratio = (
+            model.peft_config["default"].lora_alpha
+            / wrapped(method, 0).peft_config["default"].lora_alpha
+        )
         return replace(start_of(model), ratio=ratio)
 
     trainer = StackTrainer(
@@ -225,10 +226,13 @@ def test_a_matched_experiment_starts_as_the_package_does(pools) -> None:
         same, lora_config(line), method=lorainit.Vanilla(), data=batches, max_sequences=None,
         learning_rate=1e-3, progress=False,
     )  # fmt: skip
-    assert found.start.ratio == pytest.approx(theirs.peft_config["default"].lora_alpha / 6, rel=1e-6)
+    assert found.start.ratio == pytest.approx(
+        theirs.peft_config["default"].lora_alpha / 6, rel=1e-6
+    )
     for name, (a, b) in start_of(theirs).factors.items():
         for mine, theirs_ in zip(found.start.factors[name], (a, b), strict=True):
             torch.testing.assert_close(mine, theirs_, rtol=1e-5, atol=1e-7)
     # Another rate is another start of the same line, found without new measurements.
     other = initialise(line.at(learning_rate=2e-4), pools["train"])
-    assert other.start.ratio > 20 * found.start.ratio and other.suggested == found.suggested
+    assert other.start.ratio > 20 * found.start.ratio
+    assert other.suggested == found.suggested

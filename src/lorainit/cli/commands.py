@@ -167,7 +167,7 @@ def train(
     ] = -1,
     warmup_ratio: Annotated[
         float, Option("share of the steps", "training", least=0, below=1)
-    ] = 0.03,
+    ] = 0.1,
     logging_steps: Annotated[
         int | None,
         Option(

@@ -89,8 +89,8 @@ def check_arguments(
         check_can_match(model, adapter_name, peft_config)
         if data is None:
             raise MissingStatisticError(
-                f"learning_rate={learning_rate:g} is matched by measuring the start's own rate on data, which is "
-                "missing: pass data=..., batches of the target task, also beside statistics=...."
+                f"learning_rate={learning_rate:g} is matched by measuring the start's own rate on data, which "
+                "is missing: pass data=..., batches of the target task, also beside statistics=...."
             )
     if method.needs and data is None and statistics is None:
         raise MissingStatisticError(

@@ -89,5 +89,5 @@ def set_rate(trainer: Any, rate: float | None, *, progress: bool = True) -> None
             "set_learning_rate=False leaves it"
         )
         if not getattr(arguments, "warmup_steps", 1) and not getattr(arguments, "warmup_ratio", 0):
-            said += ". It is for a schedule with a short warmup, and warmup_steps is 0"
+            said += ". It is for a schedule with a warmup, of a tenth of the steps or so, and warmup_steps is 0"
     report_line(said, progress=progress)
