@@ -7,7 +7,9 @@ from typing import Any
 
 from benchmarks.common.cache import REPOSITORY
 from benchmarks.common.figures import STYLE
+from benchmarks.published.rate_blocks import matched_at
 from benchmarks.published.sources import at_rate, recovered_on_text
+from benchmarks.quality.analysis.rate_grid import LEAST
 from benchmarks.quality.experiment import GRID
 from benchmarks.quantized.recovery_tables import share_gone
 
@@ -53,31 +55,31 @@ def _recovered(axes: Any) -> None:
 
 
 def _rates(axes: Any) -> None:
-    """Auto's test loss beside plain LoRA's at every rate, with intervals over tasks."""
-    means = [at_rate("auto", rate) for rate in GRID[:-1]]
-    rates = GRID[:-1]
+    """Auto's test loss beside plain LoRA's at every rate, as it is and told the rate."""
+    as_it_is = {rate: at_rate("auto", rate) for rate in GRID[:-1]}
+    told = {rate: matched_at("auto", rate) for rate in LEAST}
     axes.axhline(0.0, color="#4b5563", linewidth=1)
-    axes.fill_between(
-        rates,
-        [m.low for m in means],
-        [m.high for m in means],
-        color="#009e73",
-        alpha=0.18,
-        linewidth=0,
-    )
-    axes.plot(
-        rates, [m.value for m in means], color="#009e73", linewidth=2, marker="o", markersize=5
-    )
+    for means, label, color in (
+        (as_it_is, "Auto", "#009e73"),
+        (told, "Auto, matched to the rate", "#d55e00"),
+    ):
+        low, high = ([getattr(m, end) for m in means.values()] for end in ("low", "high"))
+        axes.fill_between(list(means), low, high, color=color, alpha=0.15, linewidth=0)
+        values = [m.value for m in means.values()]
+        axes.plot(
+            list(means), values, color=color, linewidth=2, marker="o", markersize=5, label=label
+        )
     axes.set_xscale("log")
     axes.set(xlabel="learning rate", ylabel="nats per token")
-    axes.set_title(f"Test loss beside plain LoRA's, {means[0].tasks} tasks")
+    axes.set_title(f"Test loss beside plain LoRA's, {told[LEAST[0]].tasks} tasks")
     axes.annotate(
         "plain LoRA at the same rate",
-        (rates[0], 0.0),
+        (GRID[0], 0.0),
         xytext=(0, 4),
         textcoords="offset points",
         color="#4b5563",
     )
+    axes.legend(loc="lower right")
 
 
 if __name__ == "__main__":
