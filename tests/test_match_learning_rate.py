@@ -136,6 +136,19 @@ def test_other_adapters_and_the_users_configuration_stay() -> None:
     assert model.peft_config["two"].lora_alpha == model.peft_config["three"].lora_alpha == 800
 
 
+def test_factors_that_two_layers_share_are_multiplied_once() -> None:
+    wanted = tiny.config(target_modules=["embed_tokens", "lm_head"], ensure_weight_tying=True)
+    model = peft.get_peft_model(tiny.llama(tied=True), wanted)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(generator=torch.Generator().manual_seed(1))
+    before = tiny.logits(model)
+    assert (before - tiny.logits(tiny.llama(tied=True))).abs().max() > 1e-3
+    lorainit.match_learning_rate(model, 1e-3, 1e-4)
+    torch.testing.assert_close(tiny.logits(model), before, rtol=1e-4, atol=1e-4)
+
+
 def test_a_magnitude_of_dora_stays() -> None:
     model = tiny.start(tiny.llama(), lorainit.PiSSA(), tiny.config(use_dora=True))
     before = tiny.logits(model)

@@ -110,12 +110,19 @@ def resize(model: nn.Module, adapter_name: str, k: float) -> None:
         adapter_name: of the adapter.
         k: above zero.
     """
+    if k == 1:
+        return
     known = configurations(model)
     known[adapter_name] = config = copy.deepcopy(known[adapter_name])
+    # Factors of tied layers may be one.
+    done: set[int] = set()
     with torch.no_grad():
         for layer in adapter_layers(model, adapter_name).values():
             for tensor in _tensors(layer, adapter_name):
-                tensor.mul_(k)
+                place = getattr(tensor, "_local_tensor", tensor).data_ptr() or id(tensor)
+                if place not in done:
+                    tensor.mul_(k)
+                done.add(place)
             before = layer.lora_alpha[adapter_name]
             layer.lora_alpha[adapter_name] = after = scaled(before, k**-2)
             # In this order what was whole is whole again when it is taken back.
