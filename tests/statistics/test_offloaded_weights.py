@@ -19,7 +19,7 @@ from lorainit.adapters.targets import match_targets
 from lorainit.adapters.weights import read_weight
 from lorainit.data.sampling import draw_sample
 from lorainit.models.introspection import input_device
-from lorainit.models.resident import fetched_again, offloaded_bytes, resident
+from lorainit.models.resident import fetched_again, offloaded_bytes, offloading, resident
 from lorainit.solve.ownership import device_of
 from lorainit.solve.stacks import solving_bytes
 from lorainit.statistics.memory.block_plan import BlockPlan, make_block_plan
@@ -198,3 +198,23 @@ def test_a_solve_counts_the_weight_that_it_fetches() -> None:
         found.append(solving_bytes(targets, lorainit.LoraDA()))
     (target, *_) = targets.values()
     assert found[1] - found[0] == 2 * target.spec.out_features * target.spec.in_features * 8
+
+
+def test_a_hook_beside_the_one_that_offloads_hides_nothing() -> None:
+    """accelerate joins hooks in a `SequentialHook`, which has none of their attributes; joined twice, too."""
+    alone, beside = offloaded(frozen(models.llama)), offloaded(frozen(models.llama))
+    for part in list(beside.modules()):
+        if hasattr(part, "_hf_hook"):
+            for _ in range(2):
+                accelerate.hooks.add_hook_to_module(part, accelerate.hooks.ModelHook(), append=True)
+    assert len(list(offloading(beside))) == len(list(offloading(alone))) > 0
+    config = LoraConfig(r=2, target_modules=["q_proj", "down_proj"])
+    first, second = (match_targets(model, config).layers for model in (alone, beside))
+    for name, target in first.items():
+        assert device_of(second[name]) == device_of(target)
+        weight = read_weight(second[name].module, name)
+        assert torch.equal(weight, read_weight(target.module, name))
+    for value, other in zip(
+        gradient_of_embeddings(alone), gradient_of_embeddings(beside), strict=True
+    ):
+        assert torch.equal(torch.as_tensor(value), torch.as_tensor(other))

@@ -15,6 +15,7 @@ from lorainit.adapters.targets import weight_shape
 from lorainit.errors import AdapterError, NonFiniteError, first_line
 from lorainit.linalg import all_finite
 from lorainit.models.introspection import execution_device
+from lorainit.models.offload_hooks import stored_weights
 from lorainit.parallel.partitioned import is_partitioned, whole
 
 FINGERPRINT_SIZE = 32
@@ -63,8 +64,7 @@ def part_of_gather(module: nn.Module) -> None:
 def _floating(module: nn.Module, name: str) -> Tensor:
     weight = getattr(module, "weight", None)
     if isinstance(weight, Tensor) and weight.device.type == "meta":
-        hook = getattr(module, "_hf_hook", None)
-        stored = getattr(hook, "weights_map", None)
+        stored = stored_weights(module)
         if stored is not None:
             offloaded: Tensor = stored["weight"]
             return offloaded.detach()

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lorainit.models.offload_hooks import stored_weights
+
 
 class ExpertLayer(nn.Module):
     """One expert's matrix of a stacked parameter; it holds none of its own.
@@ -93,7 +95,7 @@ class ExpertStack:
     def whole(self, parameter: str) -> Tensor:
         """The stacked parameter, fetched from where it is offloaded to, if it is."""
         found: Tensor = getattr(self.owner, parameter)
-        stored = getattr(getattr(self.owner, "_hf_hook", None), "weights_map", None)
+        stored = stored_weights(self.owner)
         return stored[parameter] if found.is_meta and stored is not None else found
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lorainit.models.experts import ExpertLayer
+from lorainit.models.offload_hooks import hooks_of
 
 
 def innermost_model(model: nn.Module) -> nn.Module:
@@ -56,7 +57,8 @@ def input_device(model: nn.Module) -> torch.device:
 def execution_device(module: nn.Module) -> torch.device | None:
     """Where accelerate runs a module, whose weights may wait elsewhere; None without a hook of its."""
     hooked = module.stack.owner if isinstance(module, ExpertLayer) else module
-    place = getattr(getattr(hooked, "_hf_hook", None), "execution_device", None)
+    places = (getattr(hook, "execution_device", None) for hook in hooks_of(hooked))
+    place = next((found for found in places if found is not None), None)
     return None if place is None else torch.device(place)
 
 

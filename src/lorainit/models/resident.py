@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorainit.models.offload_hooks import hooks_of
+
 
 @contextmanager
 def resident(block: nn.Module) -> Iterator[None]:
@@ -114,6 +116,6 @@ def offloaded_bytes(module: nn.Module) -> tuple[int, int]:
 def offloading(module: nn.Module) -> Iterator[tuple[nn.Module, Any]]:
     """Parts whose weights accelerate fetches for each call, with the hooks that do."""
     for part in module.modules():
-        hook = getattr(part, "_hf_hook", None)
-        if getattr(hook, "offload", False):
-            yield part, hook
+        for hook in hooks_of(part):
+            if getattr(hook, "offload", False):
+                yield part, hook
