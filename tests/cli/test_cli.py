@@ -296,6 +296,27 @@ def test_the_rate_of_the_start_is_what_it_is_trained_at(
     assert json.loads(capsys.readouterr().out)["learning_rate"] == 3e-3
 
 
+def test_a_start_is_matched_to_a_rate_and_trained_at_it(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("trl")
+    init = f"init --model @model --data @chats.jsonl --method eva --rank 4 --output {tmp_path}/s"
+    assert run(place, f"{init} --learning-rate 2e-5 --json") == 0
+    shown = json.loads(capsys.readouterr().out)
+    side = json.loads((tmp_path / "s" / "lorainit.json").read_text())
+    config = json.loads((tmp_path / "s" / "adapter_config.json").read_text())
+    assert shown["learning_rate"] == side["measured"]["learning_rate"] == 2e-5
+    assert side["resized"] < 1
+    assert shown["lora_alpha"] == config["lora_alpha"] == side["lora_alpha"]
+    assert config["lora_alpha"] == pytest.approx(4 / side["resized"] ** 2)
+    assert run(place, f"{init} --learning-rate 2e-5") == 0
+    assert "matched to the learning rate 2e-05" in capsys.readouterr().out
+    rest = f"--data @chats.jsonl --max-steps 2 --adapter {tmp_path}/s --json --model @model"
+    assert run(place, f"train {rest} --output {tmp_path}/t") == 0
+    assert json.loads(capsys.readouterr().out)["learning_rate"] == 2e-5
+    assert run(place, f"{init} --learning-rate 2e-5 --dry-run --json") == 0
+
+
 @pytest.mark.parametrize("data", ["pairs", "chats"])
 def test_compare_tunes_every_method(
     place: Path, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

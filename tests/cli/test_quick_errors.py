@@ -28,6 +28,7 @@ MISTAKES = {
     "init --model @m --data @d.jsonl --output @d.jsonl": "is a file",
     "init --model @m --statistics @s --output @o": "no statistics file",
     "init --model @m --reference @r --output @o": "no folder and no file",
+    "init --model @m --statistics @d.jsonl --learning-rate 1e-4 --output @o": "give --data too",
     "collect --model @m --data @d.jsonl --output @d.jsonl": "holds something else",
     "train --model @m --data @d.jsonl --output @o": "--adapter",
     "train --model @m --data @d.jsonl --output @o --adapter @a": "adapter_config.json",

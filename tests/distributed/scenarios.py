@@ -632,6 +632,7 @@ def _disagree(case: str, rank: int, size: int) -> tuple[float, str]:
         "max_sequences": {"max_sequences": 7},
         "adapter_name": {"adapter_name": "other"},
         "calibration_share": {"calibration_share": 0.5},
+        "learning_rate": {"learning_rate": 1e-4},
         "data": {"method": lorainit.PiSSA(), "data": None},
         "keyword": {"mask": "labels"},
         "interrupt in data": {"data": _interrupted()},
@@ -710,6 +711,32 @@ def rate_of_a_start(rank: int, size: int, counts: Sequence[int]) -> lorainit.Lea
     torch.manual_seed(100)
     model = tiny.start(tiny.llama(), lorainit.PiSSA())
     return lorainit.suggest_learning_rate(model, rows[first : first + counts[rank]], progress=False)
+
+
+def matched_start(
+    rank: int, size: int, counts: Sequence[int]
+) -> tuple[dict[str, Tensor], int, float, lorainit.LearningRate]:
+    """Factors, alpha and factor of a start that is told its rate."""
+    ids = torch.randint(0, 6, (sum(counts), 1), generator=torch.Generator().manual_seed(3))
+    rows = [{"input_ids": row[None], "labels": row[None]} for row in ids + torch.arange(10)]
+    first = sum(counts[:rank])
+    torch.manual_seed(100)
+    data = rows[first : first + counts[rank]]
+    model = tiny.start(tiny.llama(), lorainit.PiSSA(), data=data, learning_rate=1e-4)
+    config = model.peft_config["default"]
+    return adapter(model), config.lora_alpha, config.origin.resized, config.origin.measured
+
+
+def matched_shards(rank: int, size: int) -> dict[str, Any]:
+    """An anchored adapter over shards, matched afterwards: its factors, and what the model computes."""
+    model = get_peft_model(models.llama(), config())
+    if size > 1:
+        sharded(model)
+    lorainit.get_peft_model(model, None, method=lorainit.PiSSA(), progress=False)
+    lorainit.match_learning_rate(model, 1e-3, 1e-4)
+    with torch.no_grad():
+        logits = model(**batches(ROWS, 2)[0]).logits
+    return {n: whole(p) for n, p in model.named_parameters() if "lora_" in n} | {"logits": logits}
 
 
 def fitted_heads(rank: int, size: int, counts: Sequence[int]) -> tuple[dict[str, Tensor], Any]:

@@ -217,6 +217,29 @@ def test_a_learning_rate_is_suggested_together(tmp_path: Path) -> None:
         assert first.one_step == pytest.approx(alone.one_step, rel=1e-3)
 
 
+def test_a_start_is_matched_to_a_rate_together(tmp_path: Path) -> None:
+    ((alone, alpha, k, measured),) = succeeded(
+        launch(scenarios.matched_start, 1, tmp_path / "1", [16])
+    )
+    assert k != 1
+    for counts in ([10, 6], [16, 0]):
+        first, second = succeeded(launch(scenarios.matched_start, 2, tmp_path / "2", counts))
+        assert first[1:] == second[1:]
+        assert first[1] == pytest.approx(alpha, rel=1e-2)
+        assert first[3]["learning_rate"] == measured["learning_rate"] == 1e-4
+        for name, value in first[0].items():
+            assert torch.equal(value, second[0][name]), name
+            torch.testing.assert_close(value, alone[name], rtol=1e-2, atol=1e-6)
+
+
+def test_an_adapter_over_shards_is_matched_as_a_whole_one(tmp_path: Path) -> None:
+    (alone,) = succeeded(launch(scenarios.matched_shards, 1, tmp_path / "1"))
+    for found in succeeded(launch(scenarios.matched_shards, 2, tmp_path / "2")):
+        assert found.keys() == alone.keys()
+        for name, value in found.items():
+            torch.testing.assert_close(value, alone[name], rtol=1e-4, atol=1e-6)
+
+
 def test_a_new_head_is_fitted_together(tmp_path: Path) -> None:
     """One process's head, and start, to the arithmetic of sums; and the same bits on all."""
     ((alone, known),) = succeeded(launch(scenarios.fitted_heads, 1, tmp_path / "1", [60]))

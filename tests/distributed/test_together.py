@@ -22,6 +22,7 @@ TOGETHER = {
     "targets": "do not agree on the peft_config",
     "adapter_name": "do not agree on the adapter_name",
     "calibration_share": "do not agree on the calibration_share",
+    "learning_rate": "do not agree on the learning_rate",
     "data": "do not agree on the data",
     "statistics": "do not agree on the statistics",
     "collect": "do not agree on the needs",

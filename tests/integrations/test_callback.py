@@ -29,6 +29,17 @@ def test_training_is_that_of_a_start_before_the_optimizer(kind: str, tmp_path: P
     assert losses != trained(build(tmp_path))
 
 
+@pytest.mark.parametrize("kind", METHODS)
+def test_an_adapter_is_matched_to_the_runs_rate(kind: str, tmp_path: Path) -> None:
+    early = build(tmp_path)
+    lorainit.start_trainer(early, METHODS[kind], match_learning_rate=True, progress=False)
+    callback = StartAdapter(METHODS[kind], match_learning_rate=True, progress=False)
+    late = build(tmp_path, callbacks=[callback])
+    assert trained(late) == trained(early)
+    resized = [t.model.peft_config["default"].origin.resized for t in (early, late)]
+    assert resized[0] == resized[1] != 1
+
+
 def test_a_run_that_resumes_is_left_alone(tmp_path: Path) -> None:
     calls: list[Any] = []
 

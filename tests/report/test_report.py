@@ -414,6 +414,23 @@ def test_the_rate_curve_is_drawn_with_the_suggestion_on_it(tmp_path: Path) -> No
     assert "The learning rate</h2>" not in without.read_text()
 
 
+def test_of_a_matched_adapter_the_curve_is_in_rates_of_the_adapter_as_it_is() -> None:
+    origins = []
+    for options in ({"suggest_rate": True}, {"learning_rate": 1e-5}):
+        torch.manual_seed(0)
+        started = lorainit.get_peft_model(
+            tiny.llama(), tiny.config(), method=lorainit.Vanilla(), data=[tiny.batch(rows=16)], **options
+        )  # fmt: skip
+        origins.append(origin_of(started, "default"))
+    known, matched = (of_measured(origin.measured) for origin in origins)
+    assert known is not None
+    assert matched is not None
+    assert matched.suggested is not None
+    assert matched.suggested[0] == 1e-5
+    for (rate, loss), (other, same) in zip(matched.points, known.points, strict=True):
+        assert (rate, loss) == (pytest.approx(other * origins[1].resized), same)
+
+
 @pytest.mark.parametrize(
     "trials",
     [None, "1e-4", [[1e-4]], [[0.0, 1.0], [-1, 2.0]], [[1e-4, None], ["a", "b"]], 3, [1e-4]],

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainerCallback
 
 import lorainit
+from lorainit.adapters.layers import configurations
 from lorainit.errors import AdapterError, DataError
 from lorainit.trainers import learning_rate
 from tests.adapters import tiny
@@ -235,7 +236,7 @@ def test_an_adapter_is_matched_to_the_trainers_rate(method: Any, tmp_path: Path)
     """The rate stays, a default one too; a method that reads no data gets some for this."""
     for given in (5e-5, 1e-3):
         trainer = build(tmp_path, learning_rate=given)
-        before = dict(configurations(trainer.model))["default"].lora_alpha
+        before = configurations(trainer.model)["default"].lora_alpha
         model = lorainit.start_trainer(trainer, method, match_learning_rate=True, progress=False)
         assert trainer.args.learning_rate == given
         assert learning_rate.suggested_rate(model, "default") == given
@@ -263,3 +264,7 @@ def test_of_preferences_no_rate_is_suggested(
     given.__class__ = type(kind, (type(given),), {})
     lorainit.start_trainer(given, lorainit.LoraDA(), loss="model", progress=False)
     assert "stays" not in caplog.text
+    before = {n: p.detach().clone() for n, p in given.model.named_parameters()}
+    with pytest.raises(AdapterError, match="match_learning_rate=True wants a learning rate"):
+        lorainit.start_trainer(given, loss="model", match_learning_rate=True, progress=False)
+    assert all(torch.equal(p, before[n]) for n, p in given.model.named_parameters())
