@@ -67,6 +67,7 @@ INTERNAL = {
     "quality/models/vit.py": "loads whole models alone, as the command line does",
     "quality/suggested.py": "judges the law that is the package's own",
     "published/blocks.py": "judges the law that is the package's own",
+    "published/rate_blocks.py": "judges it, too",
     "common/package_internals.py": "parts of a start, timed one by one",
     "quantized/bench.py": "what is checked is how the package reads a quantized weight",
     "studies/precision/products.py": "counts products inside the iteration, and moves its goal",

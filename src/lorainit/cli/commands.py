@@ -90,15 +90,7 @@ def init(
     dropout: o.Dropout = 0.0,
     target_modules: o.TargetModules = "all-linear",
     cap_rank: o.CapRank = False,
-    learning_rate: Annotated[
-        float | None,
-        Option(
-            "that it will be trained at: factors and lora_alpha are resized so that it suits the start; "
-            "default: none, and one is suggested",
-            "adapter",
-            above=0,
-        ),
-    ] = None,
+    learning_rate: o.MatchedRate = None,
     max_sequences: o.MaxSequences = 256,
     token_mask: o.TokenMask = "attention",
     loss_reduction: o.LossReduction = "sequence",
@@ -153,14 +145,7 @@ def train(
     rslora: o.RsLora = False,
     dropout: o.Dropout = 0.0,
     target_modules: o.TargetModules = "all-linear",
-    learning_rate: Annotated[
-        float | None,
-        Option(
-            "at its highest; default: the one that was measured for the start, see 'lorainit init'",
-            "training",
-            above=0,
-        ),
-    ] = None,
+    learning_rate: o.LearningRate = None,
     epochs: Annotated[float, Option("passes over the data", "training", above=0)] = 1.0,
     max_steps: Annotated[
         int, Option("stop after so many; -1: no limit", "training", least=-1)

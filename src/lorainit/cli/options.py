@@ -148,6 +148,24 @@ CapRank = Annotated[
     Option("lower the rank of layers too small for it, which are filled up otherwise", "adapter"),
 ]
 
+MatchedRate = Annotated[
+    float | None,
+    Option(
+        "that it will be trained at: factors and lora_alpha are resized so that it suits the start; "
+        "default: none, and one is suggested",
+        "adapter",
+        above=0,
+    ),
+]
+LearningRate = Annotated[
+    float | None,
+    Option(
+        "at its highest; default: the one that was measured for the start, see 'lorainit init'",
+        "training",
+        above=0,
+    ),
+]
+
 _METHOD = Option("one of those that 'lorainit methods' lists", "method")
 Method = Annotated[str, _METHOD]
 OptionalMethod = Annotated[str | None, _METHOD]
