@@ -52,22 +52,24 @@ def said(
     return found
 
 
-@pytest.mark.parametrize("started", [False, True])
-def test_a_report_opens_with_rate_rank_and_method(started: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("started", [{}, {"suggest_rate": True}, {"learning_rate": 1e-5}])
+def test_a_report_opens_with_rate_rank_and_method(started: Any, tmp_path: Path) -> None:
     data = [tiny.batch(rows=12)]
     found = lorainit.collect_statistics(
         tiny.llama(), tiny.config(), data=data, needs=lorainit.Natural.needs, progress=False
     )
     model: Any = tiny.llama()
     if started:
-        model = tiny.start(model, lorainit.Natural(), data=data, suggest_rate=True)
+        model = tiny.start(model, lorainit.Natural(), data=data, **started)
     said = report(model, tiny.config(), found, tmp_path / "a.html", methods=(), progress=False)
     assert [text.partition(":")[0] for _, text in said[:3]] == ["Rate", "Rank", "Method"]
     text = (tmp_path / "a.html").read_text()
     places = [text.index(f"<b>{word}</b>") for word in ("Rate", "Rank", "Method")]
     assert places == sorted(places)
     assert places[-1] < text.index("<h2>")
-    assert ("train at a peak of" in said[0][1]) is started
+    assert ("train at a peak of" in said[0][1]) is bool(started)
+    resized = "peak of 1e-05, which the adapter was resized for"
+    assert (resized in said[0][1]) is ("learning_rate" in started)
     assert ("nothing is started yet" in said[2][1]) is not started
 
 

@@ -49,7 +49,7 @@ def advice(
     """
     measured = {} if origin is None else origin.measured
     return [
-        _rate(measured, adapter=adapter),
+        _rate(measured, adapter=adapter, matched=origin is not None and origin.resized != 1),
         _rank(layers, rank),
         _method(layers, origin, loss, adapter=adapter),
         *cautions(
@@ -61,7 +61,9 @@ def advice(
     ]
 
 
-def _rate(measured: Mapping[str, float], *, adapter: bool) -> tuple[str, str]:
+def _rate(
+    measured: Mapping[str, float], *, adapter: bool, matched: bool = False
+) -> tuple[str, str]:
     try:
         rate, low, high = (
             measured[f"learning_rate{end}"] for end in ("", "_low", "_high")
@@ -74,8 +76,9 @@ def _rate(measured: Mapping[str, float], *, adapter: bool) -> tuple[str, str]:
         )
         none = "none was suggested for this adapter" if adapter else "none was suggested yet"
         return "note", f"Rate: {none}; {command}, by forward passes on 64 sequences."
+    found = "the adapter was resized for" if matched else "was measured for this start"
     return "good", (
-        f"Rate: train at a peak of {rate:.2g}, which was measured for this start (AdamW with warmup and "
+        f"Rate: train at a peak of {rate:.2g}, which {found} (AdamW with warmup and "
         f"decay); with time for more runs, also try {low:.1g} and {high:.1g}."
     )
 
