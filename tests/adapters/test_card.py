@@ -42,8 +42,8 @@ def test_the_card_says_what_was_started_and_how_it_is_loaded(tmp_path: Path) -> 
     assert "Resized" not in card.text
     matched = started(lorainit.LoraDA(gamma=7.0), learning_rate=measured["learning_rate"] / 5)
     text = saved(matched, tmp_path / "c").text
-    assert "**Resized for its learning rate:** factors times 0.2; `lora_alpha` was 8" in text
-    assert "`lora_alpha=200`" in text
+    assert "**Resized for its learning rate:** factors times 0.177; `lora_alpha` was 8" in text
+    assert "`lora_alpha=256`" in text
     assert f"learning rate:** {measured['learning_rate'] / 5:.2g}" in text
     targets = model.peft_config["default"].target_modules
     assert targets

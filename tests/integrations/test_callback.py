@@ -40,6 +40,29 @@ def test_an_adapter_is_matched_to_the_runs_rate(kind: str, tmp_path: Path) -> No
     assert resized[0] == resized[1] != 1
 
 
+def test_a_matched_run_that_resumes_takes_the_scaling_of_its_checkpoint(tmp_path: Path) -> None:
+    """Whose weights are read without it: at the configuration's own they would be another model."""
+    settings: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+
+    def run(resume: bool | str, folder: Path = tmp_path, **changes: Any) -> Any:
+        callback = StartAdapter(METHODS["displaced"], match_learning_rate=True, progress=False)
+        trainer = build(folder, callbacks=[callback], **(settings | changes))
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    whole = run(False)
+    again = run(str(tmp_path / "checkpoint-2"))
+    first, second = (t.model.peft_config["default"].lora_alpha for t in (whole, again))
+    assert first == second != tiny.config().lora_alpha
+    for (name, one), (_, other) in zip(
+        whole.model.named_parameters(), again.model.named_parameters(), strict=True
+    ):
+        assert torch.equal(one, other), name
+    torch.testing.assert_close(tiny.logits(again.model), tiny.logits(whole.model))
+    with pytest.raises(AdapterError, match="whose lora_alpha is not known"):
+        run(str(tmp_path / "checkpoint-2"), tmp_path / "elsewhere")
+
+
 def test_a_run_that_resumes_is_left_alone(tmp_path: Path) -> None:
     calls: list[Any] = []
 

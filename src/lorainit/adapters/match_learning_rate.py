@@ -14,6 +14,7 @@ import copy
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from peft import LoraConfig
@@ -21,7 +22,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from lorainit.adapters.anchor import AnchoredFactor
-from lorainit.adapters.layers import adapter_layers, check_not_merged, configurations, true_config
+from lorainit.adapters.layers import adapter_layers, check_not_merged, configurations
 from lorainit.adapters.origin import remember
 from lorainit.adapters.patterns import scaled
 from lorainit.adapters.restore import restored_on_error
@@ -30,9 +31,6 @@ from lorainit.errors import AdapterError
 from lorainit.parallel.partitioned import whole
 from lorainit.types.numbers import require_number
 
-_WHOLE_FROM = 4
-"""An alpha from here on is made whole: that moves the matched rate by 6% at most."""
-
 
 def match_learning_rate(
     model: nn.Module, suggested: float, learning_rate: float, *, adapter_name: str = "default"
@@ -40,11 +38,12 @@ def match_learning_rate(
     """Resize an adapter so that `learning_rate` does to it what `suggested` does to it now.
 
     Both factors are multiplied by ``k``, about ``learning_rate / suggested``, and ``lora_alpha`` and the
-    entries of ``alpha_pattern`` are divided by ``k^2``; an alpha of 4 or more is made whole, and ``k`` is what
-    it leaves. What the model computes stays, to rounding, and so does an anchored start's zero. Call it before
-    the first step of training: an optimizer's moments would be of other sizes. It holds for optimizers whose
-    steps do not depend on the gradient's size; gradients grow by ``1 / k``, of which a clipping of their norm
-    sees more. What trains beside the factors (DoRA's magnitudes, heads, biases of the base) is not resized.
+    entries of ``alpha_pattern`` by ``k^-2``, which is the nearest power of two: that is within 19% of the
+    ratio, and the same again where a run that goes on measures its start anew. What the model computes
+    stays, to rounding, and so does an anchored start's zero. Call it before the first step of training: an
+    optimizer's moments would be of other sizes. It holds for optimizers whose steps do not depend on the
+    gradient's size; gradients grow by ``1 / k``, of which a clipping of their norm sees more. What trains
+    beside the factors (DoRA's magnitudes, heads, biases of the base) is not resized.
 
     Args:
         model: a PeftModel, or a model whose adapter is its own.
@@ -92,12 +91,8 @@ def check_can_match(model: nn.Module, adapter_name: str, config: LoraConfig | No
 
 
 def resize_for(model: nn.Module, adapter_name: str, ratio: float) -> float:
-    """`resize` by the factor near a ratio of rates that leaves alpha whole, where it is not small."""
-    configured = true_config(model, adapter_name).lora_alpha
-    alpha = configured / ratio**2
-    if alpha >= _WHOLE_FROM:
-        alpha = round(alpha)
-    k = math.sqrt(configured / alpha)
+    """`resize` by the factor near a ratio of rates that multiplies alpha by a power of two."""
+    k = math.pow(2.0, round(2 * math.log2(ratio)) / 2)
     resize(model, adapter_name, k)
     return k
 
@@ -112,8 +107,6 @@ def resize(model: nn.Module, adapter_name: str, k: float) -> None:
     """
     if k == 1:
         return
-    known = configurations(model)
-    known[adapter_name] = config = copy.deepcopy(known[adapter_name])
     # Factors of tied layers may be one.
     done: set[int] = set()
     with torch.no_grad():
@@ -123,14 +116,51 @@ def resize(model: nn.Module, adapter_name: str, k: float) -> None:
                 if place not in done:
                     tensor.mul_(k)
                 done.add(place)
-            before = layer.lora_alpha[adapter_name]
-            layer.lora_alpha[adapter_name] = after = scaled(before, k**-2)
-            # In this order what was whole is whole again when it is taken back.
-            layer.scaling[adapter_name] = layer.scaling[adapter_name] * after / before
-    scale_alphas(config, k**-2)
-    origin = getattr(config, "origin", None)
+    _scale(model, adapter_name, alphas_times(k))
+    origin = getattr(configurations(model)[adapter_name], "origin", None)
     if origin is not None:
         remember(model, adapter_name, replace(origin, resized=origin.resized * k))
+
+
+def alphas_times(k: float) -> float:
+    """``k^-2``, a power of two where it is one but for rounding."""
+    by = k**-2
+    power = math.pow(2.0, round(math.log2(by)))
+    return power if abs(by / power - 1) < 1e-9 else by
+
+
+def take_alpha_of(model: nn.Module, adapter_name: str, folder: Path) -> None:
+    """Give an adapter whose weights were read from a folder the scaling that they were saved with.
+
+    A trainer that goes on from a checkpoint reads its weights, not its ``lora_alpha``.
+
+    Raises:
+        AdapterError: there is no configuration in the folder.
+    """
+    try:
+        saved = LoraConfig.from_pretrained(str(folder))
+    except (OSError, ValueError) as error:
+        raise AdapterError(
+            f"the run goes on from a checkpoint whose lora_alpha is not known: '{folder}' holds no adapter. "
+            "Go on from a checkpoint in output_dir, or leave match_learning_rate out and write the "
+            "checkpoint's lora_alpha into the LoraConfig."
+        ) from error
+    by = saved.lora_alpha / configurations(model)[adapter_name].lora_alpha
+    if by != 1:
+        _scale(model, adapter_name, by)
+
+
+def _scale(model: nn.Module, adapter_name: str, by: float) -> None:
+    """Multiply the scaling of every layer, and every alpha."""
+    known = configurations(model)
+    # The object may be the user's own.
+    known[adapter_name] = copy.deepcopy(known[adapter_name])
+    for layer in adapter_layers(model, adapter_name).values():
+        before = layer.lora_alpha[adapter_name]
+        layer.lora_alpha[adapter_name] = after = scaled(before, by)
+        # In this order what was whole is whole again when it is taken back.
+        layer.scaling[adapter_name] = layer.scaling[adapter_name] * after / before
+    scale_alphas(known[adapter_name], by)
 
 
 def resized_by(model: nn.Module, adapter_name: str) -> float:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Unpack
 
 from transformers import TrainerCallback
 
+from lorainit.adapters.match_learning_rate import take_alpha_of
 from lorainit.statistics.settings import CollectOptions
 from lorainit.trainers import start_trainer
+from lorainit.trainers.kinds import adapter_of
 from lorainit.types import Method
 
 
@@ -23,11 +26,13 @@ class StartAdapter(TrainerCallback):  # type: ignore[misc]
     Args:
         method: how to find the start. Default: ``lorainit.Auto()``.
         adapter_name: of the adapter to start. Default: the active one.
-        match_learning_rate: see `start_trainer`.
+        match_learning_rate: see `start_trainer`. A run that resumes takes ``lora_alpha`` from its checkpoint in
+            ``output_dir``.
         **options: fields of `CollectSettings`, as keywords; a ``loss_fn`` takes the loader's batches.
 
     Raises:
-        AdapterError: no adapter, or an optimizer of other parameters.
+        AdapterError: no adapter, an optimizer of other parameters, or a matched run that resumes from a
+            checkpoint outside ``output_dir``.
         DataError: batches without labels, and no ``loss_fn``.
     """
 
@@ -54,6 +59,10 @@ class StartAdapter(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Start the adapter, unless steps have been taken."""
         if state.global_step > 0:
+            if self.match_learning_rate:
+                inner, name = adapter_of(SimpleNamespace(model=model), self.adapter_name)
+                checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+                take_alpha_of(inner, name, checkpoint)
             return
         loader = train_dataloader
         iteration = getattr(loader, "iteration", None)

@@ -11,7 +11,12 @@ from peft import LoraConfig
 from torch import nn
 
 from lorainit.adapters.layers import configurations, true_config
-from lorainit.adapters.match_learning_rate import check_can_match, resized_by, scale_alphas
+from lorainit.adapters.match_learning_rate import (
+    alphas_times,
+    check_can_match,
+    resized_by,
+    scale_alphas,
+)
 from lorainit.adapters.patterns import with_ranks
 from lorainit.adapters.reference import ReferenceWeights
 from lorainit.adapters.supported import starts_asked_for
@@ -158,7 +163,7 @@ def configuration(
     if existing:
         config = true_config(model, adapter_name)
         # It is started at the scaling that it was configured with.
-        scale_alphas(config, resized_by(model, adapter_name) ** 2)
+        scale_alphas(config, 1 / alphas_times(resized_by(model, adapter_name)))
         if peft_config is not None and (peft_config.r, peft_config.lora_alpha) != (
             config.r,
             config.lora_alpha,
