@@ -273,6 +273,10 @@ def test_what_cannot_be_done_is_said_first() -> None:
             tiny.llama(), tiny.config(lora_bias=True), method=lorainit.Vanilla(), data=sequences(),
             learning_rate=2e-4,
         )  # fmt: skip
+    empty = peft.get_peft_model(tiny.llama(), tiny.config(), low_cpu_mem_usage=True)
+    with pytest.raises(AdapterError, match="are on the meta device"):
+        lorainit.match_learning_rate(empty, 1e-3, 1e-4)
+    assert empty.peft_config["default"].lora_alpha == 8
     model = started(lorainit.Vanilla())
     with pytest.raises(AdapterError, match="no LoRA adapter 'other' to match"):
         lorainit.match_learning_rate(model, 1e-3, 1e-4, adapter_name="other")

@@ -55,8 +55,8 @@ def match_learning_rate(
         ``k``, by which the factors were multiplied.
 
     Raises:
-        AdapterError: there is no such adapter, it is merged, it has ``lora_bias``, whose contribution is
-            not a product, or a rate is no positive number.
+        AdapterError: there is no such adapter, it is merged or on the meta device, it has ``lora_bias``, whose
+            contribution is not a product, or a rate is no positive number.
     """
     model = unwrapped(model)
     for name, value in (("suggested", suggested), ("learning_rate", learning_rate)):
@@ -104,18 +104,27 @@ def resize(model: nn.Module, adapter_name: str, k: float) -> None:
         model: holds the adapter, whole.
         adapter_name: of the adapter.
         k: above zero.
+
+    Raises:
+        AdapterError: a factor is on the meta device; nothing is changed then.
     """
     if k == 1:
         return
-    # Factors of tied layers may be one.
-    done: set[int] = set()
+    tensors = {
+        # Factors of tied layers may be one.
+        getattr(tensor, "_local_tensor", tensor).data_ptr() or id(tensor): (name, tensor)
+        for name, layer in adapter_layers(model, adapter_name).items()
+        for tensor in _tensors(layer, adapter_name)
+    }
+    for name, tensor in tensors.values():
+        if tensor.is_meta:
+            raise AdapterError(
+                f"layer '{name}': the adapter's factors are on the meta device and cannot be resized. "
+                "Load its weights first, and match it before the model is offloaded."
+            )
     with torch.no_grad():
-        for layer in adapter_layers(model, adapter_name).values():
-            for tensor in _tensors(layer, adapter_name):
-                place = getattr(tensor, "_local_tensor", tensor).data_ptr() or id(tensor)
-                if place not in done:
-                    tensor.mul_(k)
-                done.add(place)
+        for _, tensor in tensors.values():
+            tensor.mul_(k)
     _scale(model, adapter_name, alphas_times(k))
     origin = getattr(configurations(model)[adapter_name], "origin", None)
     if origin is not None:
