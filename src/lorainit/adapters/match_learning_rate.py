@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from lorainit.adapters.anchor import AnchoredFactor
 from lorainit.adapters.layers import adapter_layers, check_not_merged, configurations
-from lorainit.adapters.origin import remember
+from lorainit.adapters.origin import remember, remember_measured
 from lorainit.adapters.patterns import scaled
 from lorainit.adapters.restore import restored_on_error
 from lorainit.adapters.wrappers import adapter_parameters, unwrapped
@@ -43,7 +44,8 @@ def match_learning_rate(
     stays, to rounding, and so does an anchored start's zero. Call it before the first step of training: an
     optimizer's moments would be of other sizes. It holds for optimizers whose steps do not depend on the
     gradient's size; gradients grow by ``1 / k``, of which a clipping of their norm sees more. What trains
-    beside the factors (DoRA's magnitudes, heads, biases of the base) is not resized.
+    beside the factors (DoRA's magnitudes, heads, biases of the base) is not resized. A rate that was measured
+    with the start is then `learning_rate` in the adapter's side file, its range ``k`` times what it was.
 
     Args:
         model: a PeftModel, or a model whose adapter is its own.
@@ -67,7 +69,11 @@ def match_learning_rate(
         whole(adapter_parameters(model, adapter_name), written=True),
         restored_on_error(model, adapter_name),
     ):
-        return resize_for(model, adapter_name, learning_rate / suggested)
+        k = resize_for(model, adapter_name, learning_rate / suggested)
+        origin = getattr(configurations(model)[adapter_name], "origin", None)
+        if origin is not None and "learning_rate" in origin.measured:
+            remember_measured(model, adapter_name, {"learning_rate": float(learning_rate)})
+        return k
 
 
 def check_can_match(model: nn.Module, adapter_name: str, config: LoraConfig | None = None) -> None:
@@ -98,7 +104,9 @@ def resize_for(model: nn.Module, adapter_name: str, ratio: float) -> float:
 
 
 def resize(model: nn.Module, adapter_name: str, k: float) -> None:
-    """Multiply both factors by `k`, anchors too, and divide the scaling by its square; the origin keeps it.
+    """Multiply both factors by `k`, anchors too, and divide the scaling by its square.
+
+    The origin keeps it, and has what was measured in rates of the adapter as it is then.
 
     Args:
         model: holds the adapter, whole.
@@ -128,7 +136,20 @@ def resize(model: nn.Module, adapter_name: str, k: float) -> None:
     _scale(model, adapter_name, alphas_times(k))
     origin = getattr(configurations(model)[adapter_name], "origin", None)
     if origin is not None:
-        remember(model, adapter_name, replace(origin, resized=origin.resized * k))
+        measured = _rates_times(k, origin.measured)
+        remember(
+            model, adapter_name, replace(origin, resized=origin.resized * k, measured=measured)
+        )
+
+
+def _rates_times(k: float, measured: Mapping[str, Any]) -> dict[str, Any]:
+    """What was measured of an adapter, for one whose factors are `k` times as large."""
+    rates = ("learning_rate", "learning_rate_low", "learning_rate_high", "one_step_rate")
+    found = {name: value * k if name in rates else value for name, value in measured.items()}
+    trials = measured.get("learning_rate_trials")
+    if trials is not None:
+        found["learning_rate_trials"] = [[rate * k, loss] for rate, loss in trials]
+    return found
 
 
 def alphas_times(k: float) -> float:
