@@ -33,6 +33,7 @@ def measured_rate(
     sample: Sample,
     factors: Mapping[str, Factors],
     heads: Collection[str] = (),
+    resized: float = 1.0,
 ) -> LearningRate:
     """The rate for these factors; the adapters of the model are switched off.
 
@@ -41,6 +42,8 @@ def measured_rate(
         sample: of the data.
         factors: by target name; targets without factors stay where they are.
         heads: names of heads that are trained in full beside the adapter.
+        resized: the factors are so many times what they were started as (`match_learning_rate`): the rate is
+            that of the adapter as it was started, so many times.
 
     Raises:
         DataError: there are heads, too few sequences, or no rate lowers the loss.
@@ -59,10 +62,14 @@ def measured_rate(
         for part in replace(measurements, needs=RATE_NEEDS, gather=True).planned(given).parts():
             for name in part.names:
                 if name in factors:
-                    scaling = layers[name].spec.scaling
-                    steps[name] = SignStep.of(factors[name], scaling, part[name].gradient)
+                    pair, scaling = factors[name], layers[name].spec.scaling
+                    if resized != 1:
+                        pair = replace(pair, A=pair.A / resized, B=pair.B / resized)
+                        scaling *= resized**2
+                    steps[name] = SignStep.of(pair, scaling, part[name].gradient)
     sequences = int(collectives.sum_counts([held.sequences])[0])
-    return find_learning_rate(lengthened(steps), measurements.held_out_loss(held), sequences)
+    rate = find_learning_rate(lengthened(steps), measurements.held_out_loss(held), sequences)
+    return rate.for_factors_times(resized)
 
 
 def rate_if_any(

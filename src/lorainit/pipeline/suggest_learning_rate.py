@@ -10,6 +10,7 @@ from torch import nn
 from lorainit.adapters.factors_of import factors_of
 from lorainit.adapters.heads import heads_of
 from lorainit.adapters.layers import adapters_disabled, check_not_merged, true_config
+from lorainit.adapters.match_learning_rate import resized_by
 from lorainit.adapters.targets import match_targets
 from lorainit.adapters.wrappers import unwrapped
 from lorainit.calibration.learning_rate import LearningRate
@@ -36,6 +37,7 @@ def suggest_learning_rate(
 
     Half of the sequences give the gradient at the base model; on the others the loss is measured after one
     step of its signs at several rates, by at most fifteen forward passes. The model is as it was afterwards.
+    Of an adapter that was matched to a rate (`match_learning_rate`) it is what suits it as it is now.
 
     Args:
         model: a PeftModel, or a model whose adapter is its own.
@@ -70,4 +72,10 @@ def suggest_learning_rate(
         heads = heads_of(model, config, adapter_name, targets.layers, existing=True)
         with adapters_disabled(model), measurements.unchanged_rng(), page_locked(model):
             measurements, sample = measurements.with_own_loss(measurements.sample(data))
-            return measured_rate(measurements, sample, factors_of(model, adapter_name), heads)
+            return measured_rate(
+                measurements,
+                sample,
+                factors_of(model, adapter_name),
+                heads,
+                resized_by(model, adapter_name),
+            )
