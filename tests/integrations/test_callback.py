@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 import lorainit
+from lorainit.adapters.match_learning_rate import take_alpha_of
 from lorainit.errors import AdapterError
 from lorainit.integrations.callback import StartAdapter
 from lorainit.integrations.fused_kernels import layers_called_one_by_one
@@ -61,6 +63,28 @@ def test_a_matched_run_that_resumes_takes_the_scaling_of_its_checkpoint(tmp_path
     torch.testing.assert_close(tiny.logits(again.model), tiny.logits(whole.model))
     with pytest.raises(AdapterError, match="whose lora_alpha is not known"):
         run(str(tmp_path / "checkpoint-2"), tmp_path / "elsewhere")
+
+
+def test_a_checkpoint_that_is_not_there_is_not_asked_of_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder with one slash in its name is a repository's name, too."""
+    asked: list[Any] = []
+
+    def download(*args: Any, **kwargs: Any) -> str:
+        asked.append(args)
+        raise OSError("no network")
+
+    monkeypatch.setattr("peft.config.hf_hub_download", download)
+    monkeypatch.chdir(tmp_path)
+    model = get_peft_model(tiny.llama(), tiny.config())
+    with pytest.raises(AdapterError, match="whose lora_alpha is not known"):
+        take_alpha_of(model, "default", Path("out") / "checkpoint-2")
+    assert asked == []
+    # Control: PEFT asks.
+    with pytest.raises(ValueError, match="adapter_config"):
+        LoraConfig.from_pretrained("out/checkpoint-2")
+    assert asked
 
 
 def test_a_run_that_resumes_is_left_alone(tmp_path: Path) -> None:

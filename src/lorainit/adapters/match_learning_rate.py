@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
+from peft.utils import CONFIG_NAME
 from torch import Tensor, nn
 
 from lorainit.adapters.anchor import AnchoredFactor
@@ -168,6 +169,9 @@ def take_alpha_of(model: nn.Module, adapter_name: str, folder: Path) -> None:
         AdapterError: there is no configuration in the folder.
     """
     try:
+        # What is no folder PEFT would ask the hub for.
+        if not (folder / CONFIG_NAME).is_file():
+            raise FileNotFoundError(folder / CONFIG_NAME)
         saved = LoraConfig.from_pretrained(str(folder))
     except (OSError, ValueError) as error:
         raise AdapterError(
