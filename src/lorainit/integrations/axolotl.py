@@ -63,7 +63,7 @@ class LorainitPlugin(BasePlugin):  # type: ignore[misc]
         return "lorainit.integrations.axolotl.LorainitArgs"
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
-        """Start the adapter, unless the training goes on from a checkpoint or there is none.
+        """Start the adapter, if there is one; a checkpoint that the training goes on from is read over it.
 
         Raises:
             AdapterError: an unknown method, or see `start_trainer`.
