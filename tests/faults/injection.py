@@ -51,10 +51,11 @@ class Disturbed:
     def __init__(self, name: str, operation: Operation, place: Path) -> None:
         self.name, self.operation, self.place = name, operation, place
         before = state_of(operation.model)
-        self.sites = calls(self._work)
+        # What is imported by the first run, and made once, is no call of the next ones.
+        self._work()
         self._settle(before)
         # A second run writes over the first: what is there afterwards is what must stay.
-        self._work()
+        self.sites = calls(self._work)
         self._settle(before)
         self.content = content_of(place)
 

@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
+
+from lorainit.adapters.layers import configurations
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -28,8 +30,9 @@ def restored_on_error(model: nn.Module, adapter_name: str) -> Iterator[None]:
         if isinstance(table := getattr(module, name, None), dict)
     ]
     undo: list[Callable[[], None]] = []
-    if isinstance(model, PeftModel) and adapter_name in model.peft_config:
-        undo.append(_entry(model.peft_config, adapter_name))
+    known = configurations(model)
+    if adapter_name in known:
+        undo.append(_entry(known, adapter_name))
         for layer in model.modules():
             if isinstance(layer, LoraLayer) and adapter_name in layer.r:
                 undo += _layer(layer, adapter_name)
