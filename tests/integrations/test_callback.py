@@ -65,6 +65,27 @@ def test_a_matched_run_that_resumes_takes_the_scaling_of_its_checkpoint(tmp_path
         run(str(tmp_path / "checkpoint-2"), tmp_path / "elsewhere")
 
 
+@pytest.mark.parametrize("match", [False, True])
+def test_an_anchored_run_resumes_on_a_loaded_adapter(match: bool, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+
+    def run(resume: bool | str, model: Any = None) -> Any:
+        callback = StartAdapter(METHODS["anchored"], match_learning_rate=match, progress=False)
+        trainer = build(tmp_path, callbacks=[callback], **settings)
+        if model is not None:
+            trainer.model = trainer.model_wrapped = model
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer.model
+
+    whole, half = run(False), str(tmp_path / "checkpoint-2")
+    again = run(half, lorainit.load_adapter(tiny.llama(), half))
+    assert again.peft_config["default"].lora_alpha == whole.peft_config["default"].lora_alpha
+    assert torch.equal(tiny.logits(again), tiny.logits(whole))
+    # Control: into an adapter of the configured rank it does not go.
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        run(half)
+
+
 def test_a_checkpoint_that_is_not_there_is_not_asked_of_the_hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
