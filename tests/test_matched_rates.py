@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import lorainit
+from lorainit.adapters.origin import remember_measured
 from tests.adapters import tiny
 from tests.test_learning_rate import started, suggestion
 from tests.test_match_learning_rate import METHODS
@@ -54,3 +55,14 @@ def test_asked_again_the_matched_rate_is_suggested(method: str, tmp_path: Path) 
     lorainit.save_adapter(model, tmp_path)
     loaded = lorainit.load_adapter(tiny.llama(), tmp_path)
     assert suggestion(loaded).value == pytest.approx(after.value, rel=1e-3)
+
+
+@pytest.mark.parametrize("damaged", [{"learning_rate": None}, {"learning_rate_trials": "1e-4"}])
+def test_rates_that_are_none_are_forgotten(damaged: dict[str, object]) -> None:
+    """Those of a side file that was written into: the adapter is matched all the same."""
+    model = started(lorainit.PiSSA(), suggest_rate=True)
+    remember_measured(model, "default", damaged)
+    k = lorainit.match_learning_rate(model, 1e-3, 1e-4)
+    origin = model.peft_config["default"].origin
+    assert origin.resized == k
+    assert not any("rate" in name for name in origin.measured)

@@ -146,10 +146,16 @@ def resize(model: nn.Module, adapter_name: str, k: float) -> None:
 def _rates_times(k: float, measured: Mapping[str, Any]) -> dict[str, Any]:
     """What was measured of an adapter, for one whose factors are `k` times as large."""
     rates = ("learning_rate", "learning_rate_low", "learning_rate_high", "one_step_rate")
-    found = {name: value * k if name in rates else value for name, value in measured.items()}
-    trials = measured.get("learning_rate_trials")
-    if trials is not None:
-        found["learning_rate_trials"] = [[rate * k, loss] for rate, loss in trials]
+    found = dict(measured)
+    try:
+        found |= {name: measured[name] * k for name in rates if name in measured}
+        if "learning_rate_trials" in measured:
+            trials = measured["learning_rate_trials"]
+            found["learning_rate_trials"] = [[rate * k, loss] for rate, loss in trials]
+    except (TypeError, ValueError):
+        # Of a side file that somebody has written into nothing is known.
+        for name in (*rates, "learning_rate_trials"):
+            found.pop(name, None)
     return found
 
 
