@@ -50,6 +50,12 @@ def gaps(
     return [statistics.mean(values) for values in found.values()]
 
 
+def at_best(plain: Mapping[Key, Record], cells: Cells) -> Callable[[Key], Record | None]:
+    """For a run's key, plain LoRA's run of its seed at its best rate on the task."""
+    best = {task: best_rate(lines[BASELINE]) for task, lines in cells.items() if BASELINE in lines}
+    return lambda key: plain.get((key[0], best.get(key[0], -1.0), key[2]))
+
+
 def by_rate(records: Sequence[Record], cells: Cells, label: str = "auto") -> str:
     """At every rate: a line told the rate, the line as it is and plain LoRA told it, beside plain LoRA there.
 
@@ -59,21 +65,17 @@ def by_rate(records: Sequence[Record], cells: Cells, label: str = "auto") -> str
         label: of the line.
     """
     told, grid = runs_of(records, "matched"), runs_of(records, "grid")
-    plain = grid[BASELINE]
-    best = {task: best_rate(lines[BASELINE]) for task, lines in cells.items() if BASELINE in lines}
-
-    def tuned(key: Key) -> Record | None:
-        return plain.get((key[0], best.get(key[0], -1.0), key[2]))
+    plain, tuned = grid[BASELINE], at_best(grid[BASELINE], cells)
 
     def lines(rate: float) -> list[str]:
         mine = Mean.of(gaps(told[matched(label)], plain.get, rate))
-        asked = {k: r for k, r in grid.get(label, {}).items() if k in told[matched(label)]}
+        as_it_is = {k: r for k, r in grid.get(label, {}).items() if k in told[matched(label)]}
         theirs = gaps(told.get(matched(BASELINE), {}), plain.get, rate)
         return [
             f"{rate:g}",
             str(mine),
             f"{mine.below} of {mine.tasks}",
-            f"{statistics.mean(gaps(asked, plain.get, rate)):+.3f}" if asked else "",
+            f"{statistics.mean(gaps(as_it_is, plain.get, rate)):+.3f}" if as_it_is else "",
             f"{statistics.mean(theirs):+.3f}" if theirs else "",
             f"{statistics.mean(gaps(told[matched(label)], tuned, rate)):+.3f}",
         ]
@@ -178,12 +180,9 @@ def by_size(
         lines: by what a row is called, labels by the size of rows.
     """
     sized, grid = runs_of(records, "sizes"), runs_of(records, "grid")
-    best = {task: best_rate(found[BASELINE]) for task, found in cells.items() if BASELINE in found}
-    tasks = {key[0] for runs in sized.values() for key in runs} & best.keys()
+    tuned = at_best(grid[BASELINE], cells)
+    tasks = {key[0] for runs in sized.values() for key in runs} & cells.keys()
     rates = sorted({key[1] for runs in sized.values() for key in runs})
-
-    def tuned(key: Key) -> Record | None:
-        return grid[BASELINE].get((key[0], best[key[0]], key[2]))
 
     rows = []
     for name, labels in lines.items():

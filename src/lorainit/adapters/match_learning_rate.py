@@ -70,11 +70,7 @@ def match_learning_rate(
         whole(adapter_parameters(model, adapter_name), written=True),
         restored_on_error(model, adapter_name),
     ):
-        k = resize_for(model, adapter_name, learning_rate / suggested)
-        origin = getattr(configurations(model)[adapter_name], "origin", None)
-        if origin is not None and "learning_rate" in origin.measured:
-            remember_measured(model, adapter_name, {"learning_rate": float(learning_rate)})
-        return k
+        return resize_for(model, adapter_name, suggested, learning_rate)
 
 
 def check_can_match(model: nn.Module, adapter_name: str, config: LoraConfig | None = None) -> None:
@@ -97,10 +93,16 @@ def check_can_match(model: nn.Module, adapter_name: str, config: LoraConfig | No
         )
 
 
-def resize_for(model: nn.Module, adapter_name: str, ratio: float) -> float:
-    """`resize` by the factor near a ratio of rates that multiplies alpha by a power of two."""
-    k = math.pow(2.0, round(2 * math.log2(ratio)) / 2)
+def resize_for(
+    model: nn.Module, adapter_name: str, suggested: float, learning_rate: float
+) -> float:
+    """`match_learning_rate`, once all is checked."""
+    # The factor near the ratio of rates that multiplies alpha by a power of two.
+    k = math.pow(2.0, round(2 * math.log2(learning_rate / suggested)) / 2)
     resize(model, adapter_name, k)
+    origin = getattr(configurations(model)[adapter_name], "origin", None)
+    if origin is not None and "learning_rate" in origin.measured:
+        remember_measured(model, adapter_name, {"learning_rate": float(learning_rate)})
     return k
 
 

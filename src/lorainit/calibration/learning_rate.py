@@ -69,20 +69,11 @@ class LearningRate:
             "learning_rate_trials": [list(trial) for trial in self.trials],
         }
 
-    def for_factors_times(self, k: float, value: float | None = None) -> LearningRate:
-        """The same for factors that are `k` times as large, at the scaling that leaves their product.
-
-        Args:
-            k: above zero.
-            value: the rate that is then suggested, if `k` was chosen for it; None: `k` times the present one.
-        """
-        if k == 1 and value is None:
-            return self
-        value = self.value * k if value is None else value
-        trials = tuple((rate * k, loss) for rate, loss in self.trials)
+    def for_factors_times(self, k: float) -> LearningRate:
+        """The same for factors that are `k` times as large, at the scaling that leaves their product."""
         return replace(
-            self, value=value, low=self.low * k, high=self.high * k, one_step=self.one_step * k,
-            trials=trials,
+            self, value=self.value * k, low=self.low * k, high=self.high * k, one_step=self.one_step * k,
+            trials=tuple((rate * k, loss) for rate, loss in self.trials),
         )  # fmt: skip
 
     def __float__(self) -> float:

@@ -99,9 +99,8 @@ def matched(
     if isinstance(rate, str):
         return f"not matched to the learning rate {learning_rate:.3g}: {rate}"
     before = configurations(model)[adapter_name].lora_alpha
-    k = resize_for(model, adapter_name, learning_rate / rate.value)
-    now = rate.for_factors_times(k, learning_rate)
-    remember_measured(model, adapter_name, now.measured())
+    remember_measured(model, adapter_name, rate.measured())
+    k = resize_for(model, adapter_name, rate.value, learning_rate)
     after = configurations(model)[adapter_name].lora_alpha
     return (
         f"matched to the learning rate {learning_rate:.3g}: factors times {k:.3g}, lora_alpha {before:.4g} to "
