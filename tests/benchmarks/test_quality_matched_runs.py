@@ -53,15 +53,18 @@ def test_told_beside_plain_lora_at_the_rate_and_at_its_best() -> None:
         *(run("grid", "auto", t, 1e-4, v) for t, v in (("a", 1.4), ("b", 2.6))),
         *(run("matched", "auto(matched=True)", t, 1e-4, v) for t, v in (("a", 1.1), ("b", 1.9))),
         *(run("matched", "vanilla(matched=True)", t, 1e-4, v) for t, v in (("a", 1.2), ("b", 2.2))),
+        # A second seed is part of its task's mean.
+        run("grid", "vanilla", "a", 1e-4, 1.6, seed=1),
+        run("matched", "auto(matched=True)", "a", 1e-4, 1.0, seed=1),
         # Another rank, another schedule and a seed that plain LoRA has not count for nothing.
         run("matched", "auto(matched=True)", "a", 1e-4, 9.0, rank=32),
         run("matched", "auto(matched=True)", "a", 1e-4, 9.0, warmup=0.1),
         run("matched", "auto(matched=True)", "a", 1e-4, 9.0, seed=4),
     ]
     (row,) = rows_of(by_rate(records, cells(records)))
-    # Gaps of 1.1 - 1.5 and 1.9 - 2.5.
+    # Gaps of 1.1 - 1.5 and 1.0 - 1.6 on one task, and of 1.9 - 2.5 on the other.
     assert row[0] == "0.0001"
-    assert row[1].startswith("-0.500 [")
+    assert row[1].startswith("-0.550 [")
     assert row[2:] == ["2 of 2", "+0.000", "-0.300", "+0.000"]
 
 

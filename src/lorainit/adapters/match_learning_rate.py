@@ -1,8 +1,8 @@
 """An adapter resized so that it trains at one learning rate as it would at another.
 
-A LoRA adapter ``s B A`` is the same function as ``(s / k^2) (k B) (k A)``. An optimizer whose steps do not
-depend on the gradient's size (Adam, Lion, Adafactor without its relative step, Muon) moves every entry by
-about the learning rate, so training the second at ``k`` times the rate takes the steps of the first, one by
+A LoRA adapter ``s B A`` is the same function as ``(s / k^2) (k B) (k A)``. An optimizer whose steps depend
+neither on the gradient's size nor on the weights' (Adam, a descent by signs) moves every entry by about
+the learning rate, so training the second at ``k`` times the rate takes the steps of the first, one by
 one. That symmetry of sizes, multipliers and rates is the one behind "abc-parametrizations" (Yang and Hu,
 "Feature Learning in Infinite-Width Neural Networks", ICML 2021, arXiv 2011.14522; for Adam Yang et al.,
 arXiv 2203.03466); LoRA-alpha (arXiv 2606.12883) sets the scale of LoRA in place of the rate, too.
@@ -41,12 +41,13 @@ def match_learning_rate(
 
     Both factors are multiplied by ``k``, about ``learning_rate / suggested``, and ``lora_alpha`` and the
     entries of ``alpha_pattern`` by ``k^-2``, which is the nearest power of two: that is within 19% of the
-    ratio, and the same again where a run that goes on measures its start anew. What the model computes
-    stays, to rounding, and so does an anchored start's zero. Call it before the first step of training: an
-    optimizer's moments would be of other sizes. It holds for optimizers whose steps do not depend on the
-    gradient's size; gradients grow by ``1 / k``, of which a clipping of their norm sees more. What trains
-    beside the factors (DoRA's magnitudes, heads, biases of the base) is not resized. A rate that was measured
-    with the start is then `learning_rate` in the adapter's side file, its range ``k`` times what it was.
+    ratio, and as a rule the same again where a run that goes on measures its start anew. What the model
+    computes stays, to rounding, and so does an anchored start's zero. Call it before the first step of
+    training: an optimizer's moments would be of other sizes. It holds for optimizers whose steps depend
+    neither on the gradient's size nor on the weights', and is tested with AdamW; gradients grow by ``1 / k``,
+    of which a clipping of their norm sees more. What trains beside the factors (DoRA's magnitudes, heads,
+    biases of the base) is not resized. A rate that was measured with the start is then `learning_rate` in
+    the adapter's side file, its range ``k`` times what it was.
 
     Args:
         model: a PeftModel, or a model whose adapter is its own.
