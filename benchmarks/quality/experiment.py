@@ -35,7 +35,8 @@ class Experiment:
         method: name in ``lorainit.METHODS``, or ``"full"``.
         settings: keyword arguments of the method, JSON values; ``{"paper": true}`` stands for
             ``Method.paper()``, ``{"reference": true}`` for ``reference_weights`` of a quantized base, and
-            ``{"matched": true}`` for a start that is told its learning rate.
+            ``{"matched": true}`` for a start that is told its learning rate, ``{"fitted": true}`` and ``false``
+            for a new head that is or is not fitted first.
         learning_rate: the peak of the schedule.
         seed: draws the training samples, their order and the random starts.
         rank: of the adapter.
@@ -112,8 +113,8 @@ class Experiment:
         """The method object; one that asks how many samples will be trained on is told."""
         settings = dict(self.settings)
         kind = lorainit.METHODS[self.method]
-        settings.pop("reference", None)
-        settings.pop("matched", None)
+        for name in ("reference", "matched", "fitted"):
+            settings.pop(name, None)
         paper = settings.pop("paper", False)
         method = replace(kind.paper(), **settings) if paper else kind(**settings)  # type: ignore[attr-defined]
         if getattr(method, "population", 0) is None:

@@ -140,7 +140,9 @@ class Initialiser:
         collected, seconds = None, 0.0
         matched = bool(experiment.settings.get("matched"))
         arguments: dict[str, Any] = {"suggest_rate": True} if matched else {}
-        if matched or experiment.wants_data(method):
+        if "fitted" in experiment.settings:
+            arguments["fit_heads"] = experiment.settings["fitted"]
+        if self._given_data(experiment, method):
             arguments["data"] = self.batches(experiment, train)
             arguments["max_sequences"] = None
         elif method.needs:
@@ -184,12 +186,18 @@ class Initialiser:
             found[self._key(experiment.at(learning_rate=rate))] = made
         return found
 
+    @staticmethod
+    def _given_data(experiment: Experiment, method: Any) -> bool:
+        """Whether ``get_peft_model`` gets the batches: for a rate, for heads, or because the method asks."""
+        asked = any(experiment.settings.get(name) for name in ("matched", "fitted"))
+        return asked or experiment.wants_data(method)
+
     def _key(self, experiment: Experiment) -> tuple[Any, ...]:
         """What a start depends on; its last part is None where it reads no data."""
         method = experiment.build_method()
         fresh = experiment.method in RANDOM or kind_of(experiment.model).fresh_head
         matched = bool(experiment.settings.get("matched"))
-        reads = matched or bool(method.needs) or experiment.wants_data(method)
+        reads = bool(method.needs) or self._given_data(experiment, method)
         return (
             experiment.label,
             experiment.learning_rate if matched else None,
