@@ -35,8 +35,8 @@ class Experiment:
         method: name in ``lorainit.METHODS``, or ``"full"``.
         settings: keyword arguments of the method, JSON values; ``{"paper": true}`` stands for
             ``Method.paper()``, ``{"reference": true}`` for ``reference_weights`` of a quantized base, and
-            ``{"matched": true}`` for a start that is told its learning rate, ``{"fitted": true}`` and ``false``
-            for a new head that is or is not fitted first.
+            ``{"matched": true}`` for a start that is told its learning rate, ``{"fitted": true}``, ``false`` or
+            a part of the way for a new head that is or is not fitted first.
         learning_rate: the peak of the schedule.
         seed: draws the training samples, their order and the random starts.
         rank: of the adapter.

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest import mock
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -18,6 +19,8 @@ from benchmarks.quality.data.pools import Pool
 from benchmarks.quality.experiment import GRID, Experiment
 from benchmarks.quality.models.registry import kind_of
 from benchmarks.quality.training.adapters import Start
+from lorainit.calibration.fit_heads import PART
+from lorainit.pipeline.heads import TIMES_AS_MANY
 
 RANDOM = frozenset({"vanilla", "gaussian", "orthogonal"})
 """Methods that draw their start; of the others, those that read no data have one start."""
@@ -115,9 +118,11 @@ class Initialiser:
         self._statistics.clear()
         self._solved = {k: v for k, v in self._solved.items() if k[-1] is None}
 
-    def batches(self, experiment: Experiment, train: Pool) -> list[dict[str, Tensor]]:
-        """The first ``statistics_samples`` of the sequences that will be trained on."""
-        samples = min(experiment.statistics_samples, experiment.train_samples)
+    def batches(
+        self, experiment: Experiment, train: Pool, times: int = 1
+    ) -> list[dict[str, Tensor]]:
+        """The first ``statistics_samples`` of the sequences that will be trained on, or `times` as many."""
+        samples = min(times * experiment.statistics_samples, experiment.train_samples)
         rows = training_rows(len(train), experiment.train_samples, experiment.seed)[:samples]
         return train.batches(rows.tolist(), self.batch_size)
 
@@ -140,11 +145,12 @@ class Initialiser:
         collected, seconds = None, 0.0
         matched = bool(experiment.settings.get("matched"))
         arguments: dict[str, Any] = {"suggest_rate": True} if matched else {}
-        if "fitted" in experiment.settings:
-            arguments["fit_heads"] = experiment.settings["fitted"]
+        part = experiment.settings.get("fitted", PART)
+        arguments["fit_heads"] = bool(part)
         if self._given_data(experiment, method):
-            arguments["data"] = self.batches(experiment, train)
-            arguments["max_sequences"] = None
+            # The start takes as many as it may; heads beside it are fitted on more.
+            arguments["data"] = self.batches(experiment, train, TIMES_AS_MANY)
+            arguments["max_sequences"] = experiment.statistics_samples
         elif method.needs:
             collected, seconds = self._collect(experiment, train, together)
             arguments["statistics"] = collected
@@ -155,9 +161,10 @@ class Initialiser:
         torch.manual_seed(experiment.seed)
         self._wait()
         began = time.perf_counter()
-        wrapped = lorainit.get_peft_model(
-            self.model, config, method=method, progress=False, **arguments
-        )
+        with mock.patch("lorainit.pipeline.heads.PART", PART if part is True else part):
+            wrapped = lorainit.get_peft_model(
+                self.model, config, method=method, progress=False, **arguments
+            )
         self._wait()
         took = time.perf_counter() - began
         try:

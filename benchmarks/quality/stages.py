@@ -45,7 +45,7 @@ starts stand last, so that a call cut short has the rest."""
 
 SEEDS = (0, 1, 2, 3, 4)
 
-GRIDS = ("grid", "matched", "sizes")
+GRIDS = ("grid", "matched", "sizes", "heads")
 """Stages of every line at every rate: the comparison; starts that are told their rate; and lines of other
 sizes of rows or under another schedule, kept apart from the comparison's tables."""
 

@@ -146,6 +146,46 @@ def test_it_is_the_newton_optimum_of_the_models_own_loss(kind: str) -> None:
             assert torch.allclose(z - level[0], other - level[1], atol=1e-5)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_part_of_the_way_keeps_the_mean_output_of_the_minimum(bias: bool) -> None:
+    data = labelled("classes")
+    model = classifier()
+    if not bias:
+        model.classifier.bias = None
+    head = model.classifier
+    present = head.weight.detach(), None if head.bias is None else head.bias.detach()
+    batches = [Batch.arrived(b, i) for i, b in enumerate(data)]
+    found = {
+        part: fit_heads(
+            subject(model, {}),
+            {"classifier": head},
+            {"classifier": present},
+            batches,
+            batches,
+            part=part,
+            decays=(DECAY,),
+            tolerance=1e-8,
+        )
+        for part in (0.0, 0.25, 1.0)
+    }
+    x = torch.cat(features_of(model, head, data))
+    outputs = {}
+    for part, fit in found.items():
+        assert fit is not None
+        weight, offset = fit.values["classifier"]
+        whole = found[1.0].values["classifier"][0]  # type: ignore[union-attr]
+        expected = present[0] + part * (whole - present[0])
+        assert torch.allclose(weight, expected, atol=1e-12)
+        logits = x @ weight.mT + (0.0 if offset is None else offset)
+        outputs[part] = logits.mean(0)
+        loss = F.cross_entropy(logits, torch.cat([b["labels"] for b in data]))
+        assert float(loss) == pytest.approx(fit.after, rel=1e-6)
+        assert fit.gain.mean == pytest.approx(fit.before - found[1.0].after, rel=1e-6)  # type: ignore[union-attr]
+    if bias:
+        assert torch.allclose(outputs[0.0], outputs[1.0], atol=1e-9)
+        assert torch.allclose(outputs[0.25], outputs[1.0], atol=1e-9)
+
+
 def test_numbers_are_a_ridge_regression() -> None:
     """In closed form: the same normal equations, centred, toward the present weights."""
     data = labelled("numbers")

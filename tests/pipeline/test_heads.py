@@ -15,6 +15,8 @@ from torch import Tensor
 
 import lorainit
 from lorainit.adapters.origin import origin_of
+from lorainit.calibration.fit_heads import PART
+from lorainit.pipeline.measurements import Measurements
 from tests.pipeline.classifiers import classifier, config, labelled
 from tests.untouched import untouched
 
@@ -103,7 +105,7 @@ def test_a_head_without_anything_to_learn_is_left_and_said(
     assert "standard error" in line
     with caplog.at_level("INFO", logger="lorainit"):
         started(classifier())
-    assert "head 'classifier' fitted first, loss 1.097 to 0.000" in caplog.messages[-1]
+    assert "head 'classifier' fitted first, loss 1.097 to 0.201" in caplog.messages[-1]
 
 
 def test_a_head_that_is_trained_already_stays_near_itself() -> None:
@@ -118,6 +120,89 @@ def test_a_head_that_is_trained_already_stays_near_itself() -> None:
     assert again["loss_before"] - again["loss_after"] < 0.5 * (
         new["loss_before"] - new["loss_after"]
     )
+
+
+@pytest.mark.parametrize("kind", ["classes", "labels", "numbers", "tags"])
+def test_a_head_of_classes_goes_a_part_of_the_way_and_one_of_numbers_all_of_it(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = weights(own_head(started(classifier(kind), kind)))
+    monkeypatch.setattr("lorainit.pipeline.heads.PART", 1.0)
+    whole = weights(own_head(started(classifier(kind), kind)))
+    present = weights(classifier(kind).classifier)
+    share = 1.0 if kind == "numbers" else PART
+    expected = present[0] + share * (whole[0] - present[0])
+    assert torch.allclose(taken[0], expected, rtol=1e-12, atol=1e-12)
+    assert torch.equal(taken[1], whole[1]) == (kind == "numbers")
+
+
+def test_heads_see_four_times_what_statistics_see() -> None:
+    counts = {}
+    for cap in (25, 30, 100, None):
+        model = started(classifier(), method=lorainit.LoraOne(), max_sequences=cap)
+        origin = origin_of(model, "default")
+        counts[cap] = origin.heads["sequences"], origin.measured["data_sequences"]
+        if cap == 25:
+            by_hand = classifier()
+            with torch.no_grad():
+                by_hand.classifier.weight.copy_(own_head(model).weight)
+                by_hand.classifier.bias.copy_(own_head(model).bias)
+            first = labelled("classes", 100, 25)[:1]
+            other = started(by_hand, method=lorainit.LoraOne(), fit_heads=False, data=first)
+            for own, its in zip(model.parameters(), other.parameters(), strict=True):
+                # But for the base's head, which is that of by hand in one of them.
+                assert not own.requires_grad or torch.equal(own, its)
+    # A fifth is held back of 100, and the data have no more.
+    assert counts == {25: (20, 25.0), 30: (20, 30.0), 100: (20, 100.0), None: (20, 100.0)}
+    assert origin_of(started(classifier(), max_sequences=10), "default").heads["sequences"] == 8
+
+
+def test_the_default_takes_no_step_where_a_head_was_fitted(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor are statistics collected for one; plain LoRA with that head, by PEFT's own random numbers."""
+    auto = lorainit.Auto(trust_region=10.0)
+    started_by_step = started(classifier(), method=auto, fit_heads=False)
+    assert "start_loss" in origin_of(started_by_step, "default").measured
+    collected = []
+    kept = Measurements.planned
+    monkeypatch.setattr(
+        Measurements, "planned", lambda *a, **k: collected.append(1) or kept(*a, **k)
+    )
+    with caplog.at_level("INFO", logger="lorainit"):
+        model = started(classifier(), method=auto)
+    assert not collected
+    assert "Auto: plain LoRA: a head was fitted first" in caplog.messages[-1]
+    plain = started(classifier())
+    for name, parameter in plain.named_parameters():
+        assert torch.equal(parameter, dict(model.named_parameters())[name]), name
+    # What is told to take it takes it, and a head that was left as it is does not keep it from being taken.
+    assert "start_loss" in origin_of(started(classifier(), method=NATURAL), "default").measured
+    trained = started(classifier(), "noise", method=auto)
+    assert collected and origin_of(trained, "default").heads["fitted"] == []
+
+
+def test_an_adapter_that_exists_gets_plain_factors_beside_a_fitted_head() -> None:
+    model = started(classifier(), method=NATURAL, fit_heads=False)
+    key = "base_model.model.bert.encoder.layer.0.attention.self.query.lora_B.default.weight"
+    assert dict(model.named_parameters())[key].detach().any()
+    data = labelled("classes", 100, 25)
+    lorainit.get_peft_model(model, None, method=lorainit.Auto(), data=data, progress=False)
+    assert origin_of(model, "default").heads["fitted"] == ["classifier"]
+    assert not dict(model.named_parameters())[key].detach().any()
+
+
+def test_what_quantization_took_is_given_back_beside_a_fitted_head() -> None:
+    full, rounded = classifier(), classifier()
+    with torch.no_grad():
+        for name, module in rounded.named_modules():
+            if isinstance(module, torch.nn.Linear) and "encoder" in name:
+                step = module.weight.abs().amax() / 2
+                module.weight.copy_((module.weight / step).round() * step)
+    model = started(rounded, method=lorainit.Auto(), reference_weights=full)
+    origin = origin_of(model, "default")
+    assert origin.heads["fitted"] == ["classifier"]
+    assert origin.measured["base_loss"] > origin.measured["start_loss"]
 
 
 def test_what_switches_it_off() -> None:

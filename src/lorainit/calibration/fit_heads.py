@@ -9,6 +9,10 @@ least squares for numbers), what is minimized is
 ``W_0`` the head's present weights, ``C`` the covariance of its features, its bias free. The decay is the
 one of `DECAYS` with the least loss on sequences that were not fitted on, and what was fitted is kept only
 where it lowers that loss clearly.
+
+A head of classes goes a part of the way: its weights move by `PART` of ``W - W_0``, its outputs at the mean
+features are the fitted ones. Training lets such a head grow, and one that begins at the minimum ends with a
+higher loss (docs/heads.md). A head of numbers, whose loss has a minimum that training stays at, goes all of it.
 """
 
 from __future__ import annotations
@@ -35,6 +39,9 @@ logger = logging.getLogger("lorainit")
 DECAYS = tuple(10.0 ** (1 - i / 2) for i in range(11))
 """Weight decays that are tried, strongest first, in units of the features' mean variance."""
 
+PART = 0.25
+"""Of the way from the present weights to the fitted ones, where a head's outputs are logits of classes."""
+
 _CURVATURE = 0.25
 """Of a logistic loss along its logit, at most: only the coordinates of the search depend on it."""
 
@@ -45,8 +52,9 @@ class HeadFit:
 
     Attributes:
         values: ``(out, in)`` weight and ``(out,)`` bias by head, in float64; none where no head was.
-        gain: what it takes off the loss of the held-back sequences.
+        gain: what the minimum takes off the loss of the held-back sequences.
         before: that loss with the present heads.
+        after: that loss with `values`.
         decay: that was chosen.
         tried: heads that the loss depends on.
     """
@@ -54,13 +62,9 @@ class HeadFit:
     values: Values
     gain: Gain
     before: float
+    after: float
     decay: float
     tried: tuple[str, ...]
-
-    @property
-    def after(self) -> float:
-        """The loss of the held-back sequences with the fitted heads."""
-        return self.before - self.gain.mean
 
 
 @dataclass(eq=False)
@@ -123,9 +127,11 @@ class HeadObjective:
         """The present heads."""
         return torch.zeros(sum(h.size for h in self.heads.values()), dtype=torch.float64)
 
-    def values(self, point: Tensor) -> dict[str, tuple[Tensor, Tensor | None]]:
-        """Weights and biases at a point."""
-        return {n: self.heads[n].value(c, beta) for n, (c, beta) in self._parts(point).items()}
+    def values(self, point: Tensor, part: float = 1.0) -> dict[str, tuple[Tensor, Tensor | None]]:
+        """Weights and biases at a point; of the weights' way there, a part, at the same mean output."""
+        return {
+            n: self.heads[n].value(part * c, beta) for n, (c, beta) in self._parts(point).items()
+        }
 
     def __call__(self, point: Tensor) -> tuple[float, Tensor]:
         """Value and gradient, those of the first process on all of them."""
@@ -177,6 +183,7 @@ def fit_heads(
     fitted_on: Sequence[Batch],
     held_back: Sequence[Batch],
     *,
+    part: float = 1.0,
     decays: Sequence[float] = DECAYS,
     tolerance: float = 1e-4,
 ) -> HeadFit | None:
@@ -188,6 +195,7 @@ def fit_heads(
         present: the weights and biases that they have, or that an adapter's copies have in their place.
         fitted_on: this process's batches.
         held_back: likewise, of other sequences.
+        part: of the way from the present weights to the fitted ones that is gone.
         decays: to try, strongest first; the search ends where two in a row are worse.
         tolerance: of the gradient's entries, where all curvatures are about one.
 
@@ -208,13 +216,14 @@ def fit_heads(
         objective = HeadObjective(losses[0], present)
         if not objective.heads:
             return None
-        return _chosen(objective, losses[1], present, decays, tolerance)
+        return _chosen(objective, losses[1], present, part, decays, tolerance)
 
 
 def _chosen(
     objective: HeadObjective,
     held_back: HeadLoss,
     present: Values,
+    part: float,
     decays: Sequence[float],
     tolerance: float,
 ) -> HeadFit:
@@ -237,13 +246,10 @@ def _chosen(
     decay, found, point = best
     objective.decay = decay
     kept = found.mean > found.error
-    return HeadFit(
-        objective.values(point) if kept else {},
-        found,
-        total[0] / max(total[1], 1.0),
-        decay,
-        tuple(objective.heads),
-    )
+    values = objective.values(point, part) if kept else {}
+    taken = found if part == 1.0 or not kept else _gain(before, held_back, present, values)
+    loss = total[0] / max(total[1], 1.0)
+    return HeadFit(values, found, loss, loss - taken.mean, decay, tuple(objective.heads))
 
 
 def _gain(before: SequenceLosses, held_back: HeadLoss, present: Values, values: Values) -> Gain:

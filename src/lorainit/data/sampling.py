@@ -42,6 +42,15 @@ class Sample:
         units = collectives.gather_objects(sum(batch.units for batch in batches))
         return Sample(batches, self.population, int(sum(units[:rank])))
 
+    def at_most(self, sequences: int | None) -> Sample:
+        """No more than so many sequences over all processes, shared as `draw_sample` shares them."""
+        have = collectives.gather_objects(self.sequences)
+        if sequences is None or sum(have) <= sequences:
+            return self
+        rank, _ = collectives.world()
+        part = collectives.parts_of_cap(sequences, have, [False] * len(have))[rank]
+        return self.with_batches(list(take_sequences(self.batches, part)) if part else [])
+
     def first(self, sequences: int) -> Sample:
         """About so many sequences over all processes, from every process as large a share of its own."""
         everywhere = collectives.sum_counts([self.sequences])[0]

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from lorainit.adapters.heads import Head
-from lorainit.calibration.fit_heads import HeadFit, fit_heads
+from lorainit.calibration.fit_heads import PART, HeadFit, fit_heads
 from lorainit.data.sampling import Sample
 from lorainit.errors import DataError
 from lorainit.models.heads import Values, heads_replaced
@@ -20,6 +20,9 @@ from lorainit.pipeline.measurements import Measurements
 from lorainit.types import GRADIENT_STATISTICS
 
 logger = logging.getLogger("lorainit")
+
+TIMES_AS_MANY = 4
+"""Sequences that heads are fitted on beside those of the statistics: all of them run forward only."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,6 +110,7 @@ def start_heads(
         present,
         fitted_on.batches,
         held_back.batches,
+        part=1.0 if collectives.any_process(_numbers(sample)) else PART,
     )
     if fit is None:
         return StartedHeads(heads)
@@ -115,3 +119,14 @@ def start_heads(
         for name, (weight, bias) in fit.values.items()
     }
     return StartedHeads(heads, fit, values)
+
+
+def _numbers(sample: Sample) -> bool:
+    """Whether labels are numbers to be hit, and not classes (or zeros and ones, a label each)."""
+    for batch in sample.batches:
+        labels = batch.keywords.get("labels")
+        if isinstance(labels, Tensor) and labels.is_floating_point():
+            known = labels[labels.isfinite()]
+            if bool(((known != 0) & (known != 1) & (known != -100)).any()):
+                return True
+    return False

@@ -77,8 +77,8 @@ class Measurements:
         """Inside, random numbers may be drawn; afterwards the generators are as they were."""
         return unchanged_rng(self.device)
 
-    def sample(self, data: object) -> Sample:
-        """This process's part of the data, kept."""
+    def sample(self, data: object, times: int = 1) -> Sample:
+        """This process's part of the data, kept: `times` as many sequences as the settings' cap."""
         model, loss_fn = self.model, self.settings.loss_fn
         config = getattr(innermost_model(model), "config", None)
         reading = Reading(config)
@@ -86,7 +86,8 @@ class Measurements:
             reading = Reading(config, True, partial(losses_together, model, loss_fn))
         elif self.needs & GRADIENT_STATISTICS:
             reading = Reading(config, labelled=partial(labelled_units, model))
-        return draw_sample(data, self.settings.max_sequences, reading)
+        most = self.settings.max_sequences
+        return draw_sample(data, None if most is None else times * most, reading)
 
     def with_own_loss(self, sample: Sample) -> tuple[Measurements, Sample]:
         """The same with the model's own loss, one sequence at a time, where the default one is another."""

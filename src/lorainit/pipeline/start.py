@@ -35,6 +35,7 @@ from lorainit.types import (
     Factors,
     ForgetsStatistics,
     GivesBack,
+    LeavesItToHeads,
     MeasuresLength,
     Method,
     RefusesStart,
@@ -95,6 +96,8 @@ def find_start(
     statistics: Statistics | None,
     precision: Precision,
     calibration_share: float,
+    *,
+    heads_fitted: bool = False,
 ) -> Start:
     """Factors by the method, from statistics or from a sample; measured, where it asks for that.
 
@@ -105,10 +108,20 @@ def find_start(
         statistics: collected before, or None.
         precision: of the solves.
         calibration_share: of the sample, held back to measure lengths on where statistics are collected.
+        heads_fitted: whether heads beside the adapter were fitted first, and are in use.
     """
+    if heads_fitted and isinstance(method, LeavesItToHeads):
+        if worth_giving_back(method, measurements.reference) is None:
+            return _refused(measurements, {}, None, method.beside_fitted_heads)
     if isinstance(method, ChangesStart):
         like = find_start(
-            method.like, measurements, sample, statistics, precision, calibration_share
+            method.like,
+            measurements,
+            sample,
+            statistics,
+            precision,
+            calibration_share,
+            heads_fitted=heads_fitted,
         )
         return like if like.refusal is not None else _changed(method, measurements, like)
     if sample is not None and isinstance(method, MeasuresLength) and method.calibrated:
@@ -300,7 +313,7 @@ def _refusal(method: MeasuresLength, search: SearchResult) -> str | None:
 
 
 def _refused(
-    measurements: Measurements, unused: dict[str, str], search: SearchResult, refusal: str
+    measurements: Measurements, unused: dict[str, str], search: SearchResult | None, refusal: str
 ) -> Start:
     """Plain LoRA: what PEFT draws for a new adapter, drawn anew for one that was there before."""
     factors: dict[str, Factors] = {}

@@ -174,6 +174,18 @@ class RefusesStart(MeasuresLength, Protocol):
 
 
 @runtime_checkable
+class LeavesItToHeads(Method, Protocol):
+    """A method that takes no step where heads beside the adapter were fitted first.
+
+    Attributes:
+        beside_fitted_heads: why plain LoRA is taken in its place, as the end of a sentence.
+    """
+
+    @property
+    def beside_fitted_heads(self) -> str: ...
+
+
+@runtime_checkable
 class ChangesStart(Method, Protocol):
     """A method whose start is another's, changed layer by layer once it is found and measured."""
 
