@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 import lorainit
 from lorainit.adapters.anchor import placed_like
 from lorainit.adapters.layers import true_config
-from lorainit.calibration import fit_heads
+from lorainit.calibration.fit_heads import DECAYS, fit_heads
 from lorainit.errors import LorainitError
 from lorainit.linalg.block_triangle import mirror, panels
 from lorainit.parallel import collectives, exchange
@@ -742,7 +742,7 @@ def matched_shards(rank: int, size: int) -> dict[str, Any]:
 
 def fitted_heads(rank: int, size: int, counts: Sequence[int]) -> tuple[dict[str, Tensor], Any]:
     """A new head is fitted on all processes' sequences, whoever has how many of them; of three decays."""
-    fit_heads.DECAYS = fit_heads.DECAYS[::5]
+    fit_heads.__kwdefaults__["decays"] = DECAYS[::5]
     rows = classifiers.labelled("classes", 60, 1)
     first = sum(counts[:rank])
     torch.manual_seed(100)
