@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
-from tools.peft_suite.__main__ import _compare
+from tools.peft_suite import __main__ as suite
+
+from tests.fresh import run_forked
 
 MADE = """
 import torch
@@ -56,19 +60,49 @@ def test_makes_no_adapter():
 """
 
 
+def in_a_fork(command: list[str], *, cwd: Path, env: dict[str, str], **_: Any) -> None:
+    """``python -m pytest`` of the command, in a process that has imported its libraries already."""
+    assert command[1:3] == ["-m", "pytest"]
+    run_forked(
+        """
+        import os, sys
+        import pytest
+        # This suite's own tests, whose name the copied ones have.
+        for name in [n for n in sys.modules if n.partition(".")[0] == "tests"]:
+            del sys.modules[name]
+        os.environ.update(env)
+        os.chdir(folder)
+        sys.path[:0] = [folder, *env["PYTHONPATH"].split(os.pathsep)]
+        result = int(pytest.main(words))
+        """,
+        folder=cwd,
+        env=env,
+        words=command[3:],
+    )
+
+
 @pytest.mark.slow
-def test_failures_are_told_apart(tmp_path: Path) -> None:
+def test_failures_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the five runs the first is a new interpreter's."""
+    whole, kinds = subprocess.run, []
+
+    def run(command: list[str], **settings: Any) -> Any:
+        kinds.append(settings["env"]["PEFT_SUITE_KIND"])
+        return (in_a_fork if kinds[1:] else whole)(command, **settings)
+
+    monkeypatch.setattr(suite.subprocess, "run", run)
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "__init__.py").touch()
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
     (tmp_path / "tests" / "test_made.py").write_text(MADE)
     records = tmp_path / "records"
     records.mkdir()
-    found = _compare(
+    found = suite._compare(
         "test_made",
         tmp_path,
         argparse.Namespace(records=records, again=False, only="", anchored_alone=False),
     )
+    assert kinds == ["anchored", "stock", "unanchored", "twice-the-rank", "same-numbers"]
     assert found["counts"] == {
         "tests": 5,
         "stock": 4,

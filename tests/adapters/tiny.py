@@ -28,15 +28,17 @@ METHODS = {
 }
 
 
-def llama(*, tied: bool = False, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
-    """Two layers of a Llama with grouped-query attention, the same weights for the same seed."""
+def llama(
+    *, tied: bool = False, dtype: torch.dtype = torch.float32, seed: int = 0, layers: int = 2
+) -> Any:
+    """A Llama of two layers with grouped-query attention, the same weights for the same seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config = LlamaConfig(
             vocab_size=VOCABULARY,
             hidden_size=32,
             intermediate_size=48,
-            num_hidden_layers=2,
+            num_hidden_layers=layers,
             num_attention_heads=4,
             num_key_value_heads=2,
             max_position_embeddings=64,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import multiprocessing as mp
 import pickle
 import time
 import traceback
@@ -11,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-SCENARIOS = "tests.distributed.scenarios"
-_SERVER: Any = None
+from tests.fresh import server
+
 GROUP_TIMEOUT = 60.0
 """Seconds; a machine that does much else at once is slow."""
 
@@ -32,16 +31,11 @@ def launch(
     scenario: Callable[..., Any], size: int, folder: Path, *args: Any, timeout: float = 240.0
 ) -> list[Any]:
     """Every process's result or `Failed`; None for a process that died."""
-    global _SERVER
-    if _SERVER is None:
-        # Forked from a process that has never run a backward, which could not be forked.
-        _SERVER = mp.get_context("forkserver")
-        _SERVER.set_forkserver_preload([SCENARIOS])
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.iterdir():
         old.unlink()
     processes = [
-        _SERVER.Process(target=_work, args=(scenario, rank, size, folder, args))
+        server().Process(target=_work, args=(scenario, rank, size, folder, args))
         for rank in range(size)
     ]
     for process in processes:

@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 import lorainit
 from lorainit.adapters.anchor import placed_like
 from lorainit.adapters.layers import true_config
+from lorainit.calibration.fit_heads import DECAYS, fit_heads
 from lorainit.errors import LorainitError
 from lorainit.linalg.block_triangle import mirror, panels
 from lorainit.parallel import collectives, exchange
@@ -292,7 +293,7 @@ def caps(rank: int, size: int, split: list[int], cap: int) -> tuple[float, int]:
 
 
 def starts(rank: int, size: int, kind: str, names: Sequence[str]) -> dict[str, Any]:
-    """Adapters by method; each is trained for 8 steps."""
+    """Adapters by method; each is trained for four steps."""
     found: dict[str, Any] = {}
     for name in names:
         data = part(ROWS, even(size), rank)
@@ -402,7 +403,7 @@ def ranked_by_error(rank: int, size: int, kind: str) -> list[dict[str, Tensor]]:
 
 
 def train(model: Any, rank: int, size: int) -> list[float]:
-    """Eight steps on all rows; gradients are averaged by the wrapper, or here where there is none."""
+    """Four steps on all rows; gradients are averaged by the wrapper, or here where there is none."""
     torch.manual_seed(0)
     learning = [p for p in model.parameters() if p.requires_grad]
     unsynchronized = [p for p in learning if not hasattr(p, "device_mesh")]
@@ -417,7 +418,7 @@ def train(model: Any, rank: int, size: int) -> list[float]:
     }
     whole_batch["labels"] = whole_batch["input_ids"]
     losses = []
-    for _ in range(8):
+    for _ in range(4):
         loss = run(**whole_batch).loss
         optimizer.zero_grad()
         loss.backward()
@@ -740,7 +741,8 @@ def matched_shards(rank: int, size: int) -> dict[str, Any]:
 
 
 def fitted_heads(rank: int, size: int, counts: Sequence[int]) -> tuple[dict[str, Tensor], Any]:
-    """A new head is fitted on all processes' sequences, whoever has how many of them."""
+    """A new head is fitted on all processes' sequences, whoever has how many of them; of three decays."""
+    fit_heads.__kwdefaults__["decays"] = DECAYS[::5]
     rows = classifiers.labelled("classes", 60, 1)
     first = sum(counts[:rank])
     torch.manual_seed(100)

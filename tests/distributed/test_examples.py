@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +12,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from tests.fresh import run_program
 from tests.life.words import tokenizer
 from tests.statistics import models
 
@@ -36,16 +34,11 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run(folder: Path, launcher: list[str], *extra: str) -> str:
-    command = [sys.executable, "-m", *launcher]
-    command += ["--model", str(folder / "model"), "--data", str(folder / "train.jsonl")]
-    command += ["--out", str(folder / "adapter"), "--rank", "2", "--steps", "3", *extra]
-    settings = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        command, env=os.environ | settings, capture_output=True, text=True, timeout=400, cwd=folder
-    )
-    assert done.returncode == 0, done.stderr[-12000:]
-    return done.stdout + done.stderr
+def run(folder: Path, program: list[str], *extra: str, processes: int = 1) -> str:
+    """In processes that are forked; those that a launcher starts are new interpreters."""
+    words = ["--model", str(folder / "model"), "--data", str(folder / "train.jsonl")]
+    words += ["--out", str(folder / "adapter"), "--rank", "2", "--steps", "3", *extra]
+    return run_program(program[0], [*program[1:], *words], folder, processes)
 
 
 def check_adapter(folder: Path) -> None:
@@ -60,7 +53,7 @@ def check_adapter(folder: Path) -> None:
 @pytest.mark.slow
 def test_fully_shard(folder: Path) -> None:
     script = str(ROOT / "examples" / "fully_shard.py")
-    out = run(folder, ["torch.distributed.run", "--nproc_per_node=2", script])
+    out = run(folder, [script], processes=2)
     assert out.count("loss") == 3
     check_adapter(folder)
 
@@ -71,16 +64,8 @@ LOSS = re.compile(r"'loss': '?([0-9.]+)")
 @pytest.mark.slow
 def test_sft(folder: Path) -> None:
     """DDP, and FSDP2 by the configuration beside the example: one training."""
-    # With accelerate's own --cpu it would be one process.
-    launcher = [
-        "accelerate.commands.launch",
-        "--multi_gpu",
-        "--num_processes=2",
-        "--num_machines=1",
-    ]
-    launcher += ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
     script = str(ROOT / "examples" / "sft.py")
-    out = run(folder, [*launcher, script], "--cpu")
+    out = run(folder, [script], "--cpu", processes=2)
     check_adapter(folder)
     expected = load_file(folder / "adapter" / "adapter_model.safetensors")
     losses = [float(text) for text in LOSS.findall(out)]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,22 +32,33 @@ def close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: floa
         assert (found[name] - value).abs().max() <= tolerance * value.abs().max(), name
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], dict[str, Any]]:
+    """What one process finds with a trainer and a method, which every kind of group is compared to."""
+
+    @cache
+    def found(which: str, name: str) -> dict[str, Any]:
+        place = tmp_path_factory.mktemp("alone")
+        words = which, "alone", name, str(place / "run")
+        (result,) = succeeded(launch(trainer_scenarios.trained, 1, place / "1", *words))
+        return dict(result)
+
+    return found
+
+
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2", pytest.param("zero3", marks=NEEDS_DEEPSPEED)])
 @pytest.mark.parametrize(
     ("which", "name"), [("Trainer", "filet"), ("SFTTrainer", "filet"), ("SFTTrainer", "lora_da")]
 )
-def test_door_in_two_processes(which: str, kind: str, name: str, tmp_path: Path) -> None:
-    scenario = trainer_scenarios.trained
-    (alone,) = succeeded(
-        launch(scenario, 1, tmp_path / "1", which, "alone", name, str(tmp_path / "alone"))
-    )
-    first, second = succeeded(
-        launch(scenario, 2, tmp_path / "2", which, kind, name, str(tmp_path / "two"))
-    )
-    close(first["start"], alone["start"], 1e-3)
+def test_door_in_two_processes(
+    which: str, kind: str, name: str, alone: Callable[[str, str], dict[str, Any]], tmp_path: Path
+) -> None:
+    one, words = alone(which, name), (which, kind, name, str(tmp_path / "two"))
+    first, second = succeeded(launch(trainer_scenarios.trained, 2, tmp_path / "2", *words))
+    close(first["start"], one["start"], 1e-3)
     for key in ("start", "learned"):
         assert all(torch.equal(value, second[key][n]) for n, value in first[key].items())
-    assert first["losses"] == pytest.approx(alone["losses"], rel=1e-3)
+    assert first["losses"] == pytest.approx(one["losses"], rel=1e-3)
     for other in ("ready", "resumed"):
         check_same(first, first[other])
     folder = tmp_path / "two" / "door" / f"checkpoint-{trainer_scenarios.STEPS}"

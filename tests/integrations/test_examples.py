@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.fresh import run_program
 from tests.life.words import tokenizer
 from tests.statistics import models
 
@@ -20,20 +18,9 @@ ROOT = Path(__file__).parents[2]
 
 
 def run(script: str, folder: Path, *extra: str) -> str:
-    command = [sys.executable, str(ROOT / "examples" / script), "--model", str(folder / "model")]
-    command += ["--data", str(folder / "data"), "--out", str(folder / "out"), "--rank", "2"]
-    settings = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [*command, "--steps", "3", *extra],
-        env=os.environ | settings,
-        capture_output=True,
-        text=True,
-        timeout=400,
-        cwd=folder,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-6000:]
-    return done.stdout + done.stderr
+    words = ["--model", str(folder / "model"), "--data", str(folder / "data")]
+    words += ["--out", str(folder / "out"), "--rank", "2", "--steps", "3", *extra]
+    return run_program(str(ROOT / "examples" / script), words, folder)
 
 
 def write(folder: Path, rows: list[dict[str, Any]]) -> None:

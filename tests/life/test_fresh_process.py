@@ -9,6 +9,7 @@ import torch
 
 import lorainit
 from tests.adapters import tiny
+from tests.fresh import run_forked
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -71,7 +72,7 @@ def test_an_adapter_of_a_quantized_base_in_a_fresh_process(kind: str, tmp_path: 
 
     wrapped = tiny.train(tiny.start(quantized(kind), tiny.METHODS["anchored"]))
     wrapped.save_pretrained(tmp_path)
-    found = tiny.run_fresh(
+    found = run_forked(
         """
         import torch
         import lorainit

@@ -10,6 +10,7 @@ from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
 
 from tests.adapters import tiny
+from tests.fresh import run_forked
 
 pytest.importorskip("trl")
 from tests.life import sft
@@ -49,7 +50,7 @@ def test_sft_cut_and_resumed_in_a_fresh_process(kind: str, form: str, tmp_path: 
     tiny.assert_same_bits(before, tiny.base_weights(whole))
 
     sft.run(sft.started(kind, form, tmp_path / "data"), tmp_path / "cut", form, stop=True)
-    found = tiny.run_fresh(
+    found = run_forked(
         """
         from pathlib import Path
         from tests.adapters import tiny

@@ -13,6 +13,7 @@ from peft import PeftModel
 
 import lorainit
 from tests.adapters import tiny
+from tests.fresh import run_forked
 from tests.life import trainer as life
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -48,7 +49,7 @@ def test_killed_and_resumed_is_uninterrupted(kind: str, tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "again", tmp_path / "folder")
 
     live = tiny.logits(whole).double().flatten().tolist()
-    for name, found in tiny.run_fresh(RESUME, kind=kind, root=str(tmp_path)).items():
+    for name, found in run_forked(RESUME, kind=kind, root=str(tmp_path)).items():
         assert found["losses"] == uninterrupted[life.CUT :], name
         assert found["logits"] == live, name
 
@@ -64,7 +65,7 @@ def test_a_process_that_dies_between_two_checkpoints(tmp_path: Path) -> None:
     uninterrupted = life.run(whole, tmp_path / "whole")
     root = str(tmp_path)
     with pytest.raises(AssertionError):
-        tiny.run_fresh(
+        run_forked(
             """
             from tests.life import trainer as life
             life.seeded()
