@@ -14,8 +14,9 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 
 import lorainit
 from lorainit.adapters.factors_of import factors_of
+from lorainit.calibration import sign_step
 from lorainit.calibration.learning_rate import first_minimum, suggested
-from lorainit.calibration.sign_step import LEAST_ROW, SignStep, lengthened
+from lorainit.calibration.sign_step import LEAST_ROW, SignStep
 from lorainit.errors import AdapterError, DataError, MissingStatisticError
 from lorainit.types import Factors
 from tests.adapters.tiny import config, llama
@@ -96,7 +97,9 @@ def test_every_loss_is_that_of_the_model_after_one_step(method: Any) -> None:
     assert max(loss for _, loss in found.trials) > 1.01 * min(loss for _, loss in found.trials)
 
 
-def test_short_rows_ask_for_no_higher_rate_than_long_ones() -> None:
+def test_short_rows_ask_for_no_higher_rate_than_long_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """A run moves them by the rate at every step; the first step alone does not see that."""
     found = {}
     for share in (1.0, 0.05):
@@ -107,33 +110,55 @@ def test_short_rows_ask_for_no_higher_rate_than_long_ones() -> None:
         found[share] = suggestion(model)
     long, short = found[1.0], found[0.05]
     assert len(short.trials) == len(long.trials)
-    assert short.one_step == pytest.approx(long.one_step * 3**-0.5 / LEAST_ROW, rel=0.15)
-    # Control: by their own first step they would ask for nearly twenty times that.
-    steps = {
-        "layer": SignStep.of(
-            Factors(torch.ones(2, 4) * 0.01, torch.zeros(3, 2), False), 1.0, torch.eye(3, 4)
-        )
-    }
-    own, longer = steps["layer"].at(1e-3), lengthened(steps)["layer"].at(1e-3)
-    assert torch.allclose(longer.left @ longer.right, own.left @ own.right * (LEAST_ROW / 0.02))
+    assert long.one_step / 2 < short.one_step < 2 * long.one_step
+
+    def first(rate: lorainit.LearningRate) -> float:
+        """What the step at the lowest rate takes off the loss, per rate."""
+        lowest, loss = rate.trials[0]
+        return (rate.base_loss - loss) / lowest
+
+    assert first(short) > 0.3 * first(long)
+    # Control: their own first step is a twentieth as long.
+    monkeypatch.setattr(sign_step, "LEAST_ROW", 0.0)
+    assert first(suggestion(model)) < 0.1 * first(long)
+
+
+def test_a_step_of_short_rows_is_that_of_rows_with_signs_added() -> None:
+    """From the gradient at the longer rows; of the length asked for in the mean square."""
+    gradient = torch.randn(3, 400, generator=torch.Generator().manual_seed(0))
+    short = torch.randn(2, 400, generator=torch.Generator().manual_seed(1)) * 0.01
+    step = SignStep.of(Factors(short, torch.ones(3, 2), False), 1.0, gradient)
+    rows = step.factors.A
+    assert float(rows.square().sum() / 2) == pytest.approx(LEAST_ROW**2, rel=0.1)
+    added = rows - short
+    assert torch.allclose(added.abs(), added.abs().mean(), rtol=1e-4)
+    assert abs(float(added.sign().mean())) < 0.1
+    assert torch.equal(step.sign_b, torch.sign(gradient @ rows.mT))
+    again = SignStep.of(Factors(short, torch.ones(3, 2), False), 1.0, gradient)
+    assert torch.equal(again.factors.A, rows)
+
+
+def test_a_short_row_along_which_the_loss_is_steep_asks_for_no_lower_rate() -> None:
+    """Lengthened along itself its step would be as many times as long there."""
+    steep = torch.zeros(1, 400)
+    steep[0, 0] = 0.05
+    gradient = torch.zeros(3, 400)
+    gradient[:, 0] = 1.0
+    step = SignStep.of(Factors(steep, torch.zeros(3, 1), False), 1.0, gradient)
+    moved = step.at(1e-3)
+    along = float((moved.left @ moved.right)[:, 0].abs().max())
+    assert along < 2 * 1e-3 * 0.05
+    assert along > 0.2 * 1e-3 * 0.05
 
 
 def test_long_rows_and_anchored_factors_are_as_they_are() -> None:
     gradient = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
-    small, large = torch.ones(2, 4) * 0.01, torch.ones(2, 4)
-    anchored = SignStep.of(Factors(small, torch.ones(3, 2), True), 1.0, gradient)
-    for free in (large, torch.zeros(2, 4)):
-        steps = {
-            "a": anchored,
-            "b": SignStep.of(Factors(free, torch.zeros(3, 2), False), 1.0, gradient),
-        }
-        assert lengthened(steps) == steps
-    # The median decides: one layer with short rows among two with long ones.
-    three = {
-        n: SignStep.of(Factors(a, torch.zeros(3, 2), False), 1.0, gradient)
-        for n, a in zip("abc", (small, large, large), strict=True)
-    }
-    assert lengthened(three) == three
+    small, large, none = torch.ones(2, 4) * 0.01, torch.ones(2, 4), torch.zeros(2, 4)
+    for a, anchored, kept in (
+        (small, True, True), (large, False, True), (none, False, True), (small, False, False),
+    ):  # fmt: skip
+        step = SignStep.of(Factors(a, torch.ones(3, 2), anchored), 1.0, gradient)
+        assert torch.equal(step.factors.A, a) == kept
 
 
 def test_the_first_of_two_minima() -> None:

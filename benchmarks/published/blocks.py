@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable
 
 from benchmarks.common.cache import REPOSITORY
+from benchmarks.published.head_blocks import default_beside_heads, parts_of_heads
 from benchmarks.published.rate_blocks import (
     fixed_rates,
     matched_at,
@@ -34,7 +35,7 @@ from benchmarks.published.sources import (
 )
 from benchmarks.quality.analysis.grid_comparison import compared, differences
 from benchmarks.quality.analysis.markdown import table
-from benchmarks.quality.analysis.rate_grid import BASELINE, Cells, tuned_loss
+from benchmarks.quality.analysis.rate_grid import BASELINE, Cells, labels_of, tuned_loss
 from benchmarks.quality.analysis.suggested_rates import quantiles
 from benchmarks.quality.analysis.t_tests import Mean
 from benchmarks.quality.records import read_records
@@ -53,6 +54,7 @@ _NAMES = {
     "lora-da": "LoRA-DA",
     "lora-da(scale=calibrated)": "LoRA-DA, length measured",
     "lora-ga": "LoRA-GA",
+    "lora-one": "LoRA-One",
     "cg-lora": "CG-LoRA",
     "filet": "FILet",
     "natural": "Natural",
@@ -185,26 +187,24 @@ def tuned_lines(cells: Cells) -> str:
 
 def classifier(model: str) -> str:
     """A model with a head: every line beside plain LoRA, tuned and with both at 1e-4."""
-    beside = differences(grid_cells(model))
+    now, default = default_beside_heads(model)
+    names = _NAMES | {default: _NAMES["auto"], "auto": "Auto until November 30, 2026"}
     rows = []
-    for label in sorted(beside, key=lambda label: tuned(label, model).value):
-        seeds = min(d.seeds for d in beside[label])
-        points = Mean.of([d.exact for d in beside[label]])
-        low = at_rate(label, 1e-4, grid_cells(model))
-        rows.append(
-            [
-                _NAMES.get(label, label),
-                f"{points.tasks} x {seeds}",
-                str(tuned(label, model)),
-                points.rounded(1),
-                str(low),
-            ]
-        )
+    for cells, labels in ((now, [default]), (grid_cells(model), labels_of(grid_cells(model)))):
+        beside = differences(cells)
+        for label in labels:
+            loss, points = (
+                Mean.of([getattr(d, key) for d in beside[label]]) for key in ("loss", "exact")
+            )
+            seeds = min(d.seeds for d in beside[label])
+            low = at_rate(label, 1e-4, cells)
+            row = [names.get(label, label), f"{points.tasks} x {seeds}", str(loss)]
+            rows.append((loss.value, [*row, points.rounded(1), str(low)]))
     heads = [
         "line", "tasks x least seeds", "test loss beside plain LoRA's, each tuned", "points, tuned",
         "test loss, both at 1e-4",
     ]  # fmt: skip
-    return table(heads, rows)
+    return table(heads, [row for _, row in sorted(rows, key=lambda r: r[0])])
 
 
 def new_heads() -> str:
@@ -249,8 +249,9 @@ def what_you_get() -> str:
     common = [c.regret(1e-4) for c in rate_cases()]
     low, best = at_rate("auto", 1e-4), tuned("auto")
     told = [matched_at("auto", rate) for rate in (1e-4, 2e-4)]
-    images = Mean.of([d.exact for d in differences(grid_cells(IMAGES))["auto"]])
-    images_low = at_rate("auto", 1e-4, grid_cells(IMAGES))
+    now, default = default_beside_heads(IMAGES)
+    images = Mean.of([d.exact for d in differences(now)[default]])
+    images_low = at_rate(default, 1e-4, now)
     ours, theirs = start_seconds("EVA"), 32 * start_seconds("PEFT EVA")
     rows = [
         [
@@ -325,6 +326,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "sentences": lambda: classifier("all-minilm-l6-v2"),
     "images": lambda: classifier(IMAGES),
     "new-heads": new_heads,
+    "parts-of-heads": parts_of_heads,
     "what-you-get": what_you_get,
 }
 """By the name that stands in the page."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from benchmarks.published.sources import (
     MODEL,
     at_rate,
@@ -25,7 +27,10 @@ from benchmarks.quality.analysis.suggested_rates import by_model
 from benchmarks.quality.analysis.suggested_rates import table as rates_table
 from benchmarks.quality.analysis.suggested_runs import suggested_table
 from benchmarks.quality.analysis.t_tests import Mean
+from benchmarks.quality.choose import CHOSEN
+from benchmarks.quality.data.reasoning import KNOWN
 from benchmarks.quality.experiment import GRID
+from benchmarks.quality.records import Record
 from lorainit.calibration.learning_rate import suggested
 
 _HALF_TO_16 = (0.5, 2.0, 4.0, 8.0, 16.0)
@@ -70,13 +75,18 @@ def suggested_ranks() -> str:
 
 def matched_at(label: str, rate: float) -> Mean:
     """Test loss of a line that is told a rate, above plain LoRA's at that rate."""
-    told, grid = (runs_of(own_records(), stage) for stage in ("matched", "grid"))
+    told, grid = (runs_of(of_chosen(own_records()), stage) for stage in ("matched", "grid"))
     return Mean.of(gaps(told[matched(label)], grid[BASELINE].get, rate))
+
+
+def of_chosen(records: Iterable[Record]) -> list[Record]:
+    """Without the fresh tasks, of which no table chooses."""
+    return [r for r in records if r["task"] in CHOSEN or r["task"] not in KNOWN]
 
 
 def matched_rates(model: str = MODEL) -> str:
     """Auto and plain LoRA told their rate, beside plain LoRA at that rate."""
-    return by_rate(own_records(model), grid_cells(model))
+    return by_rate(of_chosen(own_records(model)), grid_cells(model))
 
 
 def matched_ranks() -> str:

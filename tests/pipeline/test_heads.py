@@ -179,7 +179,8 @@ def test_the_default_takes_no_step_where_a_head_was_fitted(
     # What is told to take it takes it, and a head that was left as it is does not keep it from being taken.
     assert "start_loss" in origin_of(started(classifier(), method=NATURAL), "default").measured
     trained = started(classifier(), "noise", method=auto)
-    assert collected and origin_of(trained, "default").heads["fitted"] == []
+    assert collected
+    assert origin_of(trained, "default").heads["fitted"] == []
 
 
 def test_an_adapter_that_exists_gets_plain_factors_beside_a_fitted_head() -> None:

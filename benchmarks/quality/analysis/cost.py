@@ -30,27 +30,28 @@ STEP_SECONDS = RESULTS / "step_seconds.jsonl"
 
 @dataclass(frozen=True)
 class StepTimes:
-    """Seconds of one model, measured alone.
+    """Seconds of one model on one device, measured alone.
 
     Attributes:
         steps: of a training step, by task.
         starts: of a start, by label and task.
-        devices: that they were measured on.
+        device: that they were measured on; empty where nothing was.
     """
 
     steps: dict[str, float] = field(default_factory=dict)
     starts: dict[tuple[str, str], float] = field(default_factory=dict)
-    devices: tuple[str, ...] = ()
+    device: str = ""
 
     @classmethod
     def of(cls, lines: Iterable[Record], model: str) -> StepTimes:
-        """Of several lines that say the same, the median."""
+        """Of several lines that say the same, the median; of several devices, the one of the quickest step."""
+        mine = [line for line in lines if line["model"] == model]
+        timed = [line for line in mine if "step_seconds" in line]
+        if not timed:
+            return cls()
+        device = min(timed, key=lambda line: line["step_seconds"])["device"]
         steps, starts = defaultdict(list), defaultdict(list)
-        devices = set()
-        for line in lines:
-            if line["model"] != model:
-                continue
-            devices.add(line["device"])
+        for line in (line for line in mine if line["device"] == device):
             if "step_seconds" in line:
                 steps[line["task"]].append(line["step_seconds"])
             else:
@@ -58,7 +59,7 @@ class StepTimes:
         return cls(
             {key: statistics.median(v) for key, v in steps.items()},
             {key: statistics.median(v) for key, v in starts.items()},
-            tuple(sorted(devices)),
+            device,
         )
 
     def start(self, label: str, task: str) -> float | None:

@@ -165,7 +165,7 @@ def _seconds(times: StepTimes) -> str:
     if not times.steps:
         return f"{text} No unstacked step was timed for this model."
     return (
-        f"{text} Steps of one adapter alone on {', '.join(times.devices)}, by `python -m "
+        f"{text} Steps of one adapter alone on {times.device}, by `python -m "
         "benchmarks.quality.step_time`; the last column takes the share of steps saved to be the same for any "
         "number of steps."
     )

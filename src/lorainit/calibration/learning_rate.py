@@ -45,7 +45,7 @@ class LearningRate:
         low: the lower end of a range worth trying, see docs/learning_rate.md for what its ends cost.
         high: its upper end.
         one_step: the rate at which one step of signs lowers the held-out loss most, short rows of `A`
-            lengthened (`lorainit.calibration.sign_step.lengthened`).
+            lengthened (`lorainit.calibration.sign_step.with_long_rows`).
         base_loss: on the held-back sequences, without the adapter.
         sequences: how many it was measured on, over all processes.
         trials: every ``(rate, loss)`` measured, ascending.

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,7 +11,7 @@ from lorainit.models.displacement import LowRank
 from lorainit.types import Factors
 
 LEAST_ROW = 0.5
-"""A row of `A` counts as at least so long; one of plain LoRA's is ``1/sqrt(3)``, about 0.58."""
+"""The rows of a layer's `A` count as at least so long in the mean square; plain LoRA's are ``1/sqrt(3)``."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,7 +20,7 @@ class SignStep:
 
     Adam's first update is ``m / (sqrt(v) + eps)`` of one gradient, that is its sign, times the rate. An
     anchored pair is the base as it is; of any other the base is at ``B = 0``, where the gradient of ``A``
-    is zero.
+    is zero, and short rows of it are lengthened (`with_long_rows`).
 
     Attributes:
         factors: ``A`` ``(rank, in)``, ``B`` ``(out, rank)``, in float32.
@@ -40,6 +38,7 @@ class SignStep:
     def of(cls, factors: Factors, scaling: float, gradient: Tensor) -> SignStep:
         """From the gradient of the loss with respect to the layer's weight, ``(out, in)``."""
         a, b = (half.detach().to(gradient) for half in (factors.A, factors.B))
+        a = a if factors.anchored else with_long_rows(a)
         sign_b = torch.sign(gradient @ a.mT)
         sign_a = torch.sign(b.mT @ gradient) if factors.anchored else None
         return cls(Factors(a, b, factors.anchored), scaling, sign_a, sign_b)
@@ -54,29 +53,18 @@ class SignStep:
         return LowRank(left, torch.cat([a - rate * self.sign_a, a]))
 
 
-def lengthened(steps: Mapping[str, SignStep]) -> dict[str, SignStep]:
-    """The steps from ``B = 0`` with rows of `A` as long as `LEAST_ROW`, median over layers, or longer.
+def with_long_rows(a: Tensor) -> Tensor:
+    """Rows of ``A`` ``(rank, in)`` as a few of Adam's steps leave them: of a root mean square of `LEAST_ROW`.
 
-    Adam moves every entry of `A` by about the rate at each step of a run, however small it is, so short rows
-    are long after a few. The first step alone does not move them, and would be longest for the shortest.
-
-    Args:
-        steps: by layer.
-
-    Returns:
-        The same where rows are long enough, or where the factors are anchored.
+    Adam moves every entry by about the rate at each step of a run, however small it is, so short rows are long
+    after a few, in directions that are not their own. The first step from ``B = 0`` does not move them at all,
+    and would be longest for the shortest. What is missing is added as signs drawn at random, the same every
+    time; rows that are long enough, or zero, stay as they are.
     """
-    free = {name: step for name, step in steps.items() if step.sign_a is None}
-    sizes = [
-        float(torch.linalg.vector_norm(s.factors.A)) / len(s.factors.A) ** 0.5
-        for s in free.values()
-    ]
-    sizes = [size for size in sizes if size > 0]
-    factor = LEAST_ROW / statistics.median(sizes) if sizes else 1.0
-    if factor <= 1:
-        return dict(steps)
-    longer = {
-        name: replace(step, factors=replace(step.factors, A=step.factors.A * factor))
-        for name, step in free.items()
-    }
-    return {name: longer.get(name, step) for name, step in steps.items()}
+    size = float(torch.linalg.vector_norm(a)) / len(a) ** 0.5
+    if not 0 < size < LEAST_ROW:
+        return a
+    generator = torch.Generator().manual_seed(0)
+    signs: Tensor = torch.randint(0, 2, a.shape, generator=generator).to(a) * 2 - 1
+    missing = ((LEAST_ROW**2 - size**2) / a.shape[-1]) ** 0.5
+    return a.add(signs, alpha=missing)

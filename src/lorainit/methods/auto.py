@@ -20,8 +20,8 @@ class Auto(Natural):
     that training is the plain PEFT run with the same seed.
 
     Where a head beside the adapter was fitted first (``fit_heads``), no step is taken and no statistics are
-    collected: after it a step was worth nothing on seven image tasks and three of sentences, and where it
-    passed `least_gain` it ended above plain LoRA (docs/heads.md). `Natural` takes it.
+    collected: after it a step ended level on seven image tasks and a little above on three of sentences
+    (docs/heads.md). `Natural` takes it.
 
     Without data to measure on (``statistics`` alone) it is `Natural`. With both, all of the data is
     measured on: give other data than the statistics are of, or what is measured is too good.
@@ -48,7 +48,7 @@ class Auto(Natural):
     least_taken: float = 0.125
 
     needs_reference: ClassVar[bool] = False
-    beside_fitted_heads: ClassVar[str] = "a head was fitted first, and a step after it is worth nothing"
+    beside_fitted_heads: ClassVar[str] = "a head was fitted first, and a step after it does not pay"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -12,7 +12,7 @@ from lorainit.adapters.layers import configurations
 from lorainit.adapters.match_learning_rate import resize_for
 from lorainit.adapters.origin import remember_measured
 from lorainit.calibration.learning_rate import LearningRate, find_learning_rate
-from lorainit.calibration.sign_step import SignStep, lengthened
+from lorainit.calibration.sign_step import SignStep
 from lorainit.data.sampling import Sample
 from lorainit.errors import DataError
 from lorainit.parallel import collectives
@@ -68,7 +68,7 @@ def measured_rate(
                         scaling *= resized**2
                     steps[name] = SignStep.of(pair, scaling, part[name].gradient)
     sequences = int(collectives.sum_counts([held.sequences])[0])
-    rate = find_learning_rate(lengthened(steps), measurements.held_out_loss(held), sequences)
+    rate = find_learning_rate(steps, measurements.held_out_loss(held), sequences)
     return rate.for_factors_times(resized)
 
 

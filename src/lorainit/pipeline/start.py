@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, TypeGuard
 
 from lorainit.adapters.targets import Target
 from lorainit.adapters.weights import read_weight
@@ -110,9 +110,8 @@ def find_start(
         calibration_share: of the sample, held back to measure lengths on where statistics are collected.
         heads_fitted: whether heads beside the adapter were fitted first, and are in use.
     """
-    if heads_fitted and isinstance(method, LeavesItToHeads):
-        if worth_giving_back(method, measurements.reference) is None:
-            return _refused(measurements, {}, None, method.beside_fitted_heads)
+    if heads_fitted and _leaves_it_to_heads(method, measurements):
+        return _refused(measurements, {}, None, method.beside_fitted_heads)
     if isinstance(method, ChangesStart):
         like = find_start(
             method.like,
@@ -134,6 +133,13 @@ def find_start(
     measurements = measurements.reallocated(method, statistics)
     start = _solved(method, measurements, statistics, precision)
     return _at_stated_length(start, measurements, method) if _is_measured(method) else start
+
+
+def _leaves_it_to_heads(method: Method, measurements: Measurements) -> TypeGuard[LeavesItToHeads]:
+    """Whether nothing is to be done beside fitted heads; what quantization took is given back all the same."""
+    if not isinstance(method, LeavesItToHeads):
+        return False
+    return worth_giving_back(method, measurements.reference) is None
 
 
 def _measured(

@@ -175,14 +175,11 @@ class RefusesStart(MeasuresLength, Protocol):
 
 @runtime_checkable
 class LeavesItToHeads(Method, Protocol):
-    """A method that takes no step where heads beside the adapter were fitted first.
-
-    Attributes:
-        beside_fitted_heads: why plain LoRA is taken in its place, as the end of a sentence.
-    """
+    """A method that takes no step where heads beside the adapter were fitted first."""
 
     @property
-    def beside_fitted_heads(self) -> str: ...
+    def beside_fitted_heads(self) -> str:
+        """Why plain LoRA is taken in its place, as the end of a sentence."""
 
 
 @runtime_checkable

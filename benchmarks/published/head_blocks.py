@@ -1,0 +1,66 @@
+"""What the block about fitted heads says, from the records of the stage "heads"."""
+
+from __future__ import annotations
+
+from benchmarks.published.sources import own_records
+from benchmarks.quality.analysis.grid_comparison import differences
+from benchmarks.quality.analysis.markdown import table
+from benchmarks.quality.analysis.rate_grid import BASELINE, Cells, cells_of, pairs
+from benchmarks.quality.analysis.rate_tables import gaps_at
+from benchmarks.quality.analysis.t_tests import Mean
+from benchmarks.quality.records import Record
+from lorainit.calibration.fit_heads import PART
+from lorainit.pipeline.heads import TIMES_AS_MANY
+
+_MODELS = {"all-minilm-l6-v2": "sentences", "vit-mnist": "images"}
+
+
+def seen_by_head(record: Record) -> int:
+    """Sequences that a head was fitted on; some of them held back."""
+    experiment = record["experiment"]
+    times = TIMES_AS_MANY * experiment["statistics_samples"]
+    return int(min(times, experiment["train_samples"]))
+
+
+def head_cells(model: str) -> dict[tuple[float, int], Cells]:
+    """Plain LoRA with a head that went a part of the way, by part and sequences, and with a random one."""
+    lines: dict[tuple[float, int], list[Record]] = {}
+    plain = [r for r in own_records(model) if r["stage"] == "grid" and r["label"] == BASELINE]
+    for record in own_records(model):
+        part = record["experiment"]["settings"].get("fitted")
+        if record["stage"] == "heads" and record["method"] == BASELINE and part:
+            lines.setdefault((part, seen_by_head(record)), []).append(record | {"stage": "grid"})
+    found = {}
+    for key, mine in sorted(lines.items()):
+        rates = set.intersection(*(
+            {r["learning_rate"] for r in mine if r["task"] == task and r["seed"] == seed}
+            for task, seed in {(r["task"], r["seed"]) for r in mine}
+        ))  # fmt: skip
+        found[key] = cells_of([*plain, *mine], rates=rates, least=rates)
+    return found
+
+
+def default_beside_heads(model: str) -> tuple[Cells, str]:
+    """What Auto is beside a new head, and its label: plain LoRA, the head a part of the way."""
+    lines = head_cells(model)
+    return lines[max(key for key in lines if key[0] == PART)], f"{BASELINE}(fitted={PART})"
+
+
+def parts_of_heads() -> str:
+    """Test loss and right answers beside plain LoRA's under a random head, by part of the way and sequences."""
+    rows = []
+    for model, name in _MODELS.items():
+        for (part, sequences), cells in head_cells(model).items():
+            (label,) = {line for lines in cells.values() for line in lines} - {BASELINE}
+            found, seeds = differences(cells)[label], {len(p.seeds) for p in pairs(cells, label)}
+            low = gaps_at(cells, label, 1e-4)
+            points = Mean.of([d.exact for d in found])
+            rows.append([
+                name, f"{part:g}", f"{sequences:,}", f"{len(found)} x {min(seeds)}",
+                str(Mean.of([d.loss for d in found])), points.rounded(1), str(Mean.of(low)),
+            ])  # fmt: skip
+    heads = [
+        "data", "part of the way", "sequences", "tasks x least seeds", "test loss, each tuned",
+        "points, tuned", "test loss, both at 1e-4",
+    ]  # fmt: skip
+    return table(heads, rows)
