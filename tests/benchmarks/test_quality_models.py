@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
@@ -151,6 +153,32 @@ def test_a_start_that_fits_the_head_leaves_the_base_its_own(tmp_path, kind, make
     assert torch.equal(after, before)
     assert model.classifier is head
     assert not hasattr(model, "peft_config")
+
+
+@pytest.mark.parametrize(("kind", "make", "name"), CASES)
+def test_a_head_goes_as_far_as_it_is_told(tmp_path, kind, make, name):
+    """A part of the way that a whole one goes, from where it was; not at all with false."""
+    write(tmp_path, kind)
+    train, model = load_pools(kind, tmp_path, name)["train"], make()
+    common = {"model": name, "rank": 2, "precision": "fp32", "train_samples": 64}
+    weights, counts = {}, {}
+    told = {"": {}, "no": {"fitted": False}, "half": {"fitted": 0.5}}
+    told |= {"whole": {"fitted": 1.0}, "as ever": {"fitted": True}}
+    for key, settings in told.items():
+        line = Experiment(kind, "vanilla", 1e-3, settings=settings, statistics_samples=16, **common)
+        initialise = Initialiser(model, batch_size=8)
+        with mock.patch.object(initialise, "batches", wraps=initialise.batches) as batches:
+            weights[key] = initialise(line, train).start.extras["classifier.weight"]
+        counts[key] = [call.args[2] for call in batches.mock_calls]
+    assert torch.equal(weights[""], weights["no"])
+    way = weights["whole"] - weights[""]
+    assert way.norm() > 0
+    assert torch.allclose(weights["half"], weights[""] + way / 2, atol=1e-6)
+    assert torch.allclose(weights["as ever"], weights[""] + way / 4, atol=1e-6)
+    # Four times what statistics would have.
+    assert counts == {"": [], "no": [], "half": [4], "whole": [4], "as ever": [4]}
+    batches = Initialiser(model, batch_size=8).batches(line, train, 4)
+    assert sum(len(batch["labels"]) for batch in batches) == 64
 
 
 def test_full_fine_tuning_is_plain_training_of_every_weight(tmp_path):

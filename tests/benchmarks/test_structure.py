@@ -68,6 +68,8 @@ INTERNAL = {
     "quality/suggested.py": "judges the law that is the package's own",
     "published/blocks.py": "judges the law that is the package's own",
     "published/rate_blocks.py": "judges it, too",
+    "published/head_blocks.py": "how many sequences a head sees",
+    "quality/initialization.py": "a head that goes another part of the way than the package's",
     "common/package_internals.py": "parts of a start, timed one by one",
     "quantized/bench.py": "what is checked is how the package reads a quantized weight",
     "studies/precision/products.py": "counts products inside the iteration, and moves its goal",
