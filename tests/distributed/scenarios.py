@@ -740,7 +740,9 @@ def matched_shards(rank: int, size: int) -> dict[str, Any]:
     return {n: whole(p) for n, p in model.named_parameters() if "lora_" in n} | {"logits": logits}
 
 
-def fitted_heads(rank: int, size: int, counts: Sequence[int]) -> tuple[dict[str, Tensor], Any]:
+def fitted_heads(
+    rank: int, size: int, counts: Sequence[int], most: int = 60
+) -> tuple[dict[str, Tensor], Any, float]:
     """A new head is fitted on all processes' sequences, whoever has how many of them; of three decays."""
     fit_heads.__kwdefaults__["decays"] = DECAYS[::5]
     rows = classifiers.labelled("classes", 60, 1)
@@ -751,8 +753,9 @@ def fitted_heads(rank: int, size: int, counts: Sequence[int]) -> tuple[dict[str,
         classifiers.config(),
         method=lorainit.LoraOne(),
         data=rows[first : first + counts[rank]],
+        max_sequences=most,
         progress=False,
     )
-    heads = model.peft_config["default"].origin.heads
+    origin = model.peft_config["default"].origin
     trained = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
-    return trained, heads
+    return trained, origin.heads, origin.measured["data_sequences"]

@@ -244,7 +244,7 @@ def test_an_adapter_over_shards_is_matched_as_a_whole_one(tmp_path: Path) -> Non
 
 def test_a_new_head_is_fitted_together(tmp_path: Path) -> None:
     """One process's head, and start, to the arithmetic of sums; and the same bits on all."""
-    ((alone, known),) = succeeded(launch(scenarios.fitted_heads, 1, tmp_path / "1", [60]))
+    ((alone, known, _),) = succeeded(launch(scenarios.fitted_heads, 1, tmp_path / "1", [60]))
     assert known["fitted"] == ["classifier"]
     for counts in ([40, 20], [60, 0]):
         first, second = succeeded(launch(scenarios.fitted_heads, 2, tmp_path / "2", counts))
@@ -254,3 +254,17 @@ def test_a_new_head_is_fitted_together(tmp_path: Path) -> None:
         # What is left of the loss is small, and so are its gradients.
         close(first[0], alone, 2e-2)
         assert first[1]["loss_after"] == pytest.approx(known["loss_after"], rel=1e-3)
+
+
+def test_statistics_take_a_part_of_what_heads_see_on_all_processes(tmp_path: Path) -> None:
+    run = scenarios.fitted_heads
+    ((alone, known, _),) = succeeded(launch(run, 1, tmp_path / "1", [60], 20))
+    for counts, same in (([40, 20], False), ([60, 0], True)):
+        first, second = succeeded(launch(run, 2, tmp_path / "2", counts, 20))
+        assert (first[2], second[2]) == (20.0, 20.0)
+        assert first[1]["sequences"] == known["sequences"] == 12
+        for name, value in first[0].items():
+            assert torch.equal(value, second[0][name]), name
+        if same:
+            # The first process has all of them, and takes those that one process takes.
+            close(first[0], alone, 2e-2)
