@@ -16,6 +16,7 @@ from lorainit.types import (
     Factors,
     KeepsParameters,
     LayerStatistics,
+    LeavesItToHeads,
     LowRankStep,
     MeasuresLength,
     Method,
@@ -156,6 +157,7 @@ def test_protocols_of_the_packages_own_methods() -> None:
         for protocol in (
             TakesSteps,
             RefusesStart,
+            LeavesItToHeads,
             RanksDirections,
             KeepsParameters,
             MeasuresLength,
@@ -164,6 +166,7 @@ def test_protocols_of_the_packages_own_methods() -> None:
     }
     assert all(isinstance(kind(), Method) for kind in METHODS.values())
     assert found[TakesSteps] == found[RefusesStart] == {"natural", "auto"}
+    assert found[LeavesItToHeads] == {"auto"}
     assert found[RanksDirections] >= {"natural", "auto", "eva", "kronecker-qer"}
     assert found[KeepsParameters] == {"kronecker-qer"}
     assert found[MeasuresLength] >= {"natural", "auto", "lora-da", "lora-one"}

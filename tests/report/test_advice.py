@@ -38,11 +38,12 @@ def said(
     measured: Mapping[str, float] = {},
     *,
     anchored: bool = False,
+    heads: Mapping[str, Any] = {},
     **arguments: Any,
 ) -> list[tuple[str, str]]:
     origin = None
     if method is not None:
-        origin = Origin(anchored, settings_of(method), measured=measured)
+        origin = Origin(anchored, settings_of(method), measured=measured, heads=heads)
     found = advice(
         list(layers) or [layer(size=0.01)], {}, rank=4, adapter=True, origin=origin, **arguments
     )
@@ -149,6 +150,21 @@ def test_the_method_is_kept_or_not_by_what_its_start_took_off_the_loss(
     kind, text = said(method=method, measured=measured, loss=loss)[2]
     assert kind == weight
     assert words in text
+
+
+def test_plain_lora_beside_heads_that_were_fitted_is_kept() -> None:
+    heads = {"fitted": ["classifier"], "loss_before": 0.7, "loss_after": 0.52}
+    kind, text = said([layer(size=0.0)], lorainit.Auto(), heads=heads)[2]
+    assert kind == "good"
+    assert "keep the plain LoRA that Auto is beside the heads" in text
+    assert "from 0.7 to 0.52" in text
+    # A head that was left as it is, a step that was taken all the same, another method.
+    for other in (
+        said([layer(size=0.0)], lorainit.Auto(), heads=heads | {"fitted": []}),
+        said(method=lorainit.Auto(), heads=heads, measured=HELD, loss=StartLoss(8.9, 3.1, "x")),
+        said([layer(size=0.0)], lorainit.Vanilla(), heads=heads),
+    ):
+        assert "beside the heads" not in other[2][1]
 
 
 def test_starts_that_move_nothing_are_compared() -> None:

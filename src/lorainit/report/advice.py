@@ -130,6 +130,12 @@ def _method(
     who = f"the start of {name}" if name else "this adapter"
     if origin is not None and "refused_loss" in origin.measured:
         return _refused(name, origin)
+    if origin is not None and origin.left_to_heads:
+        before, after = (f"{origin.heads[f'loss_{end}']:.4g}" for end in ("before", "after"))
+        return "good", (
+            f"Method: keep the plain LoRA that {name} is beside the heads that it fitted first, which took the "
+            f"loss from {before} to {after}; a step after that does not pay."
+        )
     sizes = [layer.size for layer in layers if layer.size is not None]
     anchored = origin is not None and origin.anchored
     if anchored or (sizes and not any(sizes)):
