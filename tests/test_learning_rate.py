@@ -138,6 +138,15 @@ def test_a_step_of_short_rows_is_that_of_rows_with_signs_added() -> None:
     assert torch.equal(again.factors.A, rows)
 
 
+def test_zero_rows_stay_and_count_for_nothing() -> None:
+    gradient = torch.randn(3, 400, generator=torch.Generator().manual_seed(0))
+    short = torch.randn(3, 400, generator=torch.Generator().manual_seed(1)) * 0.01
+    short[1] = 0
+    rows = SignStep.of(Factors(short, torch.ones(3, 3), False), 1.0, gradient).factors.A
+    assert not rows[1].any()
+    assert float(rows.square().sum() / 2) == pytest.approx(LEAST_ROW**2, rel=0.1)
+
+
 def test_a_short_row_along_which_the_loss_is_steep_asks_for_no_lower_rate() -> None:
     """Lengthened along itself its step would be as many times as long there."""
     steep = torch.zeros(1, 400)

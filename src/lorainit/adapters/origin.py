@@ -47,7 +47,8 @@ class Origin:
             ``one_step_rate``, and every rate and loss that was tried under ``learning_rate_trials``.
         heads: where heads beside the adapter were fitted first: their names under ``fitted`` (none where
             they were left as they are), ``loss_before`` and ``loss_after`` on the sequences held back, the
-            ``standard_error`` of the difference, the number of these ``sequences``, and the ``weight_decay``.
+            ``standard_error`` of what the minimum takes off it, the number of these ``sequences``, and the
+            ``weight_decay``.
         statistics: the file that it was started from, as ``lorainit init`` was given it; what
             ``lorainit report`` reads by default.
         data: the same of the records, of which ``lorainit report`` takes statistics where there is no file of

@@ -59,12 +59,13 @@ def with_long_rows(a: Tensor) -> Tensor:
     Adam moves every entry by about the rate at each step of a run, however small it is, so short rows are long
     after a few, in directions that are not their own. The first step from ``B = 0`` does not move them at all,
     and would be longest for the shortest. What is missing is added as signs drawn at random, the same every
-    time; rows that are long enough, or zero, stay as they are.
+    time. Rows that are long enough stay as they are, and so do zero ones, which no optimizer moves.
     """
-    size = float(torch.linalg.vector_norm(a)) / len(a) ** 0.5
-    if not 0 < size < LEAST_ROW:
+    moving = a.ne(0).any(-1)
+    square = float(a.square().sum()) / max(int(moving.sum()), 1)
+    if not 0 < square < LEAST_ROW**2:
         return a
     generator = torch.Generator().manual_seed(0)
     signs: Tensor = torch.randint(0, 2, a.shape, generator=generator).to(a) * 2 - 1
-    missing = ((LEAST_ROW**2 - size**2) / a.shape[-1]) ** 0.5
-    return a.add(signs, alpha=missing)
+    missing = ((LEAST_ROW**2 - square) / a.shape[-1]) ** 0.5
+    return a.add(signs * moving.unsqueeze(-1), alpha=missing)

@@ -22,7 +22,7 @@ from lorainit.types import GRADIENT_STATISTICS
 logger = logging.getLogger("lorainit")
 
 TIMES_AS_MANY = 4
-"""Sequences that heads are fitted on beside those of the statistics: all of them run forward only."""
+"""Heads are fitted on so many times the sequences that statistics are taken of: these run forward only."""
 
 
 @dataclass(frozen=True, eq=False)
