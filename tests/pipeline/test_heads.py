@@ -16,6 +16,9 @@ from torch import Tensor
 import lorainit
 from lorainit.adapters.origin import origin_of
 from lorainit.calibration.fit_heads import PART
+from lorainit.data.batch import Batch
+from lorainit.data.sampling import Sample
+from lorainit.pipeline.heads import _numbers
 from lorainit.pipeline.measurements import Measurements
 from tests.pipeline.classifiers import classifier, config, labelled
 from tests.untouched import untouched
@@ -134,6 +137,24 @@ def test_a_head_of_classes_goes_a_part_of_the_way_and_one_of_numbers_all_of_it(
     expected = present[0] + share * (whole[0] - present[0])
     assert torch.allclose(taken[0], expected, rtol=1e-12, atol=1e-12)
     assert torch.equal(taken[1], whole[1]) == (kind == "numbers")
+
+
+def test_what_counts_as_a_number() -> None:
+    """Zeros and ones, classes and their probabilities do not; whatever else lies on a line does."""
+
+    def numbers(labels: Tensor) -> bool:
+        batch = Batch.arrived({"input_ids": torch.ones(len(labels), 3).long(), "labels": labels}, 0)
+        return _numbers(Sample([batch]))
+
+    assert not numbers(torch.tensor([0, 2, 1]))
+    assert not numbers(torch.tensor([[0.0, 1.0], [1.0, 1.0]]))
+    assert not numbers(torch.tensor([[0.0, 1.0], [-100.0, 1.0]]))
+    assert not numbers(torch.tensor([[0.2, 0.8], [0.55, 0.45]]))
+    assert not numbers(torch.tensor([[0.2, 0.5, 0.3]]).half())
+    assert numbers(torch.tensor([0.2, 0.8]))
+    assert numbers(torch.tensor([[0.2], [1.0]]))
+    assert numbers(torch.tensor([[0.2, 0.7], [0.55, 0.45]]))
+    assert numbers(torch.tensor([[-0.5, 1.5]]))
 
 
 def test_heads_see_four_times_what_statistics_see() -> None:

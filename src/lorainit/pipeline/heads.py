@@ -122,11 +122,19 @@ def start_heads(
 
 
 def _numbers(sample: Sample) -> bool:
-    """Whether labels are numbers to be hit, and not classes (or zeros and ones, a label each)."""
+    """Whether labels are numbers to be hit, and not classes, their probabilities, or zeros and ones."""
     for batch in sample.batches:
         labels = batch.keywords.get("labels")
         if isinstance(labels, Tensor) and labels.is_floating_point():
-            known = labels[labels.isfinite()]
-            if bool(((known != 0) & (known != 1) & (known != -100)).any()):
+            known = labels[labels.isfinite()].float()
+            between = bool(((known != 0) & (known != 1) & (known != -100)).any())
+            if between and not _probabilities(labels.float()):
                 return True
     return False
+
+
+def _probabilities(labels: Tensor) -> bool:
+    """Whether every row says how likely each class is, to the precision of half-precision labels."""
+    sums = labels.sum(-1)
+    several = labels.dim() > 1 and labels.shape[-1] > 1
+    return several and bool((labels >= 0).all()) and bool(((sums - 1).abs() < 1e-2).all())
