@@ -24,6 +24,7 @@ from benchmarks.published.sources import (
     MODEL,
     at_rate,
     beside_on,
+    beside_plain,
     fresh_cells,
     grid_cells,
     quantized_cells,
@@ -191,15 +192,9 @@ def classifier(model: str) -> str:
     names = _NAMES | {default: _NAMES["auto"], "auto": "Auto until November 30, 2026"}
     rows = []
     for cells, labels in ((now, [default]), (grid_cells(model), labels_of(grid_cells(model)))):
-        beside = differences(cells)
         for label in labels:
-            loss, points = (
-                Mean.of([getattr(d, key) for d in beside[label]]) for key in ("loss", "exact")
-            )
-            seeds = min(d.seeds for d in beside[label])
-            low = at_rate(label, 1e-4, cells)
-            row = [names.get(label, label), f"{points.tasks} x {seeds}", str(loss)]
-            rows.append((loss.value, [*row, points.rounded(1), str(low)]))
+            loss, said = beside_plain(label, cells)
+            rows.append((loss.value, [names.get(label, label), *said]))
     heads = [
         "line", "tasks x least seeds", "test loss beside plain LoRA's, each tuned", "points, tuned",
         "test loss, both at 1e-4",

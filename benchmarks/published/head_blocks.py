@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from benchmarks.published.sources import own_records
-from benchmarks.quality.analysis.grid_comparison import differences
+from benchmarks.published.sources import beside_plain, own_records
 from benchmarks.quality.analysis.markdown import table
-from benchmarks.quality.analysis.rate_grid import BASELINE, Cells, cells_of, pairs
-from benchmarks.quality.analysis.rate_tables import gaps_at
-from benchmarks.quality.analysis.t_tests import Mean
+from benchmarks.quality.analysis.rate_grid import BASELINE, Cells, cells_of
 from benchmarks.quality.records import Record
 from lorainit.calibration.fit_heads import PART
 from lorainit.pipeline.heads import TIMES_AS_MANY
@@ -52,13 +49,7 @@ def parts_of_heads() -> str:
     for model, name in _MODELS.items():
         for (part, sequences), cells in head_cells(model).items():
             (label,) = {line for lines in cells.values() for line in lines} - {BASELINE}
-            found, seeds = differences(cells)[label], {len(p.seeds) for p in pairs(cells, label)}
-            low = gaps_at(cells, label, 1e-4)
-            points = Mean.of([d.exact for d in found])
-            rows.append([
-                name, f"{part:g}", f"{sequences:,}", f"{len(found)} x {min(seeds)}",
-                str(Mean.of([d.loss for d in found])), points.rounded(1), str(Mean.of(low)),
-            ])  # fmt: skip
+            rows.append([name, f"{part:g}", f"{sequences:,}", *beside_plain(label, cells)[1]])
     heads = [
         "data", "part of the way", "sequences", "tasks x least seeds", "test loss, each tuned",
         "points, tuned", "test loss, both at 1e-4",

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from benchmarks.published.sources import (
     MODEL,
     at_rate,
     grid_cells,
+    of_chosen,
     own_records,
     rate_cases,
     tuned,
@@ -27,10 +26,7 @@ from benchmarks.quality.analysis.suggested_rates import by_model
 from benchmarks.quality.analysis.suggested_rates import table as rates_table
 from benchmarks.quality.analysis.suggested_runs import suggested_table
 from benchmarks.quality.analysis.t_tests import Mean
-from benchmarks.quality.choose import CHOSEN
-from benchmarks.quality.data.reasoning import KNOWN
 from benchmarks.quality.experiment import GRID
-from benchmarks.quality.records import Record
 from lorainit.calibration.learning_rate import suggested
 
 _HALF_TO_16 = (0.5, 2.0, 4.0, 8.0, 16.0)
@@ -77,11 +73,6 @@ def matched_at(label: str, rate: float) -> Mean:
     """Test loss of a line that is told a rate, above plain LoRA's at that rate."""
     told, grid = (runs_of(of_chosen(own_records()), stage) for stage in ("matched", "grid"))
     return Mean.of(gaps(told[matched(label)], grid[BASELINE].get, rate))
-
-
-def of_chosen(records: Iterable[Record]) -> list[Record]:
-    """Without the fresh tasks, of which no table chooses."""
-    return [r for r in records if r["task"] in CHOSEN or r["task"] not in KNOWN]
 
 
 def matched_rates(model: str = MODEL) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
@@ -36,11 +37,16 @@ def grid() -> tuple[Record, ...]:
     return tuple(r for r in read_records([RESULTS]).values() if r["stage"] == "grid")
 
 
+def of_chosen(records: Iterable[Record]) -> list[Record]:
+    """Of language tasks, those that plain LoRA's records chose: without the fresh ones."""
+    return [r for r in records if r["task"] in CHOSEN or r["task"] not in KNOWN]
+
+
 @cache
 def grid_cells(model: str = MODEL) -> Cells:
-    """Of a model at the standard rank; of language tasks, those that plain LoRA's records chose."""
+    """Of a model at the standard rank, on the chosen tasks."""
     mine = [r for r in grid() if r["rank"] == STANDARD_RANK and r["experiment"]["model"] == model]
-    return cells_of(r for r in mine if r["task"] in CHOSEN or r["task"] not in KNOWN)
+    return cells_of(of_chosen(mine))
 
 
 @cache
@@ -94,6 +100,15 @@ def start_seconds(name: str) -> float:
 def at_rate(label: str, rate: float, cells: Cells | None = None) -> Mean:
     """Test loss of a line above plain LoRA's, both at one rate, over the tasks of `cells` (`grid_cells`)."""
     return Mean.of(gaps_at(grid_cells() if cells is None else cells, label, rate))
+
+
+def beside_plain(label: str, cells: Cells) -> tuple[Mean, list[str]]:
+    """A line's tuned loss beside plain LoRA's; and as text: tasks and seeds, that, points, the loss at 1e-4."""
+    found = differences(cells)[label]
+    loss, points = (Mean.of([getattr(d, key) for d in found]) for key in ("loss", "exact"))
+    seeds = min(d.seeds for d in found)
+    low = at_rate(label, 1e-4, cells)
+    return loss, [f"{loss.tasks} x {seeds}", str(loss), points.rounded(1), str(low)]
 
 
 def tuned(label: str, model: str = MODEL) -> Mean:

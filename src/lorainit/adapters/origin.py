@@ -66,12 +66,6 @@ class Origin:
     data: str | None = None
     resized: float = 1.0
 
-    @property
-    def left_to_heads(self) -> bool:
-        """Whether `Auto` took no step because heads beside the adapter were fitted first."""
-        by_auto = self.settings.get("method") == "Auto"
-        return by_auto and bool(self.heads.get("fitted")) and "start_loss" not in self.measured
-
 
 class StartedLoraConfig(LoraConfig):  # type: ignore[misc]
     """A LoraConfig that remembers how its adapter was started; the same fields, the same file."""

@@ -130,7 +130,7 @@ def _method(
     who = f"the start of {name}" if name else "this adapter"
     if origin is not None and "refused_loss" in origin.measured:
         return _refused(name, origin)
-    if origin is not None and origin.left_to_heads:
+    if origin is not None and _left_to_heads(name, origin):
         before, after = (f"{origin.heads[f'loss_{end}']:.4g}" for end in ("before", "after"))
         return "good", (
             f"Method: keep the plain LoRA that {name} is beside the heads that it fitted first, which took the "
@@ -157,6 +157,13 @@ def _method(
             f"Auto or plain LoRA{more}."
         )
     return _lowered(name, who, origin, loss)
+
+
+def _left_to_heads(name: str, origin: Origin) -> bool:
+    """Whether no step was taken because heads beside the adapter were fitted first."""
+    kinds = {kind.__name__: kind for kind in METHODS.values()}
+    leaves = hasattr(kinds.get(name), "beside_fitted_heads")
+    return leaves and bool(origin.heads.get("fitted")) and "start_loss" not in origin.measured
 
 
 def _unmoved(name: str, loss: StartLoss | None) -> tuple[str, str]:
