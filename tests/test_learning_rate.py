@@ -14,9 +14,9 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 
 import lorainit
 from lorainit.adapters.factors_of import factors_of
-from lorainit.calibration import sign_step
+
 from lorainit.calibration.learning_rate import first_minimum, suggested
-from lorainit.calibration.sign_step import LEAST_ROW, SignStep
+
 from lorainit.errors import AdapterError, DataError, MissingStatisticError
 from lorainit.types import Factors
 from tests.adapters.tiny import config, llama

@@ -11,12 +11,10 @@ of "Learning Rate Matters" (arXiv 2602.04998); a range test over growing rates i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lorainit.calibration.held_out_loss import HeldOutLoss
-from lorainit.calibration.sign_step import SignStep
 from lorainit.errors import DataError
 
 _AT = 5e-4
@@ -87,23 +85,19 @@ class LearningRate:
 
 
 def find_learning_rate(
-    steps: Mapping[str, SignStep], held_out: HeldOutLoss, sequences: int
+    start: float, after: Callable[[float], float], sequences: int
 ) -> LearningRate:
-    """The suggestion from the best rate of one step of signs.
+    """The suggestion from the losses after two steps.
 
     Args:
-        steps: by layer.
-        held_out: measures it.
-        sequences: that it holds, over all processes.
+        start: the loss before them.
+        after: the loss after two steps of a warmup to a peak rate.
+        sequences: that they are measured on, over all processes.
 
     Raises:
         DataError: no rate lowers the loss: there is nothing to tell a good rate by.
     """
-    with held_out.measuring() as loss:
-        start = loss({})
-        one_step, trials = first_minimum(
-            lambda rate: loss({name: step.at(rate) for name, step in steps.items()}), start
-        )
+    one_step, trials = first_minimum(after, start)
     if one_step is None:
         raise DataError(
             f"no learning rate can be suggested: no step lowers the loss of the {sequences} held-back "

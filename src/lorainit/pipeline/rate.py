@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -11,21 +11,85 @@ from torch import nn
 from lorainit.adapters.layers import configurations
 from lorainit.adapters.match_learning_rate import resize_for
 from lorainit.adapters.origin import remember_measured
+from lorainit.calibration.adam_steps import AdamSteps, Gradient, clipped
+from lorainit.calibration.held_out_loss import HeldOutLoss
 from lorainit.calibration.learning_rate import LearningRate, find_learning_rate
-from lorainit.calibration.sign_step import SignStep
 from lorainit.data.sampling import Sample
 from lorainit.errors import DataError
+from lorainit.models.displacement import LowRank, displaced
 from lorainit.parallel import collectives
 from lorainit.pipeline.measurements import Measurements
+from lorainit.statistics.collection import PlannedCollection
 from lorainit.types import Factors
 
 RATE_NEEDS = frozenset({"gradient"})
 
-SEQUENCES = 64
+SEQUENCES = 96
 """So many are looked at unless more are asked for: a rate is found to a factor, not to a digit."""
 
-_SHARE = 0.5
-"""Of the sequences: measured on; the others give the gradient."""
+_SHARE = 1 / 3
+"""Of the sequences: measured on; half of the others give each step's gradient."""
+
+
+@dataclass(frozen=True, eq=False)
+class FirstSteps:
+    """The loss after Adam's first two steps, on a model whose adapter is off.
+
+    Attributes:
+        measurements: of the model, needing gradients.
+        steps: by target name; other targets stay as they are.
+        batches: that give the gradient of the first step and of the second.
+        held_out: the loss.
+    """
+
+    measurements: Measurements
+    steps: Mapping[str, AdamSteps]
+    batches: tuple[PlannedCollection, PlannedCollection]
+    held_out: HeldOutLoss
+
+    @classmethod
+    def on(
+        cls, measurements: Measurements, steps: Mapping[str, AdamSteps], given: Sample, held: Sample
+    ) -> FirstSteps:
+        """On these sequences: `given` for gradients, a half a step, `held` for losses."""
+        measurements = replace(measurements, needs=RATE_NEEDS, gather=True)
+        units = collectives.sum_counts([sum(batch.units for batch in given.batches)])[0]
+        halves = given.held_back(0.5) if units > 1 else (given, given)
+        first, second = (measurements.planned(half) for half in halves)
+        return cls(measurements, steps, (first, second), measurements.held_out_loss(held))
+
+    def gradients(self, step: int, at: Mapping[str, Factors]) -> dict[str, Gradient]:
+        """Of all factors at `at`, zero where no sequence reaches a layer; clipped."""
+        found = {n: (torch.zeros_like(f.A), torch.zeros_like(f.B)) for n, f in at.items()}
+        with torch.no_grad(), displaced(self.measurements.subject.modules, self._terms(at)):
+            for part in self.batches[step].parts():
+                for name in part.names:
+                    if name in at:
+                        gradient = part[name].gradient
+                        found[name] = self.steps[name].gradient(gradient, at[name])
+        return clipped(found)
+
+    def loss(self, at: Mapping[str, Factors]) -> float:
+        """Of the held-back sequences."""
+        with self.held_out.measuring() as loss:
+            return loss(self._terms(at))
+
+    def _terms(self, at: Mapping[str, Factors]) -> dict[str, LowRank]:
+        return {name: step.term(at[name]) for name, step in self.steps.items()}
+
+    def curve(self) -> tuple[float, Callable[[float], float]]:
+        """The loss before the first step, and after two as a function of the peak rate."""
+        start = {name: step.start for name, step in self.steps.items()}
+        first = self.gradients(0, start)
+
+        def after(rate: float) -> float:
+            one = {n: step.after_one(rate, first[n]) for n, step in self.steps.items()}
+            second = self.gradients(1, one)
+            return self.loss(
+                {n: step.after_two(rate, first[n], second[n]) for n, step in self.steps.items()}
+            )
+
+        return self.loss(start), after
 
 
 def measured_rate(
@@ -56,20 +120,15 @@ def measured_rate(
             "1e-4 and 5e-3."
         )
     given, held = sample.held_back(_SHARE)
-    layers = measurements.targets.layers
-    steps: dict[str, SignStep] = {}
-    with torch.no_grad():
-        for part in replace(measurements, needs=RATE_NEEDS, gather=True).planned(given).parts():
-            for name in part.names:
-                if name in factors:
-                    pair, scaling = factors[name], layers[name].spec.scaling
-                    if resized != 1:
-                        pair = replace(pair, A=pair.A / resized, B=pair.B / resized)
-                        scaling *= resized**2
-                    steps[name] = SignStep.of(pair, scaling, part[name].gradient)
+    layers, steps = measurements.targets.layers, {}
+    for name, pair in factors.items():
+        if name in layers:
+            scaling = layers[name].spec.scaling * resized**2
+            a, b = (half.float() / resized for half in (pair.A, pair.B))
+            steps[name] = AdamSteps(Factors(a, b, pair.anchored), scaling)
+    start, after = FirstSteps.on(measurements, steps, given, held).curve()
     sequences = int(collectives.sum_counts([held.sequences])[0])
-    rate = find_learning_rate(steps, measurements.held_out_loss(held), sequences)
-    return rate.for_factors_times(resized)
+    return find_learning_rate(start, after, sequences).for_factors_times(resized)
 
 
 def rate_if_any(

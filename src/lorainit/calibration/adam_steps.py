@@ -1,0 +1,81 @@
+"""The first two steps of Adam on one layer's factors, from gradients of the loss with respect to its weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lorainit.models.displacement import LowRank
+from lorainit.types import Factors
+
+BETAS, EPSILON = (0.9, 0.999), 1e-8
+"""Of torch's and transformers' AdamW."""
+
+LARGEST_NORM = 1.0
+"""Gradients are clipped to it, all factors' together, as transformers' ``max_grad_norm`` does unless told."""
+
+WARMUP = (0.2, 0.4)
+"""Shares of the peak rate at which the two steps are taken: a warmup over the first four steps."""
+
+Gradient = tuple[Tensor, Tensor]
+"""Of the loss with respect to ``A`` ``(rank, in)`` and ``B`` ``(out, rank)``."""
+
+
+@dataclass(frozen=True, eq=False)
+class AdamSteps:
+    """One layer's factors where training begins.
+
+    Attributes:
+        start: ``A`` ``(rank, in)``, ``B`` ``(out, rank)``, in float32.
+        scaling: the layer's ``s``.
+    """
+
+    start: Factors
+    scaling: float
+
+    @property
+    def begins_displaced(self) -> bool:
+        """Whether the layer's weight is not the base's before the first step."""
+        return not self.start.anchored and bool(self.start.B.any())
+
+    def gradient(self, weight_gradient: Tensor, at: Factors) -> Gradient:
+        """Of the factors at `at`, from that of the layer's weight, ``(out, in)``, there."""
+        gradient = weight_gradient.to(at.A)
+        return (at.B.mT @ gradient) * self.scaling, (gradient @ at.A.mT) * self.scaling
+
+    def after_one(self, rate: float, first: Gradient) -> Factors:
+        """The factors after one step at the first share of a peak rate: of signs, but for `EPSILON`."""
+        updates = [g / (g.abs() + EPSILON) for g in first]
+        return self._moved(self.start, updates, rate * WARMUP[0])
+
+    def after_two(self, rate: float, first: Gradient, second: Gradient) -> Factors:
+        """The factors after a second step, with its gradient at `after_one`."""
+        (b1, b2), updates = BETAS, []
+        for g1, g2 in zip(first, second, strict=True):
+            mean = (b1 * g1 + g2) / (1 + b1)
+            square = (b2 * g1.square() + g2.square()) / (1 + b2)
+            updates.append(mean / (square.sqrt() + EPSILON))
+        return self._moved(self.after_one(rate, first), updates, rate * WARMUP[1])
+
+    def _moved(self, factors: Factors, updates: list[Tensor], rate: float) -> Factors:
+        a, b = updates
+        return Factors(factors.A - rate * a, factors.B - rate * b, factors.anchored)
+
+    def term(self, at: Factors) -> LowRank:
+        """What the layer's weight is displaced by where its factors are `at`, beside the base's."""
+        left = at.B * self.scaling
+        if not self.start.anchored:
+            return LowRank(left, at.A)
+        left = torch.cat([left, self.start.B * -self.scaling], dim=1)
+        return LowRank(left, torch.cat([at.A, self.start.A]))
+
+
+def clipped(gradients: Mapping[str, Gradient]) -> dict[str, Gradient]:
+    """Scaled so that the norm of all of them together is at most `LARGEST_NORM`."""
+    halves = [half for pair in gradients.values() for half in pair]
+    total = torch.nn.utils.get_total_norm(halves)
+    factor = (LARGEST_NORM / total.clamp_min(LARGEST_NORM)).item()
+    return {name: (a * factor, b * factor) for name, (a, b) in gradients.items()}
