@@ -14,9 +14,8 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 
 import lorainit
 from lorainit.adapters.factors_of import factors_of
-
-from lorainit.calibration.learning_rate import first_minimum, suggested
-
+from lorainit.calibration.adam_steps import AdamSteps, clipped
+from lorainit.calibration.learning_rate import best_rate, suggested
 from lorainit.errors import AdapterError, DataError, MissingStatisticError
 from lorainit.types import Factors
 from tests.adapters.tiny import config, llama
@@ -47,156 +46,143 @@ def mean_loss(model: Any, rows: Tensor) -> Tensor:
     return torch.stack(losses).mean()
 
 
-@pytest.mark.parametrize("anchored", [False, True])
-def test_the_step_is_that_of_adam(anchored: bool) -> None:
+def adamw(parameters: list[Any], steps: Any) -> None:
+    """Two steps of torch's own, with clipping, as a trainer takes them."""
+    optimizer = torch.optim.AdamW(parameters, lr=1.0, weight_decay=0.0)
+    for loss, rate in steps:
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.zero_grad()
+        loss().backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("start", ["plain", "moved", "anchored"])
+@pytest.mark.parametrize("steep", [1e-3, 10.0])
+def test_the_two_steps_are_those_of_adam(start: str, steep: float) -> None:
     torch.manual_seed(0)
     a, b, scaling, rate = torch.randn(3, 7), torch.randn(5, 3), 1.7, 1e-2
-    weight, target = torch.randn(5, 7), torch.randn(5, 7)
-    start_b = b if anchored else torch.zeros_like(b)
-    away = scaling * b @ a if anchored else torch.zeros(5, 7)
-    pa, pb = (torch.nn.Parameter(t.clone()) for t in (a, start_b))
+    b, anchored = (torch.zeros_like(b) if start == "plain" else b), start == "anchored"
+    weight, targets = torch.randn(5, 7), torch.randn(2, 5, 7)
+    pa, pb = (torch.nn.Parameter(t.clone()) for t in (a, b))
 
     def effective() -> Tensor:
+        away = scaling * b @ a if anchored else 0.0
         return weight + scaling * pb @ pa - away
 
-    (effective() - target).square().sum().backward()
-    optimizer = torch.optim.Adam([pa, pb], lr=rate, eps=1e-20)
-    optimizer.step()
-    moved = (effective() - weight).detach()
-    gradient = 2 * (weight - target)
-    term = SignStep.of(Factors(a, b, anchored), scaling, gradient).at(rate)
-    torch.testing.assert_close(term.left @ term.right, moved, rtol=1e-4, atol=1e-5)
-    # Control: uphill, or without the scaling, it is another step.
-    for wrong in (
-        SignStep.of(Factors(a, b, anchored), scaling, -gradient),
-        SignStep.of(Factors(a, b, anchored), 1.0, gradient),
-    ):
-        term = wrong.at(rate)
-        assert not torch.allclose(term.left @ term.right, moved, atol=1e-3)
+    def loss(batch: int) -> Tensor:
+        return steep * (effective() - targets[batch]).square().sum()
+
+    steps = AdamSteps(Factors(a, b, anchored), scaling)
+
+    def gradient(batch: int, at: Factors) -> Any:
+        term = steps.term(at)
+        moved = weight + term.left @ term.right
+        return clipped({"": steps.gradient(2 * steep * (moved - targets[batch]), at)})[""]
+
+    first = gradient(0, steps.start)
+    second = gradient(1, steps.after_one(rate, first))
+    adamw([pa, pb], [(lambda: loss(0), 0.2 * rate), (lambda: loss(1), 0.4 * rate)])
+    found = steps.after_two(rate, first, second)
+    torch.testing.assert_close(found.A, pa.detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.B, pb.detach(), rtol=1e-5, atol=1e-6)
+    term = steps.term(found)
+    torch.testing.assert_close(
+        weight + term.left @ term.right, effective().detach(), rtol=1e-4, atol=1e-5
+    )
+    # Control: with the first gradient in the second's place it is another step.
+    other = steps.after_two(rate, first, first)
+    assert not torch.allclose(other.B, pb.detach(), atol=1e-4)
 
 
-@pytest.mark.parametrize("method", [lorainit.Vanilla(), lorainit.PiSSA()])
-def test_every_loss_is_that_of_the_model_after_one_step(method: Any) -> None:
+def test_gradients_are_clipped_together() -> None:
+    pairs = {n: (torch.full((2, 2), 3.0), torch.full((2, 2), 4.0)) for n in ("one", "other")}
+    found = clipped(pairs)
+    norm = math.sqrt(sum(float(h.square().sum()) for pair in found.values() for h in pair))
+    assert norm == pytest.approx(1.0)
+    assert float(found["one"][0][0, 0] / found["other"][1][0, 0]) == pytest.approx(0.75)
+    small = {"one": (torch.full((2, 2), 0.1), torch.zeros(2, 2))}
+    assert torch.equal(clipped(small)["one"][0], small["one"][0])
+
+
+METHODS = [lorainit.Vanilla(), lorainit.PiSSA(), lorainit.Natural(), lorainit.LoraDA(population=16)]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
+def test_every_loss_is_that_of_the_model_after_two_steps(method: Any) -> None:
+    """Also of starts that move the model, from where they put it."""
     model = started(method)
     found = suggestion(model)
     rows = torch.cat([batch["input_ids"] for batch in sequences()])
-    given, held = rows[0::2], rows[1::2]
-    stepped = copy.deepcopy(model).eval()
-    learned = [p for p in stepped.parameters() if p.requires_grad]
-    gradients = torch.autograd.grad(mean_loss(stepped, given), learned)
-    first = [p.detach().clone() for p in learned]
+    held, given = rows[1::2], rows[0::2]
     assert found.sequences == len(held)
-    assert found.base_loss == pytest.approx(float(mean_loss(stepped, held).detach()), rel=1e-5)
+    expected = float(mean_loss(copy.deepcopy(model).eval(), held).detach())
+    assert found.start_loss == pytest.approx(expected, rel=1e-5)
     for rate, loss in found.trials:
-        with torch.no_grad():
-            for p, start, gradient in zip(learned, first, gradients, strict=True):
-                p.copy_(start - rate * gradient.sign())
-            expected = float(mean_loss(stepped, held))
-        assert loss == pytest.approx(expected, rel=2e-4)
-    # Control: the step moves the loss by more than that.
+        stepped = copy.deepcopy(model).eval()
+        learned = [p for p in stepped.parameters() if p.requires_grad]
+        parts = ((given[0::2], 0.2 * rate), (given[1::2], 0.4 * rate))
+        adamw(learned, [(lambda r=part: mean_loss(stepped, r), by) for part, by in parts])  # noqa: B023
+        assert loss == pytest.approx(float(mean_loss(stepped, held).detach()), rel=2e-4)
+    # Control: the steps move the loss by more than that.
     assert max(loss for _, loss in found.trials) > 1.01 * min(loss for _, loss in found.trials)
 
 
-def test_short_rows_ask_for_no_higher_rate_than_long_ones(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """A run moves them by the rate at every step; the first step alone does not see that."""
+def test_short_rows_ask_for_no_much_higher_rate_than_long_ones() -> None:
+    """The second step moves them by the rate, however short they are."""
     found = {}
-    for share in (1.0, 0.05):
+    for share in (1.0, 0.02):
         model = started(lorainit.Vanilla())
         for name, weight in model.named_parameters():
             if "lora_A" in name:
                 weight.data.mul_(share)
         found[share] = suggestion(model)
-    long, short = found[1.0], found[0.05]
-    assert len(short.trials) == len(long.trials)
-    assert long.one_step / 2 < short.one_step < 2 * long.one_step
-
-    def first(rate: lorainit.LearningRate) -> float:
-        """What the step at the lowest rate takes off the loss, per rate."""
-        lowest, loss = rate.trials[0]
-        return (rate.base_loss - loss) / lowest
-
-    assert first(short) > 0.3 * first(long)
-    # Control: their own first step is a twentieth as long.
-    monkeypatch.setattr(sign_step, "LEAST_ROW", 0.0)
-    assert first(suggestion(model)) < 0.1 * first(long)
+    long, short = found[1.0], found[0.02]
+    assert long.two_steps / 2 < short.two_steps < 4 * long.two_steps
 
 
-def test_a_step_of_short_rows_is_that_of_rows_with_signs_added() -> None:
-    """From the gradient at the longer rows; of the length asked for in the mean square."""
-    gradient = torch.randn(3, 400, generator=torch.Generator().manual_seed(0))
-    short = torch.randn(2, 400, generator=torch.Generator().manual_seed(1)) * 0.01
-    step = SignStep.of(Factors(short, torch.ones(3, 2), False), 1.0, gradient)
-    rows = step.factors.A
-    assert float(rows.square().sum() / 2) == pytest.approx(LEAST_ROW**2, rel=0.1)
-    added = rows - short
-    assert torch.allclose(added.abs(), added.abs().mean(), rtol=1e-4)
-    assert abs(float(added.sign().mean())) < 0.1
-    assert torch.equal(step.sign_b, torch.sign(gradient @ rows.mT))
-    again = SignStep.of(Factors(short, torch.ones(3, 2), False), 1.0, gradient)
-    assert torch.equal(again.factors.A, rows)
+def test_one_sequence_a_half_gives_both_gradients() -> None:
+    """Two sequences are enough: one to step on, twice, and one to measure on."""
+    model = started(lorainit.Vanilla())
+    found = suggestion(model, sequences(2))
+    rows = torch.cat([batch["input_ids"] for batch in sequences(2)])
+    assert found.sequences == 1
+    stepped = copy.deepcopy(model).eval()
+    learned = [p for p in stepped.parameters() if p.requires_grad]
+    rate, loss = found.trials[0]
+    same = lambda: mean_loss(stepped, rows[:1])  # noqa: E731
+    adamw(learned, [(same, 0.2 * rate), (same, 0.4 * rate)])
+    assert loss == pytest.approx(float(mean_loss(stepped, rows[1:]).detach()), rel=2e-4)
 
 
-def test_zero_rows_stay_and_count_for_nothing() -> None:
-    gradient = torch.randn(3, 400, generator=torch.Generator().manual_seed(0))
-    short = torch.randn(3, 400, generator=torch.Generator().manual_seed(1)) * 0.01
-    short[1] = 0
-    rows = SignStep.of(Factors(short, torch.ones(3, 3), False), 1.0, gradient).factors.A
-    assert not rows[1].any()
-    assert float(rows.square().sum() / 2) == pytest.approx(LEAST_ROW**2, rel=0.1)
+def test_the_lower_of_two_minima() -> None:
+    """One step has a near one that nothing comes of; two steps tell it from the other."""
 
-
-def test_a_short_row_along_which_the_loss_is_steep_asks_for_no_lower_rate() -> None:
-    """Lengthened along itself its step would be as many times as long there."""
-    steep = torch.zeros(1, 400)
-    steep[0, 0] = 0.05
-    gradient = torch.zeros(3, 400)
-    gradient[:, 0] = 1.0
-    step = SignStep.of(Factors(steep, torch.zeros(3, 1), False), 1.0, gradient)
-    moved = step.at(1e-3)
-    along = float((moved.left @ moved.right)[:, 0].abs().max())
-    assert along < 2 * 1e-3 * 0.05
-    assert along > 0.2 * 1e-3 * 0.05
-
-
-def test_long_rows_and_anchored_factors_are_as_they_are() -> None:
-    gradient = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
-    small, large, none = torch.ones(2, 4) * 0.01, torch.ones(2, 4), torch.zeros(2, 4)
-    for a, anchored, kept in (
-        (small, True, True), (large, False, True), (none, False, True), (small, False, False),
-    ):  # fmt: skip
-        step = SignStep.of(Factors(a, torch.ones(3, 2), anchored), 1.0, gradient)
-        assert torch.equal(step.factors.A, a) == kept
-
-
-def test_the_first_of_two_minima() -> None:
     def loss(rate: float) -> float:
         x = math.log(rate)
-        near, far = (x - math.log(3e-4)) ** 2, (x - math.log(1e-2)) ** 2
+        near, far = (x - math.log(8e-5)) ** 2, (x - math.log(5e-3)) ** 2
         return 4 - 1.5 * math.exp(-near) - 2 * math.exp(-far)
 
-    found, trials = first_minimum(loss, 4.0)
-    assert found == pytest.approx(3e-4, rel=0.15)
-    # Control: the other one is lower.
-    assert loss(1e-2) < loss(3e-4)
-    assert len(trials) <= 14
-    assert found < suggested(found) < 10 * found
+    found, trials = best_rate(loss, 4.0)
+    assert found == pytest.approx(5e-3, rel=0.3)
+    assert len(trials) <= 7
+    assert suggested(5e-4) < suggested(found) < found
 
 
-@pytest.mark.parametrize("least", [1e-6, 4e-5, 1e-3, 3e-2])
+@pytest.mark.parametrize("least", [1e-6, 4e-5, 1e-3, 3e-2, 0.3])
 def test_a_minimum_is_found_wherever_it_is(least: float) -> None:
     def loss(rate: float) -> float:
-        return 1 + (math.log(rate / least) / 4) ** 2 if rate < 5 * least else math.nan
+        away = math.log(rate / least) / 4
+        return 1.5 - 0.5 * math.exp(-(away**2)) if rate < 8 * least else math.nan
 
-    found, trials = first_minimum(loss, 1.5)
-    assert found == pytest.approx(least, rel=0.3)
-    assert len(trials) <= 14
+    found, trials = best_rate(loss, 1.5)
+    assert found == pytest.approx(least, rel=0.5)
+    assert len(trials) <= 11
 
 
 def test_where_nothing_helps_there_is_none() -> None:
-    assert first_minimum(lambda rate: 2.0 + rate, 2.0)[0] is None
-    assert first_minimum(lambda rate: 2.0, math.nan)[0] is None
+    assert best_rate(lambda rate: 2.0 + rate, 2.0)[0] is None
+    assert best_rate(lambda rate: 2.0, math.nan)[0] is None
 
 
 def test_where_every_step_leads_upwards_none_is_suggested() -> None:
@@ -223,7 +209,7 @@ def test_the_batching_does_not_matter() -> None:
     model = started(lorainit.EVA())
     one = suggestion(model, sequences(size=1))
     many = suggestion(model, sequences(size=8))
-    assert many.one_step == pytest.approx(one.one_step, rel=1e-3)
+    assert many.two_steps == pytest.approx(one.two_steps, rel=1e-3)
     assert many.sequences == one.sequences == 8
 
 
@@ -250,7 +236,7 @@ def test_any_adapter_of_peft_has_a_rate_and_a_larger_one_a_smaller_rate() -> Non
                 parameter *= 8
     second = suggestion(model)
     # Rows eight times as long: the same step at an eighth of the rate.
-    assert second.one_step == pytest.approx(first.one_step / 8, rel=0.1)
+    assert second.two_steps == pytest.approx(first.two_steps / 8, rel=0.1)
 
 
 def test_the_factors_are_those_that_are_trained() -> None:

@@ -51,7 +51,7 @@ def test_asked_again_the_matched_rate_is_suggested(method: str, tmp_path: Path) 
     after = suggestion(model)
     assert after.value == pytest.approx(before.value * k, rel=1e-3)
     assert (after.low, after.high) == pytest.approx((before.low * k, before.high * k), rel=1e-3)
-    assert after.base_loss == before.base_loss
+    assert after.start_loss == before.start_loss
     lorainit.save_adapter(model, tmp_path)
     loaded = lorainit.load_adapter(tiny.llama(), tmp_path)
     assert suggestion(loaded).value == pytest.approx(after.value, rel=1e-3)

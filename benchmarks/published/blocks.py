@@ -241,7 +241,7 @@ def what_you_get() -> str:
     line, bits = "kronecker-qer(reference=True)", ("hqq3", "hqq2")
     three, two = (beside_on(kind, line) for kind in bits)
     three_low, two_low = (at_rate(line, 1e-4, quantized_cells(kind)) for kind in bits)
-    regrets = [c.regret(suggested(c.one_step)) for c in rate_cases(commit=JUDGED)]
+    regrets = [c.regret(suggested(c.two_steps)) for c in rate_cases(commit=JUDGED)]
     common = [c.regret(1e-4) for c in rate_cases(commit=JUDGED)]
     low, best = at_rate("auto", 1e-4), tuned("auto")
     told = [matched_at("auto", rate) for rate in (1e-4, 2e-4)]

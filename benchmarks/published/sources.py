@@ -78,7 +78,7 @@ JUDGED = "caf5885"
 @cache
 def rate_cases(model: str | None = MODEL, commit: str | None = None) -> tuple[Case, ...]:
     """Lines of a model, or of all, that have a grid and a suggested rate, measured at a commit or at any."""
-    measured = read_records([RESULTS], "one_step").values()
+    measured = read_records([RESULTS], "suggestions").values()
     found = cases(grid(), (r for r in measured if commit in (None, r["commit"])))
     return tuple(case for case in found if model in (None, case.model))
 

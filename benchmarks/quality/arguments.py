@@ -33,8 +33,8 @@ def experiments_of(arguments: argparse.Namespace, known: list[Record]) -> list[E
     if arguments.stage in stages.GRIDS:
         return stages.grid(methods, arguments.tasks, arguments.seeds, arguments.at, **common)
     if arguments.stage == "suggested":
-        one_step = read_records([*arguments.records, arguments.out], "one_step").values()
-        return stages.suggested(one_step, methods, arguments.tasks, arguments.seeds, **common)
+        found = read_records([*arguments.records, arguments.out], "suggestions").values()
+        return stages.suggested(found, methods, arguments.tasks, arguments.seeds, **common)
     if arguments.stage == "seeds":
         return stages.seeds(
             known, methods, arguments.tasks, arguments.seeds, rates=arguments.rates, **common

@@ -200,7 +200,7 @@ def sweep(
 
 
 def suggested(
-    one_step: Iterable[Record],
+    suggestions: Iterable[Record],
     methods: Sequence[str],
     tasks: Sequence[str],
     seed_values: Sequence[int],
@@ -209,34 +209,39 @@ def suggested(
     """Every line at the rate that is suggested for it, rounded to two digits: what who tunes nothing gets.
 
     Args:
-        one_step: records of ``benchmarks.quality.one_step``; of a line that has several seeds, the first.
+        suggestions: records of ``benchmarks.quality.suggestions``; of a line that has several seeds, the first.
         methods: lines.
         tasks: names.
         seed_values: seeds.
         **common: fields of all.
     """
     rates: dict[str, float] = {}
-    for record in sorted(one_step, key=lambda r: r["seed"]):
-        line = Experiment.from_json(record["experiment"]).at(seed=0)
+    for record in sorted(suggestions, key=lambda r: r["seed"]):
+        line = Experiment.from_json(record["experiment"])
         if "suggestion" in record:
-            rates.setdefault(line.id, float(f"{record['suggestion']['value']:.2g}"))
+            rates.setdefault(_start_id(line), float(f"{record['suggestion']['value']:.2g}"))
     found, missing = [], []
     for task in tasks:
         for name, settings in map(parse_method, methods):
             fields = defaults(task) | common
             line = Experiment(task, name, 1.0, settings=settings, **fields)
-            if line.id not in rates:
+            if _start_id(line) not in rates:
                 missing.append(f"'{line.label}' on {task}")
                 continue
-            found += [line.at(learning_rate=rates[line.id], seed=seed) for seed in seed_values]
+            found += [
+                line.at(learning_rate=rates[_start_id(line)], seed=seed) for seed in seed_values
+            ]
     if missing:
-        text = (
-            f"no rate is suggested for {', '.join(missing)}: run benchmarks.quality.one_step first"
-        )
+        text = f"no rate is suggested for {', '.join(missing)}: run benchmarks.quality.suggestions first"
         if not found:
             raise ValueError(text)
         warnings.warn(text, stacklevel=2)
     return found
+
+
+def _start_id(line: Experiment) -> str:
+    """Of all that a suggestion depends on: not the seed, nor the schedule of the run."""
+    return line.at(seed=0, warmup=Experiment.warmup).id
 
 
 def _at_rates(

@@ -1,6 +1,6 @@
 """Tables of the suggested learning rates: ``python -m benchmarks.quality.suggested``.
 
-Reads the records of the stage "grid" and of ``one_step``; writes ``suggested-rates.md`` beside them.
+Reads the records of the stage "grid" and of ``suggestions``; writes ``suggested-rates.md`` beside them.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from lorainit.calibration.learning_rate import suggested
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--records", type=Path, nargs="*", default=[RESULTS])
-    parser.add_argument("--one-step", type=Path, nargs="*", default=[RESULTS])
+    parser.add_argument("--suggestions", type=Path, nargs="*", default=[RESULTS])
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     grid = [r for r in read_records(options.records).values() if r["stage"] == "grid"]
-    members = cases(grid, read_records(options.one_step, "one_step").values())
+    members = cases(grid, read_records(options.suggestions, "suggestions").values())
     parts = [
         "# The suggested learning rate against the whole grid",
-        "The constants of the law lie between what suits SmolLM2's records and what suits Gemma's. Models with "
-        "a head that is trained beside the adapter are told no rate any more.",
+        "The law was fitted on SmolLM2's records alone. Models with a head that is trained beside the "
+        "adapter are told no rate.",
         "## Regret by model, %: median / nine in ten below",
         by_model(members, suggested),
     ]
@@ -34,7 +34,7 @@ def main() -> None:
         parts += [
             f"## {model}",
             f"{len(mine)} lines on {len({m.key[0] for m in mine})} tasks. Refitted on these, the law would be "
-            f"{c:.2g} (one step / 5e-4)^{p:.2g}.",
+            f"{c:.2g} (two steps / 5e-4)^{p:.2g}.",
             table(mine, suggested),
             by_line(mine, suggested),
         ]

@@ -119,7 +119,7 @@ def measured(
         "apart": losses(apart.curve()),
         "same": losses(same.curve()),
     }
-    if any(step.begins_displaced for step in steps.values()):
+    if any(not s.start.anchored and bool(s.start.B.any()) for s in steps.values()):
         base = {
             name: replace(step, start=replace(step.start, B=torch.zeros_like(step.start.B)))
             for name, step in steps.items()

@@ -253,7 +253,7 @@ def test_lines_at_the_rates_that_are_suggested_for_them():
     with pytest.warns(UserWarning, match="no rate is suggested for 'pissa' on gcd"):
         assert len(suggested(records, ["auto", "pissa"], ["gcd"], [0], **common)) == 1
     # Of another rank nothing is known.
-    with pytest.raises(ValueError, match=r"benchmarks\.quality\.one_step first"):
+    with pytest.raises(ValueError, match=r"benchmarks\.quality\.suggestions first"):
         suggested(records, ["vanilla"], ["gcd"], [0], rank=32, style="chat")
 
 

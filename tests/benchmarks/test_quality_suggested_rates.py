@@ -20,9 +20,9 @@ def run(
     }  # fmt: skip
 
 
-def said(label: str, one_step: float, model: str = "m", task: str = "t"):
+def said(label: str, two_steps: float, model: str = "m", task: str = "t"):
     about = {"experiment": {"model": model}, "task": task, "label": label, "rank": 8}
-    return about | {"suggestion": {"one_step": one_step, "base_loss": 99.0}}
+    return about | {"suggestion": {"two_steps": two_steps, "base_loss": 99.0}}
 
 
 def grid(label: str, **named):
@@ -71,5 +71,5 @@ def test_each_model_has_a_row_of_its_own():
     for one, from_other in ((1, 2), (2, 1)):
         c, p = fit([m for m in members if m.model == names[from_other]])
         mine = next(m for m in members if m.model == names[one])
-        regret = 100 * mine.regret(c * (mine.one_step / 5e-4) ** p)
+        regret = 100 * mine.regret(c * (mine.two_steps / 5e-4) ** p)
         assert cells[names[one]][other] == f"{regret:.1f} / {regret:.1f}"

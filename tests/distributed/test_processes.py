@@ -216,7 +216,7 @@ def test_a_learning_rate_is_suggested_together(tmp_path: Path) -> None:
         assert first == second
         assert first.sequences == alone.sequences == 8
         assert first.base_loss == pytest.approx(alone.base_loss, rel=1e-5)
-        assert first.one_step == pytest.approx(alone.one_step, rel=1e-3)
+        assert first.two_steps == pytest.approx(alone.two_steps, rel=1e-3)
 
 
 def test_a_start_is_matched_to_a_rate_together(tmp_path: Path) -> None:

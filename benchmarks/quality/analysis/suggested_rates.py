@@ -34,14 +34,14 @@ class Case:
         key: task, line, rank.
         base: validation loss without an adapter, before any step of plain LoRA's runs.
         losses: mean validation loss over seeds, by rate.
-        one_step: best rate of one step of signs.
+        two_steps: peak rate whose first two steps are best.
         model: its name.
     """
 
     key: Key
     base: float
     losses: Mapping[float, float]
-    one_step: float
+    two_steps: float
     model: str = ""
 
     def regret(self, rate: float) -> float:
@@ -60,7 +60,7 @@ def _key(record: Record) -> Key:
     return (record["task"], record["label"], record["rank"])
 
 
-def cases(grid: Iterable[Record], one_step: Iterable[Record], rates: int = 6) -> list[Case]:
+def cases(grid: Iterable[Record], suggestions: Iterable[Record], rates: int = 6) -> list[Case]:
     """Every line with a grid of at least so many rates and a suggestion."""
     losses: dict[Any, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
     bases: dict[tuple[str, str], list[float]] = defaultdict(list)
@@ -71,13 +71,13 @@ def cases(grid: Iterable[Record], one_step: Iterable[Record], rates: int = 6) ->
         if record["label"] == BASELINE:
             bases[model, record["task"]].append(record["heldout"]["loss"][0])
     found = []
-    for record in one_step:
+    for record in suggestions:
         model = record["experiment"]["model"]
         mine = {r: statistics.fmean(v) for r, v in losses[model, *_key(record)].items()}
         if "suggestion" in record and len(mine) >= rates:
             base = statistics.fmean(bases[model, record["task"]])
-            one = record["suggestion"]["one_step"]
-            found.append(Case(_key(record), base, mine, one, model))
+            best = record["suggestion"]["two_steps"]
+            found.append(Case(_key(record), base, mine, best, model))
     return sorted(found, key=lambda case: (case.model, case.key))
 
 
@@ -92,10 +92,10 @@ def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def fit(members: Sequence[Case]) -> tuple[float, float]:
-    """The law ``c (one_step / 5e-4)^p`` of least ninth decile plus three medians of regret, on a grid."""
+    """The law ``c (two_steps / 5e-4)^p`` of least ninth decile plus three medians of regret, on a grid."""
 
     def badness(c: float, p: float) -> float:
-        median, decile, _ = quantiles([m.regret(c * (m.one_step / 5e-4) ** p) for m in members])
+        median, decile, _ = quantiles([m.regret(c * (m.two_steps / 5e-4) ** p) for m in members])
         return decile + 3 * median
 
     constants = [1e-4 * 10 ** (i / 20) for i in range(10, 31)]
@@ -110,11 +110,11 @@ def table(members: Sequence[Case], law: Callable[[float], float]) -> str:
     for task in tasks:
         c, p = fit([m for m in members if m.key[0] != task])
         mine = [m for m in members if m.key[0] == task]
-        left_out += [m.regret(c * (m.one_step / 5e-4) ** p) for m in mine]
+        left_out += [m.regret(c * (m.two_steps / 5e-4) ** p) for m in mine]
     rows = [
-        ("suggested", [m.regret(law(m.one_step)) for m in members]),
+        ("suggested", [m.regret(law(m.two_steps)) for m in members]),
         *(
-            (f"suggested, {name}", [m.regret(law(m.one_step) * factor) for m in members])
+            (f"suggested, {name}", [m.regret(law(m.two_steps) * factor) for m in members])
             for name, factor in (("lower end", 1 / RANGE), ("upper end", RANGE))
         ),
         ("law fitted without the task", left_out),
@@ -141,15 +141,15 @@ def by_line(members: Sequence[Case], law: Callable[[float], float]) -> str:
         groups[m.key[1], m.key[2]].append(m)
     rows = []
     for (line, rank), mine in sorted(groups.items()):
-        regrets = [m.regret(law(m.one_step)) for m in mine]
+        regrets = [m.regret(law(m.two_steps)) for m in mine]
         middle = statistics.geometric_mean
         rows.append(
             [
                 line,
                 str(rank),
                 str(len(mine)),
-                f"{middle([m.one_step for m in mine]):.1e}",
-                f"{middle([law(m.one_step) for m in mine]):.1e}",
+                f"{middle([m.two_steps for m in mine]):.1e}",
+                f"{middle([law(m.two_steps) for m in mine]):.1e}",
                 f"{middle([min(m.losses, key=m.losses.__getitem__) for m in mine]):.1e}",
                 f"{100 * statistics.median(regrets):.1f}%",
                 f"{100 * max(regrets):.1f}%",
@@ -159,7 +159,7 @@ def by_line(members: Sequence[Case], law: Callable[[float], float]) -> str:
         "line",
         "rank",
         "tasks",
-        "one step",
+        "two steps",
         "suggested",
         "best of the grid",
         "median regret",
@@ -178,10 +178,10 @@ def by_model(members: Sequence[Case], law: Callable[[float], float]) -> str:
     for model in sorted({m.model for m in members}):
         mine = [m for m in members if m.model == model]
         others = [m for m in members if m.model != model and _has_no_head(m.model)]
-        shown: list[list[float] | None] = [[m.regret(law(m.one_step)) for m in mine], None]
+        shown: list[list[float] | None] = [[m.regret(law(m.two_steps)) for m in mine], None]
         if others and _has_no_head(model):
             c, p = fit(others)
-            shown[1] = [m.regret(c * (m.one_step / 5e-4) ** p) for m in mine]
+            shown[1] = [m.regret(c * (m.two_steps / 5e-4) ** p) for m in mine]
         shown += [[m.regret(rate) for m in mine] for rate in rates]
         rows.append([model, str(len(mine)), *map(_median_and_decile, shown)])
     heads = [

@@ -44,7 +44,7 @@ class Origin:
             data, those held back among them, ``statistics_sequences`` of statistics that were given. Where a
             learning rate was suggested:
             ``learning_rate``, its range ``learning_rate_low`` and ``learning_rate_high``, the
-            ``one_step_rate``, and every rate and loss that was tried under ``learning_rate_trials``.
+            ``two_steps_rate``, and every rate and loss that was tried under ``learning_rate_trials``.
         heads: where heads beside the adapter were fitted first: their names under ``fitted`` (none where
             they were left as they are), ``loss_before`` and ``loss_after`` on the sequences held back, the
             ``standard_error`` of what the minimum takes off it, the number of these ``sequences``, and the

@@ -29,22 +29,19 @@ class AdamSteps:
     """One layer's factors where training begins.
 
     Attributes:
-        start: ``A`` ``(rank, in)``, ``B`` ``(out, rank)``, in float32.
+        start: ``A`` ``(rank, in)``, ``B`` ``(out, rank)``, in float32 or float64.
         scaling: the layer's ``s``.
     """
 
     start: Factors
     scaling: float
 
-    @property
-    def begins_displaced(self) -> bool:
-        """Whether the layer's weight is not the base's before the first step."""
-        return not self.start.anchored and bool(self.start.B.any())
-
     def gradient(self, weight_gradient: Tensor, at: Factors) -> Gradient:
         """Of the factors at `at`, from that of the layer's weight, ``(out, in)``, there."""
-        gradient = weight_gradient.to(at.A)
-        return (at.B.mT @ gradient) * self.scaling, (gradient @ at.A.mT) * self.scaling
+        # The products where the large one is.
+        a, b = at.A.to(weight_gradient), at.B.to(weight_gradient)
+        pair = b.mT @ weight_gradient, weight_gradient @ a.mT
+        return pair[0].to(at.A) * self.scaling, pair[1].to(at.B) * self.scaling
 
     def after_one(self, rate: float, first: Gradient) -> Factors:
         """The factors after one step at the first share of a peak rate: of signs, but for `EPSILON`."""

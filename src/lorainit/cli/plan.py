@@ -15,8 +15,9 @@ from lorainit.data import Records
 from lorainit.pipeline.rate import SEQUENCES
 from lorainit.types import GRADIENT_STATISTICS, LayerSpec
 
-_RATE_FORWARDS = 9
-"""Forward passes over half of its sequences that a suggested learning rate takes, about."""
+_RATE_STEPS, _RATE_FORWARDS = 7, 7
+"""Gradients of a quarter of its sequences that a suggested learning rate takes, and forward passes over half of
+them, about."""
 
 _SEARCH_FORWARDS = 20
 """Forward passes over the held-back sequences that the measurement of one step takes, about."""
@@ -49,9 +50,8 @@ def plan(
     collected = needs if records and not getattr(options, "statistics", None) else frozenset()
     parameters = sum(p.numel() for p in model.parameters())
     work = _work(targets, parameters, tokens, collected, steps, searched and records is not None)
-    # On at most so many sequences: half of them forward and backward, the others forward again and again.
     rated = tokens * min(1.0, SEQUENCES / max(1, sequences))
-    work += rates * rated * parameters * (4.0 + 2.0 * _RATE_FORWARDS) / 2
+    work += rates * rated * parameters * (6.0 * _RATE_STEPS / 4 + 2.0 * _RATE_FORWARDS / 2)
     if trained is not None:
         # Forward and backward, the weights' own gradients left out.
         work += 4.0 * parameters * trained * tokens / max(1, sequences)

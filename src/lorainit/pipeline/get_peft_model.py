@@ -114,7 +114,7 @@ def get_peft_model(
         precision: ``"fast"``: solve in float32 (float64 where that fails), to residuals of a thousandth or
             less; ``"exact"``: in float64, to 1e-10.
         autocast_adapter_dtype: as in PEFT: adapters of half-precision models are kept in float32.
-        suggest_rate: measure a learning rate for the adapter on 64 sequences of `data`, as
+        suggest_rate: measure a learning rate for the adapter on 128 sequences of `data`, as
             `suggest_learning_rate` does; the log says it, and the adapter's side file keeps it.
         learning_rate: the peak rate that the adapter will be trained at, where that is not to be chosen. The
             rate that suits the start is measured, and the factors and ``lora_alpha`` are resized so that this

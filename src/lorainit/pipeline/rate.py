@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 
 from lorainit.adapters.layers import configurations
 from lorainit.adapters.match_learning_rate import resize_for
@@ -24,10 +25,10 @@ from lorainit.types import Factors
 
 RATE_NEEDS = frozenset({"gradient"})
 
-SEQUENCES = 96
+SEQUENCES = 128
 """So many are looked at unless more are asked for: a rate is found to a factor, not to a digit."""
 
-_SHARE = 1 / 3
+_SHARE = 0.5
 """Of the sequences: measured on; half of the others give each step's gradient."""
 
 
@@ -52,7 +53,8 @@ class FirstSteps:
         cls, measurements: Measurements, steps: Mapping[str, AdamSteps], given: Sample, held: Sample
     ) -> FirstSteps:
         """On these sequences: `given` for gradients, a half a step, `held` for losses."""
-        measurements = replace(measurements, needs=RATE_NEEDS, gather=True)
+        quiet = replace(measurements.settings, progress=False)
+        measurements = replace(measurements, needs=RATE_NEEDS, settings=quiet, gather=True)
         units = collectives.sum_counts([sum(batch.units for batch in given.batches)])[0]
         halves = given.held_back(0.5) if units > 1 else (given, given)
         first, second = (measurements.planned(half) for half in halves)
@@ -102,7 +104,7 @@ def measured_rate(
     """The rate for these factors; the adapters of the model are switched off.
 
     Args:
-        measurements: of the model, at its base.
+        measurements: of the model, its adapter off.
         sample: of the data.
         factors: by target name; targets without factors stay where they are.
         heads: names of heads that are trained in full beside the adapter.
@@ -113,10 +115,10 @@ def measured_rate(
         DataError: there are heads, too few sequences, or no rate lowers the loss.
     """
     if heads:
-        # Measured: by it a third of what training gains was lost on sentences (docs/learning_rate.md).
+        # By two steps of training a third of what it gains is lost on sentences (docs/learning_rate.md).
         raise DataError(
             f"no learning rate can be suggested for an adapter with a head of its own ('{min(heads)}'): the "
-            "rate of one step says little of a run there (docs/learning_rate.md). Compare a few between "
+            "first steps say little of a run there (docs/learning_rate.md). Compare a few between "
             "1e-4 and 5e-3."
         )
     given, held = sample.held_back(_SHARE)
@@ -124,11 +126,20 @@ def measured_rate(
     for name, pair in factors.items():
         if name in layers:
             scaling = layers[name].spec.scaling * resized**2
-            a, b = (half.float() / resized for half in (pair.A, pair.B))
+            dtype = torch.promote_types(pair.A.dtype, torch.float32)
+            a, b = (half.to(dtype) / resized for half in (pair.A, pair.B))
             steps[name] = AdamSteps(Factors(a, b, pair.anchored), scaling)
-    start, after = FirstSteps.on(measurements, steps, given, held).curve()
-    sequences = int(collectives.sum_counts([held.sequences])[0])
-    return find_learning_rate(start, after, sequences).for_factors_times(resized)
+    hidden = None if measurements.settings.progress else True
+    with tqdm(desc="learning rate", unit="rate", disable=hidden) as bar:
+        start, after = FirstSteps.on(measurements, steps, given, held).curve()
+
+        def counted(rate: float) -> float:
+            loss = after(rate)
+            bar.update()
+            return loss
+
+        sequences = int(collectives.sum_counts([held.sequences])[0])
+        return find_learning_rate(start, counted, sequences).for_factors_times(resized)
 
 
 def rate_if_any(

@@ -75,7 +75,7 @@ def _rate(
             else "`lorainit init` with `--data` measures one along with the start"
         )
         none = "none was suggested for this adapter" if adapter else "none was suggested yet"
-        return "note", f"Rate: {none}; {command}, by forward passes on 64 sequences."
+        return "note", f"Rate: {none}; {command}, by two steps of Adam on 128 sequences."
     found = "the adapter was resized for" if matched else "was measured for this start"
     return "good", (
         f"Rate: train at a peak of {rate:.2g}, which {found} (AdamW with warmup and "

@@ -34,7 +34,7 @@ def of_measured(measured: Mapping[str, Any]) -> RateCurve | None:
     points = _points(measured.get("learning_rate_trials", ()))
     names = ("learning_rate", "learning_rate_low", "learning_rate_high")
     suggested = _suggested([measured.get(name) for name in names])
-    return RateCurve("after one step of Adam", points, suggested) if len(points) > 1 else None
+    return RateCurve("after two steps of Adam", points, suggested) if len(points) > 1 else None
 
 
 def read_rate_curves(path: str | os.PathLike[str]) -> list[RateCurve]:

@@ -53,7 +53,7 @@ def rates_section(rates: Sequence[RateCurve]) -> str:
     return section(
         "The learning rate",
         "Loss by rate, on records that are not trained on; the suggested rate dashed, its range shaded. "
-        "A run of many steps is trained best near the rate that suits one step of Adam.",
+        "A run of many steps is trained best near the rate that suits its first two steps.",
         drawn(rates),
     )
 

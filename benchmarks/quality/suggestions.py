@@ -1,10 +1,10 @@
-"""The suggested learning rate of every line, beside which `learning_rates.py` sets the rates of the grid.
+"""The suggested learning rate of every line, beside which `suggested_rates.py` sets the rates of the grid.
 
-    python -m benchmarks.quality.one_step --data DATA --model PACKED --out OUT --methods vanilla pissa \
+    python -m benchmarks.quality.suggestions --data DATA --model PACKED --out OUT --methods vanilla pissa \
         --tasks gcd --set rank=8 style=chat
 
 For each task, line, rank and seed a start is made as the stages make it, and a rate is suggested for it on the
-first training sequences. One JSON line each in ``OUT/one_step.jsonl``.
+first training sequences. One JSON line each in ``OUT/suggestions.jsonl``.
 """
 
 from __future__ import annotations
@@ -28,9 +28,6 @@ from benchmarks.quality.records import append, head, provenance, read_records
 from benchmarks.quality.stacks import statistics_batch
 from benchmarks.quality.time_limit import Clock, OutOfTime
 
-SEQUENCES = 64
-"""On which a rate is suggested."""
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(
@@ -40,10 +37,9 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(stages.METHODS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--set", nargs="*", action="extend", default=[], metavar="NAME=VALUE")
-    parser.add_argument("--sequences", type=int, default=SEQUENCES)
     options = parser.parse_args()
     clock = Clock(options.time_limit)
-    done = read_records([*options.records, options.out], "one_step")
+    done = read_records([*options.records, options.out], "suggestions")
     common = dict(map(assignment, options.set))
     name = common.get("model") or model_of(options.tasks)
     model = load_model(options.model, choose_device(), name)
@@ -58,18 +54,16 @@ def main() -> None:
                     if line.id in done:
                         continue
                     clock.check(2.0)
-                    record = head(line, "one_step") | provenance(options.commit, model.device)
-                    record |= suggested(model, line, train, initialiser, options.sequences)
-                    append(options.out, record, "one_step")
+                    record = head(line, "suggestions") | provenance(options.commit, model.device)
+                    record |= suggested(model, line, train, initialiser)
+                    append(options.out, record, "suggestions")
                     print(task, line.label, line.rank, seed, record.get("suggestion"), flush=True)
             initialiser.forget()
     except OutOfTime:
         print("time limit; call again")
 
 
-def suggested(
-    model: Any, line: Experiment, train: Any, initialiser: Initialiser, sequences: int
-) -> dict[str, Any]:
+def suggested(model: Any, line: Experiment, train: Any, initialiser: Initialiser) -> dict[str, Any]:
     """What is suggested for one start, and the seconds that it takes."""
     method = line.build_method()
     kind_of(line.model).seed_head(model, line.seed)
@@ -81,9 +75,7 @@ def suggested(
     try:
         began = time.perf_counter()
         try:
-            found = lorainit.suggest_learning_rate(
-                wrapped, batches, max_sequences=sequences, progress=False
-            )
+            found = lorainit.suggest_learning_rate(wrapped, batches, progress=False)
         except lorainit.errors.LorainitError as error:
             return {"refused": str(error)}
         return {"suggestion": asdict(found), "seconds": time.perf_counter() - began}
