@@ -97,6 +97,8 @@ def _base(kind: str) -> Any:
             new.weight = bnb.nn.Params4bit(
                 old.weight.detach().clone(), requires_grad=False, quant_type="nf4"
             )
+            # On some CPUs an evaluation packs the layer, which these are too small for.
+            new.support_avx512bf16_for_cpu = False
             model.set_submodule(name, new.to("cpu"))
         model.is_loaded_in_4bit = True  # as from_pretrained does; PEFT goes by it
     return model.eval()

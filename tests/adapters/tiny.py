@@ -29,15 +29,20 @@ METHODS = {
 
 
 def llama(
-    *, tied: bool = False, dtype: torch.dtype = torch.float32, seed: int = 0, layers: int = 2
+    *,
+    tied: bool = False,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    layers: int = 2,
+    width: int = 32,
 ) -> Any:
     """A Llama of two layers with grouped-query attention, the same weights for the same seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config = LlamaConfig(
             vocab_size=VOCABULARY,
-            hidden_size=32,
-            intermediate_size=48,
+            hidden_size=width,
+            intermediate_size=width * 3 // 2,
             num_hidden_layers=layers,
             num_attention_heads=4,
             num_key_value_heads=2,

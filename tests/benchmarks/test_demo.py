@@ -117,8 +117,11 @@ def _result(name: str) -> dict:
 
 
 def test_a_base_in_four_bits_gets_something_back(tiny, monkeypatch):
-    pytest.importorskip("bitsandbytes")
+    bitsandbytes = pytest.importorskip("bitsandbytes")
     from transformers import LlamaForCausalLM
+
+    # On some CPUs an evaluation packs four-bit layers, which these are too small for.
+    monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: False)
 
     def load(**options):
         return LlamaForCausalLM.from_pretrained(tiny, **options)

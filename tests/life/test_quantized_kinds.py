@@ -67,6 +67,8 @@ def bitsandbytes_layer(kind: str, layer: nn.Linear) -> nn.Module:
             quant_type=kind[:3],
             compress_statistics=kind.endswith("double"),
         )
+        # On some CPUs an evaluation packs the layer, which these are too small for.
+        found.support_avx512bf16_for_cpu = False
     return found.to("cpu")
 
 
@@ -105,7 +107,8 @@ def stored(model: nn.Module) -> dict[str, Tensor]:
 
 @kinds
 def test_weights_are_read_as_the_forward_uses_them(kind: str) -> None:
-    full = llama()
+    # Rows of whole blocks: bitsandbytes takes others' scales wrongly on CPUs with AVX512.
+    full = llama(width=128)
     model = quantized(kind, full)
     before = stored(model)
     assert len(before) == 14

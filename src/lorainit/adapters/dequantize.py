@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight
 from torch import Tensor, nn
+
+from lorainit.models.packed_layers import is_packed, plain_layout
 
 _AT_ONCE = 1024
 """Columns of a weight that are read by one call of its layer."""
@@ -49,18 +50,12 @@ def _is_int8(weight: Tensor) -> bool:
 
 def _from_4bit(weight: Any) -> Tensor:
     """Bitsandbytes' four bits, in whichever of its two layouts they lie."""
-    if not getattr(weight.quant_state, "packing_format_for_cpu", False):
+    if not is_packed(weight):
         return torch.as_tensor(dequantize_bnb_weight(weight)).detach()
-    # On some CPUs the first forward lays them out anew, which its own reader does not know; its
-    # inverse leaves the scales transposed.
+    # Its own reader does not know this one.
     from bitsandbytes import functional
 
-    scales = weight.quant_state.absmax.T.reshape(-1).float()
-    data, state = functional._convert_weight_packed_for_cpu_inverse(
-        weight.data, copy.copy(weight.quant_state)
-    )
-    state.absmax, state.nested = scales, False
-    plain: Tensor = functional.dequantize_4bit(data, state)
+    plain: Tensor = functional.dequantize_4bit(*plain_layout(weight))
     return plain.detach()
 
 

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from lorainit.cli.loading import load_tokenizer
 from lorainit.data import IGNORED, Records, batches_of, read_records
 from lorainit.data.nested import to_device
+from lorainit.models.packed_layers import unpacked
 
 
 @contextlib.contextmanager
@@ -97,7 +98,8 @@ def mean_loss(model: Any, batches: Any) -> float:
     total, count = 0.0, 0
     device = next(model.parameters()).device
     model.eval()
-    with torch.no_grad():
+    # Packed four-bit layers would pass no gradient on in training.
+    with unpacked(model), torch.no_grad():
         for batch in batches:
             labels = int((batch["labels"][:, 1:] != IGNORED).sum())
             if labels:

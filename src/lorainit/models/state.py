@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lorainit.models.hooks import add_hook
+from lorainit.models.packed_layers import unpacked
 from lorainit.models.resident import fetched_again
 from lorainit.models.undo import surely
 from lorainit.parallel.partitioned import gathered_while_running
@@ -172,7 +173,7 @@ def measuring(model: nn.Module, *, checkpoints: bool = True) -> Iterator[None]:
     mode: such layers must stay in train mode to be checkpointed at all, so their own dropout rates
     are set to zero for the time being. What is compiled of it runs eagerly, where hooks are seen.
     Without `checkpoints` all of it goes to eval mode: nothing is checkpointed. A graph keeps no
-    offloaded weights on the device.
+    offloaded weights on the device, and four-bit layers are not packed for inference.
     """
     reshard(model)
     required = [(p, p.requires_grad) for p in model.parameters()]
@@ -195,6 +196,7 @@ def measuring(model: nn.Module, *, checkpoints: bool = True) -> Iterator[None]:
         stack.callback(reshard, model)
         stack.enter_context(gathered_while_running(model))
         stack.enter_context(fetched_again(model))
+        stack.enter_context(unpacked(model))
         if "torch._dynamo" in sys.modules:
             # Nothing can be compiled where it was not loaded.
             stack.enter_context(_eager())

@@ -16,6 +16,7 @@ from lorainit.data.batch import Batch
 from lorainit.errors import AdapterError
 from lorainit.methods.auto import Auto
 from lorainit.models.introspection import input_device
+from lorainit.models.packed_layers import unpacked
 from lorainit.models.state import measuring, unchanged_rng
 from lorainit.pipeline.get_peft_model import get_peft_model
 from lorainit.pipeline.start import Precision
@@ -118,6 +119,8 @@ def start_trainer(
     with ExitStack() as stack:
         stack.enter_context(unchanged_rng(input_device(model)))
         stack.enter_context(unchanged_trainer(trainer))
+        # On-policy trainers answer prompts in eval mode before anything is measured.
+        stack.enter_context(unpacked(trainer.model))
         if model is not trainer.model:
             # What is around it does not learn or drop anything meanwhile either.
             stack.enter_context(measuring(trainer.model))
