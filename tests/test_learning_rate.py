@@ -105,21 +105,33 @@ def test_gradients_are_clipped_together() -> None:
     assert torch.equal(clipped(small)["one"][0], small["one"][0])
 
 
-METHODS = [lorainit.Vanilla(), lorainit.PiSSA(), lorainit.Natural(), lorainit.LoraDA(population=16)]
+METHODS = [
+    lorainit.Vanilla(),
+    lorainit.PiSSA(),
+    lorainit.LoraDA(population=16),
+    lorainit.Natural(),
+    lorainit.LoraDA(population=16, scale="calibrated"),
+]
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize("method", METHODS, ids=str)
 def test_every_loss_is_that_of_the_model_after_two_steps(method: Any) -> None:
-    """Also of starts that move the model, from where they put it."""
+    """From where the start puts the model; where its length was measured, from the base with its rows."""
     model = started(method)
     found = suggestion(model)
     rows = torch.cat([batch["input_ids"] for batch in sequences()])
     held, given = rows[1::2], rows[0::2]
+    first = copy.deepcopy(model).eval()
+    if "start_loss" in model.peft_config["default"].origin.measured:
+        for name, weight in first.named_parameters():
+            if "lora_B" in name:
+                assert weight.data.any()
+                weight.data.zero_()
     assert found.sequences == len(held)
-    expected = float(mean_loss(copy.deepcopy(model).eval(), held).detach())
+    expected = float(mean_loss(first, held).detach())
     assert found.start_loss == pytest.approx(expected, rel=1e-5)
     for rate, loss in found.trials:
-        stepped = copy.deepcopy(model).eval()
+        stepped = copy.deepcopy(first)
         learned = [p for p in stepped.parameters() if p.requires_grad]
         parts = ((given[0::2], 0.2 * rate), (given[1::2], 0.4 * rate))
         adamw(learned, [(lambda r=part: mean_loss(stepped, r), by) for part, by in parts])  # noqa: B023
@@ -235,8 +247,8 @@ def test_any_adapter_of_peft_has_a_rate_and_a_larger_one_a_smaller_rate() -> Non
             if "lora_A" in name:
                 parameter *= 8
     second = suggestion(model)
-    # Rows eight times as long: the same step at an eighth of the rate.
-    assert second.two_steps == pytest.approx(first.two_steps / 8, rel=0.1)
+    # Rows eight times as long: nearly the same steps at an eighth of the rate.
+    assert second.two_steps == pytest.approx(first.two_steps / 8, rel=0.25)
 
 
 def test_the_factors_are_those_that_are_trained() -> None:

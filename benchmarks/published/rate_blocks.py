@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 from benchmarks.published.sources import (
     MODEL,
     at_rate,
@@ -26,6 +28,7 @@ from benchmarks.quality.analysis.suggested_rates import by_model
 from benchmarks.quality.analysis.suggested_rates import table as rates_table
 from benchmarks.quality.analysis.suggested_runs import suggested_table
 from benchmarks.quality.analysis.t_tests import Mean
+from benchmarks.quality.choose import CHOSEN
 from benchmarks.quality.experiment import GRID
 from lorainit.calibration.learning_rate import suggested
 
@@ -64,9 +67,30 @@ def fixed_rates() -> str:
     )
 
 
-def suggested_ranks() -> str:
-    """Auto beside plain LoRA at several ranks, each at the rate suggested for it."""
-    return suggested_table(own_records())
+def suggested_ranks(model: str = MODEL, *, fresh: bool = False) -> str:
+    """Auto beside plain LoRA by rank, each at the rate suggested for it, on chosen tasks or on fresh ones."""
+    every, chosen = own_records(model), of_chosen(own_records(model))
+    return suggested_table([r for r in every if r not in chosen] if fresh else chosen)
+
+
+def suggested_read_off() -> str:
+    """Auto beside plain LoRA by model and rank, each at its suggested rate, read off the losses of the grid."""
+    known = {(c.model, *c.key): c for c in rate_cases(None)}
+    gaps: dict[tuple[str, int, bool], list[float]] = defaultdict(list)
+    for (model, task, label, rank), case in known.items():
+        other = known.get((model, task, BASELINE, rank))
+        if label == "auto" and other is not None:
+            loss, plain = (c.loss_at(suggested(c.two_steps)) for c in (case, other))
+            gaps[model, rank, task in CHOSEN].append(loss - plain)
+    rows = []
+    for (model, rank, chosen), values in sorted(
+        gaps.items(), key=lambda g: (g[0][2], g[0][:2]), reverse=True
+    ):
+        mean = Mean.of(values)
+        tasks = "chosen" if chosen else "fresh"
+        rows.append([model, tasks, f"{rank}", str(mean), f"{mean.below} of {mean.tasks}"])
+    heads = ["model", "tasks", "rank", "Auto's validation loss beside plain LoRA's, nats", "below"]
+    return table(heads, rows)
 
 
 def matched_at(label: str, rate: float) -> Mean:

@@ -71,15 +71,10 @@ def beside_on(grid_name: str, label: str) -> Mean:
     return Mean.of([d.loss for d in found])
 
 
-JUDGED = "caf5885"
-"""Commit of the rates of one step that were measured after the law of the suggestion was fitted."""
-
-
 @cache
-def rate_cases(model: str | None = MODEL, commit: str | None = None) -> tuple[Case, ...]:
-    """Lines of a model, or of all, that have a grid and a suggested rate, measured at a commit or at any."""
-    measured = read_records([RESULTS], "suggestions").values()
-    found = cases(grid(), (r for r in measured if commit in (None, r["commit"])))
+def rate_cases(model: str | None = MODEL) -> tuple[Case, ...]:
+    """Lines of a model, or of all, that have a grid and a suggested rate."""
+    found = cases(grid(), read_records([RESULTS], "suggestions").values())
     return tuple(case for case in found if model in (None, case.model))
 
 

@@ -33,10 +33,10 @@ def test_training_is_that_of_a_start_before_the_optimizer(kind: str, tmp_path: P
 
 @pytest.mark.parametrize("kind", METHODS)
 def test_an_adapter_is_matched_to_the_runs_rate(kind: str, tmp_path: Path) -> None:
-    early = build(tmp_path)
+    early = build(tmp_path, learning_rate=1e-3)
     lorainit.start_trainer(early, METHODS[kind], match_learning_rate=True, progress=False)
     callback = StartAdapter(METHODS[kind], match_learning_rate=True, progress=False)
-    late = build(tmp_path, callbacks=[callback])
+    late = build(tmp_path, callbacks=[callback], learning_rate=1e-3)
     assert trained(late) == trained(early)
     resized = [t.model.peft_config["default"].origin.resized for t in (early, late)]
     assert resized[0] == resized[1] != 1

@@ -50,7 +50,7 @@ from lorainit.pipeline.checks import (
 from lorainit.pipeline.facts import facts_of, facts_of_start
 from lorainit.pipeline.heads import TIMES_AS_MANY, StartedHeads, start_heads
 from lorainit.pipeline.measurements import Measurements
-from lorainit.pipeline.rate import RATE_NEEDS, matched, rate_if_any
+from lorainit.pipeline.rate import RATE_NEEDS, has_measured_length, matched, rate_if_any
 from lorainit.pipeline.start import Precision, Start, find_start, needs_sample
 from lorainit.pipeline.summary import measured_losses, report_line, sequences_read, summary
 from lorainit.statistics.settings import (
@@ -303,7 +303,13 @@ def _started(
                 measurements.unchanged_rng(),
                 page_locked(model),
             ):
-                rate = rate_if_any(measurements, sample, factors_of(wrapped, adapter_name), own)
+                rate = rate_if_any(
+                    measurements,
+                    sample,
+                    factors_of(wrapped, adapter_name),
+                    own,
+                    from_base=has_measured_length(wrapped, adapter_name),
+                )
             if learning_rate is not None:
                 rate = matched(wrapped, adapter_name, rate, learning_rate)
             elif isinstance(rate, LearningRate):

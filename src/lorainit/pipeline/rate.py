@@ -100,6 +100,8 @@ def measured_rate(
     factors: Mapping[str, Factors],
     heads: Collection[str] = (),
     resized: float = 1.0,
+    *,
+    from_base: bool = False,
 ) -> LearningRate:
     """The rate for these factors; the adapters of the model are switched off.
 
@@ -110,6 +112,7 @@ def measured_rate(
         heads: names of heads that are trained in full beside the adapter.
         resized: the factors are so many times what they were started as (`match_learning_rate`): the rate is
             that of the adapter as it was started, so many times.
+        from_base: step from ``B = 0`` all the same, see `has_measured_length`.
 
     Raises:
         DataError: there are heads, too few sequences, or no rate lowers the loss.
@@ -128,6 +131,7 @@ def measured_rate(
             scaling = layers[name].spec.scaling * resized**2
             dtype = torch.promote_types(pair.A.dtype, torch.float32)
             a, b = (half.to(dtype) / resized for half in (pair.A, pair.B))
+            b = torch.zeros_like(b) if from_base and not pair.anchored else b
             steps[name] = AdamSteps(Factors(a, b, pair.anchored), scaling)
     hidden = None if measurements.settings.progress else True
     with tqdm(desc="learning rate", unit="rate", disable=hidden) as bar:
@@ -142,15 +146,28 @@ def measured_rate(
         return find_learning_rate(start, counted, sequences).for_factors_times(resized)
 
 
+def has_measured_length(model: nn.Module, adapter_name: str) -> bool:
+    """Whether the start moves the model, by a length that was measured.
+
+    Along it the loss is at its least already, so from there steps soon lead upwards, at rates at which a run
+    goes on falling: such a start is told the rate that its rows want where the model is the base.
+    """
+    origin = getattr(configurations(model)[adapter_name], "origin", None)
+    return origin is not None and "start_loss" in origin.measured
+
+
 def rate_if_any(
     measurements: Measurements,
     sample: Sample,
     factors: Mapping[str, Factors],
     heads: Collection[str] = (),
+    *,
+    from_base: bool = False,
 ) -> LearningRate | str:
     """The rate from the first `SEQUENCES` of a sample, or why there is none: a start does not fail for it."""
     try:
-        return measured_rate(measurements, sample.first(SEQUENCES), factors, heads)
+        sample = sample.first(SEQUENCES)
+        return measured_rate(measurements, sample, factors, heads, from_base=from_base)
     except DataError as error:
         return str(error)
 

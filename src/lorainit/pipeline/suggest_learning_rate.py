@@ -20,7 +20,7 @@ from lorainit.parallel.together import agreed, left_together
 from lorainit.pipeline.checks import check_adapter_exists
 from lorainit.pipeline.facts import facts_of
 from lorainit.pipeline.measurements import Measurements
-from lorainit.pipeline.rate import RATE_NEEDS, SEQUENCES, measured_rate
+from lorainit.pipeline.rate import RATE_NEEDS, SEQUENCES, has_measured_length, measured_rate
 from lorainit.statistics.settings import CollectOptions, CollectSettings, settings_with
 
 
@@ -35,10 +35,11 @@ def suggest_learning_rate(
 ) -> LearningRate:
     """A learning rate for the adapter that a model has, however it was started.
 
-    Half of the sequences give the gradients of Adam's first two steps, from where the adapter stands, at five
-    peak rates or a few more; on the others the loss is measured after them. That costs about as much as ten
-    steps of training with batches of a quarter of the sequences. The model is as it was afterwards.
-    Of an adapter that was matched to a rate (`match_learning_rate`) it is what suits it as it is now.
+    Half of the sequences give the gradients of Adam's first two steps, from where the adapter stands (a start
+    whose length was measured: from ``B = 0``), at five peak rates or a few more; on the others the loss is
+    measured after them. That costs about as much as ten steps of training with batches of a quarter of the
+    sequences. The model is as it was afterwards. Of an adapter that was matched to a rate
+    (`match_learning_rate`) it is what suits it as it is now.
 
     Args:
         model: a PeftModel, or a model whose adapter is its own.
@@ -79,4 +80,5 @@ def suggest_learning_rate(
                 factors_of(model, adapter_name),
                 heads,
                 resized_by(model, adapter_name),
+                from_base=has_measured_length(model, adapter_name),
             )
