@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 
 import lorainit
 from lorainit.adapters.factors_of import factors_of
-from lorainit.calibration.adam_steps import AdamSteps, clipped
+from lorainit.calibration.adam_steps import AdamSteps, clip
 from lorainit.calibration.learning_rate import best_rate, suggested
 from lorainit.errors import AdapterError, DataError, MissingStatisticError
 from lorainit.types import Factors
@@ -78,7 +78,9 @@ def test_the_two_steps_are_those_of_adam(start: str, steep: float) -> None:
     def gradient(batch: int, at: Factors) -> Any:
         term = steps.term(at)
         moved = weight + term.left @ term.right
-        return clipped({"": steps.gradient(2 * steep * (moved - targets[batch]), at)})[""]
+        found = steps.gradient(2 * steep * (moved - targets[batch]), at)
+        clip({"": found})
+        return found
 
     first = gradient(0, steps.start)
     second = gradient(1, steps.after_one(rate, first))
@@ -97,12 +99,13 @@ def test_the_two_steps_are_those_of_adam(start: str, steep: float) -> None:
 
 def test_gradients_are_clipped_together() -> None:
     pairs = {n: (torch.full((2, 2), 3.0), torch.full((2, 2), 4.0)) for n in ("one", "other")}
-    found = clipped(pairs)
-    norm = math.sqrt(sum(float(h.square().sum()) for pair in found.values() for h in pair))
+    clip(pairs)
+    norm = math.sqrt(sum(float(h.square().sum()) for pair in pairs.values() for h in pair))
     assert norm == pytest.approx(1.0)
-    assert float(found["one"][0][0, 0] / found["other"][1][0, 0]) == pytest.approx(0.75)
+    assert float(pairs["one"][0][0, 0] / pairs["other"][1][0, 0]) == pytest.approx(0.75)
     small = {"one": (torch.full((2, 2), 0.1), torch.zeros(2, 2))}
-    assert torch.equal(clipped(small)["one"][0], small["one"][0])
+    clip(small)
+    assert torch.equal(small["one"][0], torch.full((2, 2), 0.1))
 
 
 METHODS = [
@@ -138,6 +141,28 @@ def test_every_loss_is_that_of_the_model_after_two_steps(method: Any) -> None:
         assert loss == pytest.approx(float(mean_loss(stepped, held).detach()), rel=2e-4)
     # Control: the steps move the loss by more than that.
     assert max(loss for _, loss in found.trials) > 1.01 * min(loss for _, loss in found.trials)
+
+
+def test_a_step_too_long_for_a_second_gradient_is_only_a_bad_rate() -> None:
+    """The loss is infinite where it is above all of the base's, as half-precision's is where it overflows."""
+    cap = math.inf
+
+    def cut(model: Any, batch: dict[str, Tensor]) -> Tensor:
+        logits = model(input_ids=batch["input_ids"]).logits[:, :-1].mT
+        losses = torch.nn.functional.cross_entropy(
+            logits, batch["input_ids"][:, 1:], reduction="none"
+        ).mean(1)
+        return torch.where(losses < cap, losses, torch.inf)
+
+    model = started(lorainit.Vanilla())
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_A" in name:
+                weight *= 1000
+        cap = 1.001 * max(float(cut(model, batch).max()) for batch in sequences())
+    found = suggestion(model, loss_fn=cut)
+    assert math.inf in [loss for _, loss in found.trials]
+    assert found.value > 0
 
 
 def test_short_rows_ask_for_no_much_higher_rate_than_long_ones() -> None:

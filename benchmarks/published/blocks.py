@@ -27,6 +27,7 @@ from benchmarks.published.sources import (
     beside_on,
     beside_plain,
     fresh_cells,
+    grid,
     grid_cells,
     quantized_cells,
     rate_cases,
@@ -38,6 +39,7 @@ from benchmarks.published.sources import (
 from benchmarks.quality.analysis.grid_comparison import compared, differences
 from benchmarks.quality.analysis.markdown import table
 from benchmarks.quality.analysis.rate_grid import BASELINE, Cells, labels_of, tuned_loss
+from benchmarks.quality.analysis.steps_of_runs import steps_of_runs
 from benchmarks.quality.analysis.suggested_rates import quantiles
 from benchmarks.quality.analysis.t_tests import Mean
 from benchmarks.quality.records import read_records
@@ -327,6 +329,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "suggested-gemma": lambda: suggested_ranks(GEMMA),
     "suggested-fresh": lambda: suggested_ranks(fresh=True),
     "suggested-read-off": suggested_read_off,
+    "steps-of-runs": lambda: steps_of_runs(grid(), suggested),
     "sentences": lambda: classifier("all-minilm-l6-v2"),
     "images": lambda: classifier(IMAGES),
     "new-heads": new_heads,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from benchmarks.quality.analysis.steps_of_runs import steps_of_runs
 from benchmarks.quality.analysis.suggested_rates import by_line, by_model, cases, fit, table
 from benchmarks.quality.records import RESULTS, read_records
 from lorainit.calibration.learning_rate import suggested
@@ -27,6 +28,8 @@ def main() -> None:
         "adapter are told no rate.",
         "## Regret by model, %: median / nine in ten below",
         by_model(members, suggested),
+        "## The same, by the held-out loss of the runs themselves after so many steps",
+        steps_of_runs(grid, suggested),
     ]
     for model in sorted({m.model for m in members}):
         mine = [m for m in members if m.model == model]

@@ -252,6 +252,9 @@ def test_lines_at_the_rates_that_are_suggested_for_them():
     ]
     with pytest.warns(UserWarning, match="no rate is suggested for 'pissa' on gcd"):
         assert len(suggested(records, ["auto", "pissa"], ["gcd"], [0], **common)) == 1
+    # A rate is of a start, whatever the schedule of the run.
+    (longer,) = suggested(records, ["auto"], ["gcd"], [0], warmup=0.1, **common)
+    assert (longer.learning_rate, longer.warmup) == (5.1e-4, 0.1)
     # Of another rank nothing is known.
     with pytest.raises(ValueError, match=r"benchmarks\.quality\.suggestions first"):
         suggested(records, ["vanilla"], ["gcd"], [0], rank=32, style="chat")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 
 import pytest
-from benchmarks.quality.analysis.suggested_rates import by_model, cases, fit
+from benchmarks.quality.analysis.steps_of_runs import after, minimum, steps_of_runs
+from benchmarks.quality.analysis.suggested_rates import by_model, cases, fit, interval
 
 RATES = (1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3, 3.2e-3)
 LOSSES = (2.0, 1.5, 1.2, 1.0, 1.1, 1.5)
@@ -73,3 +74,48 @@ def test_each_model_has_a_row_of_its_own():
         mine = next(m for m in members if m.model == names[one])
         regret = 100 * mine.regret(c * (mine.two_steps / 5e-4) ** p)
         assert cells[names[one]][other] == f"{regret:.1f} / {regret:.1f}"
+
+
+def test_the_interval_is_over_tasks():
+    """Lines of one task go together: three good tasks and one bad one."""
+    losses = {task: 1.0 for task in "abc"} | {"d": 1.5}
+    records, said_of = [], []
+    for task, at_best in losses.items():
+        for label in ("vanilla", "auto"):
+            records += [
+                run(label, rate, loss, task=task) for rate, loss in zip(RATES, LOSSES, strict=True)
+            ]
+            said_of.append(said(label, 8e-4 if at_best == 1.0 else 2e-4, task=task))
+    text = interval(cases(records, said_of), lambda rate: rate)
+    # The bad task's 25% are in no draw or in many, so the ninth decile is anything from none to them.
+    assert text == "[0.0, 25.0] / [0.0, 25.0]"
+    same = [said(label, 8e-4, task=task) for task in losses for label in ("vanilla", "auto")]
+    assert interval(cases(records, same), lambda rate: rate) == "[0.0, 0.0] / [0.0, 0.0]"
+
+
+def test_the_rate_that_first_steps_tell():
+    rates = [1e-4, 2e-4, 4.5e-4, 1e-3, 2.2e-3]
+    parabola = {r: [1 + math.log(r / 6e-4) ** 2] for r in rates}
+    assert minimum(parabola) == pytest.approx(6e-4, rel=1e-6)
+    assert minimum({r: [r] for r in rates}) == 1e-4
+    assert minimum(parabola | {1e-3: [math.inf]}) == 4.5e-4
+
+
+def test_what_the_runs_own_steps_would_have_lost():
+    """After two steps the rate below the best one is lowest, after three the best."""
+    records = []
+    for rate, loss in zip(RATES, LOSSES, strict=True):
+        two = abs(math.log(rate / 4e-4))
+        three = None if rate > 3e-3 else abs(math.log(rate / 8e-4))
+        record = run("vanilla", rate, loss)
+        record["heldout"] = {"steps": [0, 2, 3, 6, 13], "loss": [3.0, two, three, three, three]}
+        records.append(record)
+    (found,) = cases(records, after(records, 2))
+    assert found.two_steps == pytest.approx(4e-4)
+    head, _, row = steps_of_runs(records, lambda rate: rate).splitlines()
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells == ["m", "1", "10.0 / 10.0", *["0.0 / 0.0"] * 3]
+    assert "after 13 steps" in head
+    # A quantized base is no model of its own here.
+    quantized = [r | {"experiment": {"model": "m+nf4"}} for r in records]
+    assert steps_of_runs([*records, *quantized], lambda rate: rate).splitlines()[2] == row

@@ -1,6 +1,8 @@
-"""A small vision transformer, pretrained here on half of 5,000 MNIST digits.
+"""A small vision transformer, pretrained on half of 5,000 MNIST digits.
 
-``python -m benchmarks.quality.models.vit`` trains it (a minute or two on a core) and keeps it in the cache.
+Its weights, rounded to bfloat16 as the benchmark rounds every base, stand beside this file: pretraining gives
+other ones on every kind of machine. ``python -m benchmarks.quality.models.vit --out FOLDER`` trains another (a
+minute or two on a core).
 """
 
 from __future__ import annotations
@@ -12,7 +14,6 @@ import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
 
-from benchmarks.common.cache import cache_folder
 from benchmarks.quality.data.classification import mnist_half, pixels
 from lorainit.models.pretrained import load_whole
 
@@ -35,16 +36,14 @@ def vit_config() -> ViTConfig:
     )
 
 
-def vit_folder() -> Path:
-    return cache_folder() / "models" / "vit-mnist"
+KEPT = Path(__file__).parent / "vit-mnist"
+"""The weights that records are made with."""
 
 
 def load_vit(folder: Path | None = None, device: torch.device | str = "cpu") -> PreTrainedModel:
-    """The pretrained model in eval mode; trained on the first call."""
-    folder = folder or vit_folder()
-    if not (folder / "config.json").exists():
-        pretrain(folder, device)
-    model: PreTrainedModel = load_whole(ViTForImageClassification, str(folder))
+    """The pretrained model in float32 and eval mode, from a folder or as it is kept."""
+    path = str(folder or KEPT)
+    model: PreTrainedModel = load_whole(ViTForImageClassification, path, dtype=torch.float32)
     return model.to(device).eval()
 
 
@@ -80,7 +79,7 @@ def pretrain(folder: Path, device: torch.device | str = "cpu", epochs: int = EPO
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=vit_folder())
+    parser.add_argument("--out", type=Path, required=True)
     out = parser.parse_args().out
     device = "cuda" if torch.cuda.is_available() else "cpu"
     print(f"{out}: {100 * pretrain(out, device):.1f}% right on digits it has not seen")

@@ -70,9 +70,10 @@ class AdamSteps:
         return LowRank(left, torch.cat([at.A, self.start.A]))
 
 
-def clipped(gradients: Mapping[str, Gradient]) -> dict[str, Gradient]:
-    """Scaled so that the norm of all of them together is at most `LARGEST_NORM`."""
+def clip(gradients: Mapping[str, Gradient]) -> None:
+    """Scale them, in place, so that the norm of all of them together is at most `LARGEST_NORM`."""
     halves = [half for pair in gradients.values() for half in pair]
     total = torch.nn.utils.get_total_norm(halves)
     factor = (LARGEST_NORM / total.clamp_min(LARGEST_NORM)).item()
-    return {name: (a * factor, b * factor) for name, (a, b) in gradients.items()}
+    for half in halves:
+        half.mul_(factor)

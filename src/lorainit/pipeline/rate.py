@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 
@@ -12,7 +13,7 @@ from tqdm.auto import tqdm
 from lorainit.adapters.layers import configurations
 from lorainit.adapters.match_learning_rate import resize_for
 from lorainit.adapters.origin import remember_measured
-from lorainit.calibration.adam_steps import AdamSteps, Gradient, clipped
+from lorainit.calibration.adam_steps import AdamSteps, Gradient, clip
 from lorainit.calibration.held_out_loss import HeldOutLoss
 from lorainit.calibration.learning_rate import LearningRate, find_learning_rate
 from lorainit.data.sampling import Sample
@@ -40,12 +41,14 @@ class FirstSteps:
         measurements: of the model, needing gradients.
         steps: by target name; other targets stay as they are.
         batches: that give the gradient of the first step and of the second.
-        held_out: the loss.
+        ahead: the loss that the second gradient is of.
+        held_out: the loss that is measured.
     """
 
     measurements: Measurements
     steps: Mapping[str, AdamSteps]
     batches: tuple[PlannedCollection, PlannedCollection]
+    ahead: HeldOutLoss
     held_out: HeldOutLoss
 
     @classmethod
@@ -57,24 +60,36 @@ class FirstSteps:
         measurements = replace(measurements, needs=RATE_NEEDS, settings=quiet, gather=True)
         units = collectives.sum_counts([sum(batch.units for batch in given.batches)])[0]
         halves = given.held_back(0.5) if units > 1 else (given, given)
-        first, second = (measurements.planned(half) for half in halves)
-        return cls(measurements, steps, (first, second), measurements.held_out_loss(held))
+        # Beside the collection's sums there are two gradients and a moved pair of factors.
+        factors = (half for step in steps.values() for half in (step.start.A, step.start.B))
+        room = 3 * sum(half.numel() * half.element_size() for half in factors)
+        first, second = (measurements.planned(half, room) for half in halves)
+        ahead, held_out = map(measurements.held_out_loss, (halves[1], held))
+        return cls(measurements, steps, (first, second), ahead, held_out)
 
     def gradients(self, step: int, at: Mapping[str, Factors]) -> dict[str, Gradient]:
         """Of all factors at `at`, zero where no sequence reaches a layer; clipped."""
-        found = {n: (torch.zeros_like(f.A), torch.zeros_like(f.B)) for n, f in at.items()}
+        found: dict[str, Gradient] = {}
         with torch.no_grad(), displaced(self.measurements.subject.modules, self._terms(at)):
             for part in self.batches[step].parts():
                 for name in part.names:
                     if name in at:
                         gradient = part[name].gradient
                         found[name] = self.steps[name].gradient(gradient, at[name])
-        return clipped(found)
+        for name in at.keys() - found.keys():
+            found[name] = torch.zeros_like(at[name].A), torch.zeros_like(at[name].B)
+        clip(found)
+        return found
 
     def loss(self, at: Mapping[str, Factors]) -> float:
         """Of the held-back sequences."""
         with self.held_out.measuring() as loss:
             return loss(self._terms(at))
+
+    def is_finite(self, at: Mapping[str, Factors]) -> bool:
+        """Whether there is a second gradient to take: after too long a step there may be none."""
+        with self.ahead.measuring() as loss:
+            return math.isfinite(loss(self._terms(at)))
 
     def _terms(self, at: Mapping[str, Factors]) -> dict[str, LowRank]:
         return {name: step.term(at[name]) for name, step in self.steps.items()}
@@ -86,7 +101,11 @@ class FirstSteps:
 
         def after(rate: float) -> float:
             one = {n: step.after_one(rate, first[n]) for n, step in self.steps.items()}
+            if not self.is_finite(one):
+                return math.inf
             second = self.gradients(1, one)
+            # Made again for the second step: meanwhile their place is free.
+            del one
             return self.loss(
                 {n: step.after_two(rate, first[n], second[n]) for n, step in self.steps.items()}
             )
@@ -130,7 +149,9 @@ def measured_rate(
         if name in layers:
             scaling = layers[name].spec.scaling * resized**2
             dtype = torch.promote_types(pair.A.dtype, torch.float32)
-            a, b = (half.to(dtype) / resized for half in (pair.A, pair.B))
+            a, b = (half.to(dtype) for half in (pair.A, pair.B))
+            if resized != 1:
+                a, b = a / resized, b / resized
             b = torch.zeros_like(b) if from_base and not pair.anchored else b
             steps[name] = AdamSteps(Factors(a, b, pair.anchored), scaling)
     hidden = None if measurements.settings.progress else True
