@@ -53,7 +53,11 @@ def test_peft_writes_the_best_factors_and_leaves_the_scaling_in(case: Case) -> N
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_its_figures_are_loftqs_at_scaling_one_alone(case: Case) -> None:
+def test_its_figures_are_loftqs_at_scaling_one_alone(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # On some CPUs an evaluation packs four-bit layers and rounds their scales.
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
     records = list(peft_loftq.measured(case, [4], CPU))
     by_method = {r["method"]: r for r in records}
     assert [r["s"] for r in records] == [1.0, 8.0]

@@ -210,12 +210,12 @@ def test_a_learning_rate_is_suggested_together(tmp_path: Path) -> None:
     (alone,) = succeeded(launch(scenarios.rate_of_a_start, 1, tmp_path / "1", [16]))
     # Control: of other sequences it is another.
     (fewer,) = succeeded(launch(scenarios.rate_of_a_start, 1, tmp_path / "0", [8]))
-    assert fewer.base_loss != pytest.approx(alone.base_loss, rel=1e-4)
+    assert fewer.start_loss != pytest.approx(alone.start_loss, rel=1e-4)
     for counts in ([10, 6], [16, 0]):
         first, second = succeeded(launch(scenarios.rate_of_a_start, 2, tmp_path / "2", counts))
         assert first == second
         assert first.sequences == alone.sequences == 8
-        assert first.base_loss == pytest.approx(alone.base_loss, rel=1e-5)
+        assert first.start_loss == pytest.approx(alone.start_loss, rel=1e-5)
         assert first.two_steps == pytest.approx(alone.two_steps, rel=1e-3)
 
 

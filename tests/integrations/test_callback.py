@@ -15,9 +15,12 @@ from lorainit.errors import AdapterError
 from lorainit.integrations.callback import StartAdapter
 from lorainit.integrations.fused_kernels import layers_called_one_by_one
 from tests.adapters import tiny
-from tests.trainers.test_optimizer import METHODS, build, trained
+from tests.trainers.test_optimizer import build, trained
 
 pytestmark = pytest.mark.filterwarnings("ignore")
+
+METHODS = {"displaced": lorainit.LoraDA(), "anchored": lorainit.LoraGA()}
+"""To which a rate can be suggested on the few random rows."""
 
 
 @pytest.mark.parametrize("kind", METHODS)

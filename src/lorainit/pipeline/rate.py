@@ -59,6 +59,8 @@ class FirstSteps:
         quiet = replace(measurements.settings, progress=False)
         measurements = replace(measurements, needs=RATE_NEEDS, settings=quiet, gather=True)
         units = collectives.sum_counts([sum(batch.units for batch in given.batches)])[0]
+        # The same halves, however many processes share the sequences.
+        given = given.with_batches(given.batches)
         halves = given.held_back(0.5) if units > 1 else (given, given)
         # Beside the collection's sums there are two gradients and a moved pair of factors.
         factors = (half for step in steps.values() for half in (step.start.A, step.start.B))
