@@ -30,10 +30,10 @@ _POWER = 0.65
 _RANGE = 1.8
 """The range reaches so many times below and above the suggestion."""
 
-_FIRST, _GROWTH, _TRIED = 2e-5, 4.0, 5
-"""So many peak rates are tried, a factor of `_GROWTH` apart, and more where the last of them is best."""
+_FIRST, _GROWTH, _TRIED = 8e-5, 4.0, 4
+"""So many peak rates are tried, a factor of `_GROWTH` apart, and more where an outermost is best."""
 
-_LOWEST, _HIGHEST = -3, 7
+_LOWEST, _HIGHEST = -4, 6
 """No others than `_FIRST` times a power of `_GROWTH` between these exponents are tried."""
 
 

@@ -36,8 +36,8 @@ def suggest_learning_rate(
     """A learning rate for the adapter that a model has, however it was started.
 
     Half of the sequences give the gradients of Adam's first two steps, from where the adapter stands (a start
-    whose length was measured: from ``B = 0``), at five peak rates or a few more; on the others the loss is
-    measured after them. That costs about as much as ten steps of training with batches of a quarter of the
+    whose length was measured: from ``B = 0``), at four peak rates or a few more; on the others the loss is
+    measured after them. That costs about as much as eight steps of training with batches of a quarter of the
     sequences. The model is as it was afterwards. Of an adapter that was matched to a rate
     (`match_learning_rate`) it is what suits it as it is now.
 
