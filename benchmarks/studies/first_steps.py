@@ -41,7 +41,7 @@ from benchmarks.quality.stacks import statistics_batch
 from benchmarks.quality.time_limit import Clock, OutOfTime
 from lorainit.calibration.adam_steps import AdamSteps
 from lorainit.calibration.learning_rate import find_learning_rate
-from lorainit.pipeline.rate import FirstSteps
+from lorainit.pipeline.first_steps import FirstSteps
 from lorainit.types import Factors
 
 RATES = tuple(2e-5 * 2**k for k in range(11))

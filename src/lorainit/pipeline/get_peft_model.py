@@ -48,9 +48,10 @@ from lorainit.pipeline.checks import (
     with_possible_ranks,
 )
 from lorainit.pipeline.facts import facts_of, facts_of_start
+from lorainit.pipeline.first_steps import RATE_NEEDS
 from lorainit.pipeline.heads import TIMES_AS_MANY, StartedHeads, start_heads
 from lorainit.pipeline.measurements import Measurements
-from lorainit.pipeline.rate import RATE_NEEDS, has_measured_length, matched, rate_if_any
+from lorainit.pipeline.rate import has_measured_length, matched, rate_if_any
 from lorainit.pipeline.start import Precision, Start, find_start, needs_sample
 from lorainit.pipeline.summary import measured_losses, report_line, sequences_read, summary
 from lorainit.statistics.settings import (

@@ -19,8 +19,9 @@ from lorainit.models.state import one_at_a_time, outside_autocast, unchanged_gen
 from lorainit.parallel.together import agreed, left_together
 from lorainit.pipeline.checks import check_adapter_exists
 from lorainit.pipeline.facts import facts_of
+from lorainit.pipeline.first_steps import RATE_NEEDS
 from lorainit.pipeline.measurements import Measurements
-from lorainit.pipeline.rate import RATE_NEEDS, SEQUENCES, has_measured_length, measured_rate
+from lorainit.pipeline.rate import SEQUENCES, has_measured_length, measured_rate
 from lorainit.statistics.settings import CollectOptions, CollectSettings, settings_with
 
 
