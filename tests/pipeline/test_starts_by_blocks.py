@@ -84,3 +84,29 @@ def test_statistics_of_a_block_are_gone_when_the_next_ones_come(
     started(lorainit.Auto(least_gain=0.0), budget_for_blocks(900_000))
     assert len(set(map(id, seen))) >= 4
     assert not any(alive)
+
+
+@pytest.mark.parametrize("name", ["LoRA-DA", "FILet", "Auto"])
+def test_a_rate_by_blocks_is_the_rate_without_a_budget(name: str, caplog: Any) -> None:
+    """Gradients at moved factors, also of factors that stand elsewhere than at the base."""
+    model, _ = model_and_modules(hidden=32, inner=64, layers=4)
+    model.double()
+    torch.manual_seed(5)
+    config = LoraConfig(r=4, target_modules="all-linear")
+    rows = torch.arange(12) + torch.arange(16)[:, None] % 6
+    data = [{"input_ids": part, "labels": part} for part in rows.split(4)]
+    wrapped = lorainit.get_peft_model(
+        model, config, method=METHODS[name][0], data=data, progress=False
+    )
+    truth = lorainit.suggest_learning_rate(wrapped, data, progress=False)
+    room = held_bytes(wrapped, torch.device("cpu")) + 500_000
+    with caplog.at_level("INFO", logger="lorainit"):
+        found = lorainit.suggest_learning_rate(wrapped, data, max_memory=room, progress=False)
+    assert "block by block" in caplog.text
+    assert found.two_steps == pytest.approx(truth.two_steps, rel=1e-4)
+    assert [loss for _, loss in found.trials] == pytest.approx(
+        [loss for _, loss in truth.trials], rel=1e-5
+    )
+    # Control: of other sequences it is another.
+    fewer = lorainit.suggest_learning_rate(wrapped, data[:2], progress=False)
+    assert fewer.start_loss != pytest.approx(truth.start_loss, rel=1e-4)
