@@ -16,7 +16,8 @@ import lorainit
 from lorainit.adapters.factors_of import factors_of
 from lorainit.calibration.adam_steps import AdamSteps, clip
 from lorainit.calibration.learning_rate import best_rate, suggested
-from lorainit.errors import AdapterError, DataError, MissingStatisticError
+from lorainit.errors import AdapterError, DataError, MissingStatisticError, NonFiniteError
+from lorainit.pipeline.first_steps import FirstSteps
 from lorainit.types import Factors
 from tests.adapters.tiny import config, llama
 
@@ -163,6 +164,31 @@ def test_a_step_too_long_for_a_second_gradient_is_only_a_bad_rate() -> None:
     found = suggestion(model, loss_fn=cut)
     assert math.inf in [loss for _, loss in found.trials]
     assert found.value > 0
+
+
+def test_a_gradient_that_overflows_is_only_a_bad_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the loss is finite and its gradient in half precision is not."""
+    model = started(lorainit.Vanilla())
+    truth = dict(suggestion(model).trials)
+    work, taken = FirstSteps.gradients, []
+
+    def overflowing(self: FirstSteps, step: int, at: Any) -> Any:
+        taken.append(step)
+        if len(taken) == 4:
+            raise NonFiniteError("layer 'x': gradient is not finite")
+        return work(self, step, at)
+
+    monkeypatch.setattr(FirstSteps, "gradients", overflowing)
+    found = dict(suggestion(model).trials)
+    assert taken[:4] == [0, 1, 1, 1]
+    third = sorted(r for r in found if r >= 8e-5 * 0.99)[2]
+    assert found[third] == math.inf
+    shared = [rate for rate in found if rate in truth and rate != third]
+    assert [found[rate] for rate in shared] == [truth[rate] for rate in shared]
+    # Control: at the start it is an error of the data.
+    taken[:] = [0, 0, 0]
+    with pytest.raises(NonFiniteError):
+        suggestion(model)
 
 
 def test_short_rows_ask_for_no_much_higher_rate_than_long_ones() -> None:

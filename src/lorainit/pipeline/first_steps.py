@@ -11,6 +11,7 @@ import torch
 from lorainit.calibration.adam_steps import AdamSteps, Gradient, clip
 from lorainit.calibration.held_out_loss import HeldOutLoss
 from lorainit.data.sampling import Sample
+from lorainit.errors import NonFiniteError
 from lorainit.models.displacement import LowRank, displaced
 from lorainit.parallel import collectives
 from lorainit.pipeline.measurements import Measurements
@@ -92,7 +93,14 @@ class FirstSteps:
             one = {n: step.after_one(rate, first[n]) for n, step in self.steps.items()}
             if not self.is_finite(one):
                 return math.inf
-            second = self.gradients(1, one)
+            try:
+                second = self.gradients(1, one)
+            except NonFiniteError:
+                # A half-precision gradient may overflow where its loss does not. Of several processes only
+                # some see it, and the others' work has ended.
+                if collectives.world()[1] > 1:
+                    raise
+                return math.inf
             # Made again for the second step: meanwhile their place is free.
             del one
             return self.loss(
