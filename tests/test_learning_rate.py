@@ -9,7 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 import lorainit
@@ -189,6 +189,103 @@ def test_a_gradient_that_overflows_is_only_a_bad_rate(monkeypatch: pytest.Monkey
     taken[:] = [0, 0, 0]
     with pytest.raises(NonFiniteError):
         suggestion(model)
+
+
+class TwoWays(nn.Module):
+    """A sequence that begins with 1 goes through one layer, others through the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words = nn.Embedding(32, 16)
+        self.seldom, self.often, self.head = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 32)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        rows = []
+        for row in self.words(input_ids).unbind():
+            way = self.seldom if torch.equal(row[0], self.words.weight[1]) else self.often
+            rows.append(self.head(row + way(row)))
+        return torch.stack(rows)
+
+
+def next_word(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    ids = batch["input_ids"]
+    losses = torch.nn.functional.cross_entropy(
+        model(input_ids=ids)[:, :-1].mT, ids[:, 1:], reduction="none"
+    )
+    return losses.mean(1)
+
+
+@pytest.mark.parametrize("row", [0, 2])
+@pytest.mark.parametrize("names", [["seldom", "often"], ["seldom"]])
+def test_a_layer_that_few_sequences_reach_is_no_error(row: int, names: list[str]) -> None:
+    """Each step sees a quarter of them; a start that all of its layers were reached for stands."""
+    rows = 2 + torch.arange(10).repeat(16, 1)
+    rows[row, 0] = 1
+    data = [{"input_ids": part} for part in rows.split(4)]
+    model = lorainit.get_peft_model(
+        TwoWays(), peft.LoraConfig(r=2, target_modules=names), method=lorainit.LoraGA(), data=data,
+        suggest_rate=True, loss_fn=next_word, on_unused="raise", progress=False,
+    )  # fmt: skip
+    measured = model.peft_config["default"].origin.measured
+    # Where nothing that is measured on changes, no rate is better than another.
+    assert ("learning_rate" in measured) == (names == ["seldom", "often"])
+
+
+def test_sequences_that_are_skipped_do_not_make_every_rate_bad() -> None:
+    def loss_fn(model: Any, batch: dict[str, Tensor]) -> Tensor:
+        ids = batch["input_ids"]
+        logits = model(input_ids=ids).logits[:, :-1].mT
+        losses = torch.nn.functional.cross_entropy(logits, ids[:, 1:], reduction="none").mean(1)
+        return torch.where(ids[:, 0] == 31, torch.inf, losses)
+
+    model = started(lorainit.Vanilla())
+    data = sequences()
+    data[0]["input_ids"][2, 0] = 31  # of the second gradient
+    found = suggestion(model, data, loss_fn=loss_fn, on_nonfinite="skip")
+    assert all(math.isfinite(loss) for _, loss in found.trials)
+    with pytest.raises(DataError):
+        suggestion(model, data, loss_fn=loss_fn)
+
+
+def test_a_start_of_measured_length_that_was_trained_steps_from_where_it_is() -> None:
+    model = started(lorainit.Natural())
+    held = torch.cat([batch["input_ids"] for batch in sequences()])[1::2]
+    base = suggestion(model).start_loss
+    with model.disable_adapter():
+        assert base == pytest.approx(float(mean_loss(model.eval(), held)), rel=1e-5)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            weight.data.mul_(1.1)
+    here = float(mean_loss(model.eval(), held).detach())
+    assert suggestion(model).start_loss == pytest.approx(here, rel=1e-5)
+    assert here != pytest.approx(base, rel=1e-3)
+
+
+def test_factors_that_are_not_there_are_said() -> None:
+    model = started(lorainit.Vanilla())
+    layer = next(m for m in model.modules() if hasattr(m, "lora_A") and "default" in m.lora_A)
+    layer.lora_A["default"].weight = nn.Parameter(layer.lora_A["default"].weight.to("meta"))
+    with pytest.raises(AdapterError, match="on the meta device, and no learning rate"):
+        suggestion(model)
+
+
+def test_an_anchored_move_is_not_lost_in_half_precision() -> None:
+    """Large factors, and a small step of them: the difference of two large products would be rounding."""
+    torch.manual_seed(0)
+    a, b = 10 * torch.randn(4, 32), 10 * torch.randn(16, 4)
+    steps = AdamSteps(Factors(a, b, True), 1.0)
+    moved = Factors(
+        a + 1e-2 * torch.randn(4, 32).sign(), b + 1e-2 * torch.randn(16, 4).sign(), True
+    )
+    truth = (moved.B.double() @ moved.A.double()) - (b.double() @ a.double())
+    term = steps.term(moved)
+    found = term.left.bfloat16().double() @ term.right.bfloat16().double()
+    assert (found - truth).norm() < 0.02 * truth.norm()
+    # Control: as the difference of the two products.
+    left, right = torch.cat([moved.B, -b], dim=1), torch.cat([moved.A, a])
+    other = left.bfloat16().double() @ right.bfloat16().double()
+    assert (other - truth).norm() > 0.1 * truth.norm()
 
 
 def test_short_rows_ask_for_no_much_higher_rate_than_long_ones() -> None:

@@ -44,7 +44,7 @@ def test_the_record_is_of_the_adapter_as_it_is(by_hand: bool, tmp_path: Path) ->
 
 @pytest.mark.parametrize("method", METHODS)
 def test_asked_again_the_matched_rate_is_suggested(method: str, tmp_path: Path) -> None:
-    """The law that leads from one step to a run is no proportion: it is of adapters as they are started."""
+    """The law that leads from two steps to a run is no proportion: it is of adapters as they are started."""
     model = started(METHODS[method])
     before = suggestion(model)
     k = lorainit.match_learning_rate(model, before.value, before.value / 8)

@@ -714,6 +714,23 @@ def rate_of_a_start(rank: int, size: int, counts: Sequence[int]) -> lorainit.Lea
     return lorainit.suggest_learning_rate(model, rows[first : first + counts[rank]], progress=False)
 
 
+def rate_of_a_bad_sequence(rank: int, size: int) -> None:
+    """A start with its rate, where one process has sequences whose loss is infinite."""
+
+    def loss_fn(model: Any, batch: dict[str, Tensor]) -> Tensor:
+        ids = batch["input_ids"]
+        losses = torch.nn.functional.cross_entropy(
+            model(input_ids=ids).logits[:, :-1].mT, ids[:, 1:], reduction="none"
+        ).mean(1)
+        return torch.where(ids[:, 0] == 0, torch.inf, losses)
+
+    ids = 1 + torch.arange(10).repeat(8, 1)
+    if rank == 1:
+        ids[:, 0] = 0
+    rows = [{"input_ids": row[None], "labels": row[None]} for row in ids]
+    tiny.start(tiny.llama(), lorainit.Vanilla(), data=rows, suggest_rate=True, loss_fn=loss_fn)
+
+
 def matched_start(
     rank: int, size: int, counts: Sequence[int]
 ) -> tuple[dict[str, Tensor], int, float, lorainit.LearningRate]:

@@ -219,6 +219,14 @@ def test_a_learning_rate_is_suggested_together(tmp_path: Path) -> None:
         assert first.two_steps == pytest.approx(alone.two_steps, rel=1e-3)
 
 
+def test_a_bad_sequence_of_one_process_ends_the_suggestion_on_all(tmp_path: Path) -> None:
+    """None goes on alone, which would wait for the others."""
+    first, second = launch(scenarios.rate_of_a_bad_sequence, 2, tmp_path)
+    assert isinstance(first, Failed)
+    assert isinstance(second, Failed)
+    assert "is not finite" in second.text
+
+
 def test_a_start_is_matched_to_a_rate_together(tmp_path: Path) -> None:
     ((alone, alpha, k, measured),) = succeeded(
         launch(scenarios.matched_start, 1, tmp_path / "1", [16])

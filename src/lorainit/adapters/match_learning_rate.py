@@ -148,7 +148,13 @@ def resize(model: nn.Module, adapter_name: str, k: float) -> None:
 
 def _rates_times(k: float, measured: Mapping[str, Any]) -> dict[str, Any]:
     """What was measured of an adapter, for one whose factors are `k` times as large."""
-    rates = ("learning_rate", "learning_rate_low", "learning_rate_high", "two_steps_rate")
+    rates = (
+        "learning_rate",
+        "learning_rate_low",
+        "learning_rate_high",
+        "two_steps_rate",
+        "factors_norm",
+    )
     found = dict(measured)
     try:
         found |= {name: measured[name] * k for name in rates if name in measured}

@@ -38,7 +38,8 @@ class Origin:
         settings: the method's name and settings, JSON-ready.
         version: of this package.
         measured: where the length was measured: ``base_loss``, ``start_loss``, on the sequences held
-            back, and the ``length``; where plain LoRA was taken in place of the start that was measured,
+            back, the ``length``, and the ``factors_norm`` of the start, by which it is told from one that was
+            trained since; where plain LoRA was taken in place of the start that was measured,
             that one's loss as ``refused_loss``; and how many ``sequences`` they rest on, with the standard
             error of their difference as ``gain_error``. How many sequences were read: ``data_sequences`` of the
             data, those held back among them, ``statistics_sequences`` of statistics that were given. Where a

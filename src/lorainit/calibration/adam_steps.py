@@ -18,7 +18,7 @@ LARGEST_NORM = 1.0
 """Gradients are clipped to it, all factors' together, as transformers' ``max_grad_norm`` does unless told."""
 
 WARMUP = (0.2, 0.4)
-"""Shares of the peak rate at which the two steps are taken: a warmup over the first four steps."""
+"""Shares of the peak rate at which the two steps are taken: a warmup whose steps are ``(i + 1) / 5`` of it."""
 
 Gradient = tuple[Tensor, Tensor]
 """Of the loss with respect to ``A`` ``(rank, in)`` and ``B`` ``(out, rank)``."""
@@ -63,11 +63,12 @@ class AdamSteps:
 
     def term(self, at: Factors) -> LowRank:
         """What the layer's weight is displaced by where its factors are `at`, beside the base's."""
-        left = at.B * self.scaling
         if not self.start.anchored:
-            return LowRank(left, at.A)
-        left = torch.cat([left, self.start.B * -self.scaling], dim=1)
-        return LowRank(left, torch.cat([at.A, self.start.A]))
+            return LowRank(at.B * self.scaling, at.A)
+        # B A - B0 A0 as what moved: in half precision the difference of the products would vanish.
+        a, b = self.start.A, self.start.B
+        left = torch.cat([at.B - b, b], dim=1) * self.scaling
+        return LowRank(left, torch.cat([at.A, at.A - a]))
 
 
 def clip(gradients: Mapping[str, Gradient]) -> None:

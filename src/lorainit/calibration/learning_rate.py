@@ -1,10 +1,10 @@
 """A learning rate with the start: from the rate whose first two steps lower the loss most.
 
 Two steps of Adam are taken from where training begins, at the shares of a peak rate that a short warmup gives
-them. One step is the gradient's signs and sees neither how its own step turns the gradient nor what short
-rows become; the second does. The best peak rate of a run grows with that of two steps, but less than in
-proportion. The two constants of the power law were fitted on recorded runs of one model and judged on
-another (docs/learning_rate.md). Another rule, from the largest eigenvalue of the curvature, is that of
+them. One step alone is the gradient's signs: it sees neither that it turns the gradient itself, nor that it
+makes short rows of `A` long; the second does. The best peak rate of a run grows with that of two steps, but
+less than in proportion. The two constants of the power law were fitted on recorded runs of one model and judged
+on another (docs/learning_rate.md). Another rule, from the largest eigenvalue of the curvature, is that of
 "Learning Rate Matters" (arXiv 2602.04998); a range test that trains through growing rates is Smith's (arXiv
 1506.01186).
 """
@@ -47,7 +47,7 @@ class LearningRate:
         high: its upper end.
         two_steps: the peak rate whose first two steps of a warmup lower the held-out loss most
             (`lorainit.calibration.adam_steps`).
-        start_loss: on the held-back sequences, before the first step.
+        start_loss: on the held-back sequences, before the first step (a start of measured length: the base's).
         sequences: how many it was measured on, over all processes.
         trials: every ``(peak rate, loss after two steps)`` measured, ascending.
     """

@@ -15,7 +15,7 @@ from lorainit.data import Records
 from lorainit.pipeline.rate import SEQUENCES
 from lorainit.types import GRADIENT_STATISTICS, LayerSpec
 
-_RATE_STEPS, _RATE_FORWARDS = 5, 7
+_RATE_STEPS, _RATE_FORWARDS = 6, 8
 """Gradients of a quarter of its sequences that a suggested learning rate takes, and forward passes over half of
 them, about."""
 

@@ -98,7 +98,7 @@ class Sample:
             what = "sequences" if apart else "batches (their sequences cannot run apart)"
             raise DataError(
                 f"data has {units} {what}, too few to hold back {share:.0%} for measuring the length of "
-                f"the start: give at least {every}, or a method with a fixed length."
+                f"the start or its learning rate: give at least {every}, or a method with a fixed length."
             )
         rows = max((batch.rows for batch in self.batches), default=1)
         positions = max((batch.positions for batch in self.batches), default=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ import torch
 from lorainit.calibration.adam_steps import AdamSteps, Gradient, clip
 from lorainit.calibration.held_out_loss import HeldOutLoss
 from lorainit.data.sampling import Sample
-from lorainit.errors import NonFiniteError
+from lorainit.errors import NonFiniteError, TargetError
 from lorainit.models.displacement import LowRank, displaced
 from lorainit.parallel import collectives
 from lorainit.pipeline.measurements import Measurements
@@ -44,7 +45,7 @@ class FirstSteps:
         cls, measurements: Measurements, steps: Mapping[str, AdamSteps], given: Sample, held: Sample
     ) -> FirstSteps:
         """On these sequences: `given` for gradients, a half a step, `held` for losses."""
-        quiet = replace(measurements.settings, progress=False)
+        quiet = replace(measurements.settings, progress=False, on_unused="default")
         measurements = replace(measurements, needs=RATE_NEEDS, settings=quiet, gather=True)
         units = collectives.sum_counts([sum(batch.units for batch in given.batches)])[0]
         # The same halves, however many processes share the sequences.
@@ -60,7 +61,12 @@ class FirstSteps:
     def gradients(self, step: int, at: Mapping[str, Factors]) -> dict[str, Gradient]:
         """Of all factors at `at`, zero where no sequence reaches a layer; clipped."""
         found: dict[str, Gradient] = {}
-        with torch.no_grad(), displaced(self.measurements.subject.modules, self._terms(at)):
+        # A few sequences may reach none of the layers that others do.
+        with (
+            contextlib.suppress(TargetError),
+            torch.no_grad(),
+            displaced(self.measurements.subject.modules, self._terms(at)),
+        ):
             for part in self.batches[step].parts():
                 for name in part.names:
                     if name in at:
@@ -77,7 +83,12 @@ class FirstSteps:
             return loss(self._terms(at))
 
     def is_finite(self, at: Mapping[str, Factors]) -> bool:
-        """Whether there is a second gradient to take: after too long a step there may be none."""
+        """Whether there is a second gradient to take: after too long a step there may be none.
+
+        Where sequences without a finite loss are skipped, the gradient says it itself.
+        """
+        if self.measurements.settings.on_nonfinite == "skip":
+            return True
         with self.ahead.measuring() as loss:
             return math.isfinite(loss(self._terms(at)))
 
@@ -96,10 +107,7 @@ class FirstSteps:
             try:
                 second = self.gradients(1, one)
             except NonFiniteError:
-                # A half-precision gradient may overflow where its loss does not. Of several processes only
-                # some see it, and the others' work has ended.
-                if collectives.world()[1] > 1:
-                    raise
+                # Of sums over all processes, so all of them see it.
                 return math.inf
             # Made again for the second step: meanwhile their place is free.
             del one

@@ -51,7 +51,7 @@ from lorainit.pipeline.facts import facts_of, facts_of_start
 from lorainit.pipeline.first_steps import RATE_NEEDS
 from lorainit.pipeline.heads import TIMES_AS_MANY, StartedHeads, start_heads
 from lorainit.pipeline.measurements import Measurements
-from lorainit.pipeline.rate import has_measured_length, matched, rate_if_any
+from lorainit.pipeline.rate import factors_norm, matched, rate_if_any, stands_at_measured_length
 from lorainit.pipeline.start import Precision, Start, find_start, needs_sample
 from lorainit.pipeline.summary import measured_losses, report_line, sequences_read, summary
 from lorainit.statistics.settings import (
@@ -295,6 +295,9 @@ def _started(
             )
         # PEFT's own random start of the layers left at it, too.
         collectives.broadcast(adapter_tensors(wrapped, adapter_name), 0)
+        if start.search is not None and start.refusal is None:
+            norm = factors_norm(factors_of(wrapped, adapter_name))
+            remember_measured(wrapped, adapter_name, {"factors_norm": norm})
         rate: LearningRate | str | None = None
         if suggest_rate and sample is not None:
             own = heads_of(wrapped, config, adapter_name, targets.layers, existing=True)
@@ -304,13 +307,9 @@ def _started(
                 measurements.unchanged_rng(),
                 page_locked(model),
             ):
-                rate = rate_if_any(
-                    measurements,
-                    sample,
-                    factors_of(wrapped, adapter_name),
-                    own,
-                    from_base=has_measured_length(wrapped, adapter_name),
-                )
+                factors = factors_of(wrapped, adapter_name)
+                there = stands_at_measured_length(wrapped, adapter_name, factors)
+                rate = rate_if_any(measurements, sample, factors, own, from_base=there)
             if learning_rate is not None:
                 rate = matched(wrapped, adapter_name, rate, learning_rate)
             elif isinstance(rate, LearningRate):

@@ -14,7 +14,7 @@ from lorainit.adapters.origin import remember_measured
 from lorainit.calibration.adam_steps import AdamSteps
 from lorainit.calibration.learning_rate import LearningRate, find_learning_rate
 from lorainit.data.sampling import Sample
-from lorainit.errors import DataError, NonFiniteError
+from lorainit.errors import AdapterError, DataError
 from lorainit.parallel import collectives
 from lorainit.pipeline.first_steps import FirstSteps
 from lorainit.pipeline.measurements import Measurements
@@ -45,10 +45,11 @@ def measured_rate(
         heads: names of heads that are trained in full beside the adapter.
         resized: the factors are so many times what they were started as (`match_learning_rate`): the rate is
             that of the adapter as it was started, so many times.
-        from_base: step from ``B = 0`` all the same, see `has_measured_length`.
+        from_base: step from ``B = 0`` all the same, see `stands_at_measured_length`.
 
     Raises:
         DataError: there are heads, too few sequences, or no rate lowers the loss.
+        AdapterError: factors are on the meta device.
     """
     if heads:
         # By two steps of training a third of what it gains is lost on sentences (docs/learning_rate.md).
@@ -61,6 +62,12 @@ def measured_rate(
     layers, steps = measurements.targets.layers, {}
     for name, pair in factors.items():
         if name in layers:
+            if pair.A.is_meta or pair.B.is_meta:
+                raise AdapterError(
+                    f"layer '{name}': the adapter's factors are on the meta device, and no learning rate can "
+                    "be measured for them. Suggest it before the model is offloaded, or let get_peft_model "
+                    "do it (suggest_rate=True)."
+                )
             scaling = layers[name].spec.scaling * resized**2
             dtype = torch.promote_types(pair.A.dtype, torch.float32)
             a, b = (half.to(dtype) for half in (pair.A, pair.B))
@@ -81,14 +88,27 @@ def measured_rate(
         return find_learning_rate(start, counted, sequences).for_factors_times(resized)
 
 
-def has_measured_length(model: nn.Module, adapter_name: str) -> bool:
-    """Whether the start moves the model, by a length that was measured.
+def factors_norm(factors: Mapping[str, Factors]) -> float:
+    """Root of the sum of squares of all entries."""
+    halves = [half.float() for pair in factors.values() for half in (pair.A, pair.B)]
+    return float(torch.nn.utils.get_total_norm(halves)) if halves else 0.0
+
+
+def stands_at_measured_length(
+    model: nn.Module, adapter_name: str, factors: Mapping[str, Factors]
+) -> bool:
+    """Whether a start moves the model by a length that was measured, and was not trained since.
 
     Along it the loss is at its least already, so from there steps soon lead upwards, at rates at which a run
     goes on falling: such a start is told the rate that its rows want where the model is the base.
     """
     origin = getattr(configurations(model)[adapter_name], "origin", None)
-    return origin is not None and "start_loss" in origin.measured
+    norm = None if origin is None else origin.measured.get("factors_norm")
+    if not isinstance(norm, int | float) or not norm > 0:
+        return False
+    if any(half.is_meta for pair in factors.values() for half in (pair.A, pair.B)):
+        return False
+    return abs(factors_norm(factors) / norm - 1) < 1e-3
 
 
 def rate_if_any(
@@ -103,7 +123,7 @@ def rate_if_any(
     try:
         sample = sample.first(SEQUENCES)
         return measured_rate(measurements, sample, factors, heads, from_base=from_base)
-    except (DataError, NonFiniteError) as error:
+    except DataError as error:
         return str(error)
 
 

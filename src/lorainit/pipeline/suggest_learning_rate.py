@@ -21,7 +21,7 @@ from lorainit.pipeline.checks import check_adapter_exists
 from lorainit.pipeline.facts import facts_of
 from lorainit.pipeline.first_steps import RATE_NEEDS
 from lorainit.pipeline.measurements import Measurements
-from lorainit.pipeline.rate import SEQUENCES, has_measured_length, measured_rate
+from lorainit.pipeline.rate import SEQUENCES, measured_rate, stands_at_measured_length
 from lorainit.statistics.settings import CollectOptions, CollectSettings, settings_with
 
 
@@ -37,9 +37,9 @@ def suggest_learning_rate(
     """A learning rate for the adapter that a model has, however it was started.
 
     Half of the sequences give the gradients of Adam's first two steps, from where the adapter stands (a start
-    whose length was measured: from ``B = 0``), at four peak rates or a few more; on the others the loss is
-    measured after them. That costs about as much as eight steps of training with batches of a quarter of the
-    sequences. The model is as it was afterwards. Of an adapter that was matched to a rate
+    whose length was measured, until it is trained: from ``B = 0``), at four peak rates or a few more; on the
+    others the loss is measured after them. That costs about as much as sixteen steps of training with batches
+    of a quarter of the sequences. The model is as it was afterwards. Of an adapter that was matched to a rate
     (`match_learning_rate`) it is what suits it as it is now.
 
     Args:
@@ -51,11 +51,11 @@ def suggest_learning_rate(
 
     Returns:
         The rate with its range; ``float()`` of it is the number. It is the peak rate for AdamW with a short
-        warmup and a decay to zero, as `transformers.Trainer` has them, for runs of about a hundred steps or
-        more at batches of 8 to 128; of other optimizers nothing is known.
+        warmup and a decay to zero, as `transformers.Trainer` has them, judged on runs of 128 steps with
+        batches of 32; of other optimizers, and of runs or batches ten times as large, nothing is known.
 
     Raises:
-        AdapterError: there is no such adapter, or it is merged.
+        AdapterError: there is no such adapter, it is merged, or its factors are on the meta device.
         DataError: too few sequences, no rate lowers the loss, or a head is trained in full beside the adapter
             (``modules_to_save``): the first steps say little of a run there.
     """
@@ -75,11 +75,12 @@ def suggest_learning_rate(
         heads = heads_of(model, config, adapter_name, targets.layers, existing=True)
         with adapters_disabled(model), measurements.unchanged_rng(), page_locked(model):
             measurements, sample = measurements.with_own_loss(measurements.sample(data))
+            factors = factors_of(model, adapter_name)
             return measured_rate(
                 measurements,
                 sample,
-                factors_of(model, adapter_name),
+                factors,
                 heads,
                 resized_by(model, adapter_name),
-                from_base=has_measured_length(model, adapter_name),
+                from_base=stands_at_measured_length(model, adapter_name, factors),
             )

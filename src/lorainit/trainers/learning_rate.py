@@ -37,7 +37,7 @@ def has_judged_rate(trainer: Any) -> bool:
     """Whether suggested rates were judged on losses like this trainer's.
 
     Of rewards on answers that change with the policy nothing is known. Of preferences it is known that one
-    step hardly ever lowers the loss of other pairs, so that no rate is found, or one that is ten times too
+    step hardly ever lowered the loss of other pairs, so that no rate was found, or one ten times too
     low (benchmarks/README.md, Preferences).
     """
     return not (is_on_policy(trainer) or has_preferences(trainer))
