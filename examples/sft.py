@@ -83,6 +83,8 @@ def main() -> None:
     )
     trainer.train()
     trainer.save_model(arguments.out)
+    # The processes leave their group together: one that only ends can take the others down.
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -230,6 +230,10 @@ def test_a_layer_that_few_sequences_reach_is_no_error(row: int, names: list[str]
     measured = model.peft_config["default"].origin.measured
     # Where nothing that is measured on changes, no rate is better than another.
     assert ("learning_rate" in measured) == (names == ["seldom", "often"])
+    if "learning_rate" in measured:
+        # The other layer's gradients are there all the same.
+        same = suggestion(model, data, loss_fn=next_word)
+        assert measured["learning_rate_trials"] == [list(trial) for trial in same.trials]
 
 
 def test_sequences_that_are_skipped_do_not_make_every_rate_bad() -> None:
