@@ -70,8 +70,9 @@ class FirstSteps:
             for part in self.batches[step].parts():
                 for name in part.names:
                     if name in at:
-                        gradient = part[name].gradient
-                        found[name] = self.steps[name].gradient(gradient, at[name])
+                        found[name] = self.steps[name].gradient(part[name].gradient, at[name])
+                # Nobody holds it while the next one is made.
+                del part
         for name in at.keys() - found.keys():
             found[name] = torch.zeros_like(at[name].A), torch.zeros_like(at[name].B)
         clip(found)
