@@ -25,23 +25,13 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import torch
-from torch import Tensor
-
 import lorainit
-from benchmarks.quality import stages
-from benchmarks.quality.arguments import add_common, assignment
-from benchmarks.quality.data.files import load_pools
 from benchmarks.quality.experiment import Experiment
-from benchmarks.quality.initialization import Initialiser, lora_config, take_out
-from benchmarks.quality.models.loading import choose_device, load_model
-from benchmarks.quality.models.registry import defaults, kind_of, model_of
-from benchmarks.quality.records import Record, append, head, provenance, read_records
-from benchmarks.quality.stacks import statistics_batch
-from benchmarks.quality.time_limit import Clock, OutOfTime
-from lorainit.calibration.adam_steps import AdamSteps
+from benchmarks.quality.measured_starts import Batches, add_lines, measure_lines, started
+from benchmarks.quality.records import Record, append, head, read_records
 from lorainit.calibration.learning_rate import find_learning_rate
 from lorainit.pipeline.first_steps import FirstSteps
+from lorainit.pipeline.rate import steps_of
 from lorainit.types import Factors
 
 RATES = tuple(2e-5 * 2**k for k in range(11))
@@ -57,9 +47,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add_common(parser)
-    parser.add_argument("--methods", nargs="+", default=list(stages.METHODS))
-    parser.add_argument("--set", nargs="*", action="extend", default=[], metavar="NAME=VALUE")
+    add_lines(parser)
     parser.add_argument("--more", action="store_true", help="variants that were given up")
     parser.add_argument("--suggestions", action="store_true", help="from the kept curves")
     options = parser.parse_args()
@@ -67,28 +55,7 @@ def main() -> None:
         for record in read_records([CURVES], "first_steps").values():
             append(options.out, suggestion(record), "suggestions")
         return
-    clock = Clock(options.time_limit)
-    done = read_records([*options.records, options.out], "first_steps")
-    common = dict(map(assignment, options.set))
-    name = common.get("model") or model_of(options.tasks)
-    model = load_model(options.model, choose_device(), name)
-    initialiser = Initialiser(model, batch_size=min(32, statistics_batch(model)))
-    try:
-        for task in options.tasks:
-            train = load_pools(task, options.data, name)["train"].to(model.device)
-            for method, settings in map(stages.parse_method, options.methods):
-                line = Experiment(task, method, 1.0, settings=settings, **(defaults(task) | common))
-                if line.id in done:
-                    continue
-                clock.check(8.0)
-                record = head(line, "first_steps") | provenance(options.commit, model.device)
-                batches = initialiser.batches(line, train)
-                record |= curves(model, line, batches, more=options.more)
-                append(options.out, record, "first_steps")
-                print(task, line.label, line.rank, f"{record['seconds']:.1f} s", flush=True)
-            initialiser.forget()
-    except OutOfTime:
-        print("time limit; call again")
+    measure_lines(options, "first_steps", partial(curves, more=options.more), 8.0)
 
 
 def suggestion(record: Record) -> Record:
@@ -109,33 +76,21 @@ def suggestion(record: Record) -> Record:
     return head(line, "suggestions") | about | {"suggestion": asdict(rate)}
 
 
-def curves(
-    model: Any, line: Experiment, batches: list[dict[str, Tensor]], *, more: bool
-) -> dict[str, Any]:
+def curves(model: Any, line: Experiment, batches: Batches, *, more: bool) -> dict[str, Any]:
     """Losses of one start by variant, each before the first step and at every rate, and the seconds."""
-    kind_of(line.model).seed_head(model, line.seed)
-    torch.manual_seed(line.seed)
     began = time.perf_counter()
-    wrapped = lorainit.get_peft_model(
-        model,
-        lora_config(line),
-        method=line.build_method(),
-        data=batches,
-        max_sequences=None,
-        progress=False,
-    )
-    started = time.perf_counter()
-    try:
-        with mock.patch(
+    with (
+        started(model, line, batches) as wrapped,
+        mock.patch(
             "lorainit.pipeline.suggest_learning_rate.measured_rate", partial(measured, more=more)
-        ):
-            found: Any = lorainit.suggest_learning_rate(
-                wrapped, batches, max_sequences=SEQUENCES, progress=False
-            )
-    finally:
-        take_out(wrapped, model)
-    ended = time.perf_counter()
-    return {"rates": RATES, "curves": found, "start": started - began, "seconds": ended - started}
+        ),
+    ):
+        ready = time.perf_counter()
+        found: Any = lorainit.suggest_learning_rate(
+            wrapped, batches, max_sequences=SEQUENCES, progress=False
+        )
+        ended = time.perf_counter()
+    return {"rates": RATES, "curves": found, "start": ready - began, "seconds": ended - ready}
 
 
 def measured(
@@ -144,23 +99,14 @@ def measured(
     """In the place of the package's own."""
     given, held = sample.held_back(0.5)
     layers = measurements.targets.layers
-    steps = {
-        name: AdamSteps(
-            replace(pair, A=pair.A.float(), B=pair.B.float()), layers[name].spec.scaling
-        )
-        for name, pair in factors.items()
-        if name in layers
-    }
+    steps = steps_of(factors, layers)
     apart = FirstSteps.on(measurements, steps, given, held)
     found = {"apart": losses(apart.curve())}
     if more:
         same = replace(apart, batches=(apart.batches[0], apart.batches[0]))
         found |= {"one": losses(after_one(apart)), "same": losses(same.curve())}
     if any(not s.start.anchored and bool(s.start.B.any()) for s in steps.values()):
-        base = {
-            name: replace(step, start=replace(step.start, B=torch.zeros_like(step.start.B)))
-            for name, step in steps.items()
-        }
+        base = steps_of(factors, layers, from_base=True)
         found["base"] = losses(replace(apart, steps=base).curve())
     return found
 

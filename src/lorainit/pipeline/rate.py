@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from lorainit.adapters.layers import configurations
 from lorainit.adapters.match_learning_rate import resize_for
 from lorainit.adapters.origin import remember_measured
+from lorainit.adapters.targets import Target
 from lorainit.calibration.adam_steps import AdamSteps
 from lorainit.calibration.learning_rate import LearningRate, find_learning_rate
 from lorainit.data.sampling import Sample
@@ -59,22 +60,8 @@ def measured_rate(
             "1e-4 and 5e-3."
         )
     given, held = sample.held_back(_SHARE)
-    layers, steps = measurements.targets.layers, {}
-    for name, pair in factors.items():
-        if name in layers:
-            if pair.A.is_meta or pair.B.is_meta:
-                raise AdapterError(
-                    f"layer '{name}': the adapter's factors are on the meta device, and no learning rate can "
-                    "be measured for them. Suggest it before the model is offloaded, or let get_peft_model "
-                    "do it (suggest_rate=True)."
-                )
-            scaling = layers[name].spec.scaling * resized**2
-            dtype = torch.promote_types(pair.A.dtype, torch.float32)
-            a, b = (half.to(dtype) for half in (pair.A, pair.B))
-            if resized != 1:
-                a, b = a / resized, b / resized
-            b = torch.zeros_like(b) if from_base and not pair.anchored else b
-            steps[name] = AdamSteps(Factors(a, b, pair.anchored), scaling)
+    layers = measurements.targets.layers
+    steps = steps_of(factors, layers, resized, from_base=from_base)
     hidden = None if measurements.settings.progress else True
     with tqdm(desc="learning rate", unit="rate", disable=hidden) as bar:
         start, after = FirstSteps.on(measurements, steps, given, held).curve()
@@ -86,6 +73,38 @@ def measured_rate(
 
         sequences = int(collectives.sum_counts([held.sequences])[0])
         return find_learning_rate(start, counted, sequences).for_factors_times(resized)
+
+
+def steps_of(
+    factors: Mapping[str, Factors],
+    layers: Mapping[str, Target],
+    resized: float = 1.0,
+    *,
+    from_base: bool = False,
+) -> dict[str, AdamSteps]:
+    """The steps of every layer that has factors; see `measured_rate`.
+
+    Raises:
+        AdapterError: factors are on the meta device.
+    """
+    steps = {}
+    for name, pair in factors.items():
+        if name not in layers:
+            continue
+        if pair.A.is_meta or pair.B.is_meta:
+            raise AdapterError(
+                f"layer '{name}': the adapter's factors are on the meta device, and no learning rate can "
+                "be measured for them. Suggest it before the model is offloaded, or let get_peft_model "
+                "do it (suggest_rate=True)."
+            )
+        dtype = torch.promote_types(pair.A.dtype, torch.float32)
+        a, b = (half.to(dtype) for half in (pair.A, pair.B))
+        if resized != 1:
+            a, b = a / resized, b / resized
+        b = torch.zeros_like(b) if from_base and not pair.anchored else b
+        scaling = layers[name].spec.scaling * resized**2
+        steps[name] = AdamSteps(Factors(a, b, pair.anchored), scaling)
+    return steps
 
 
 def factors_norm(factors: Mapping[str, Factors]) -> float:
