@@ -83,6 +83,11 @@ def test_the_two_steps_are_those_of_adam(start: str, steep: float) -> None:
         clip({"": found})
         return found
 
+    # Unclipped it is autograd's, the scaling included.
+    truth = torch.autograd.grad(loss(0), [pa, pb])
+    weight_gradient = 2 * steep * (effective().detach() - targets[0])
+    for one, other in zip(steps.gradient(weight_gradient, steps.start), truth, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
     first = gradient(0, steps.start)
     second = gradient(1, steps.after_one(rate, first))
     adamw([pa, pb], [(lambda: loss(0), 0.2 * rate), (lambda: loss(1), 0.4 * rate)])
@@ -258,6 +263,9 @@ def test_a_start_of_measured_length_that_was_trained_steps_from_where_it_is() ->
     base = suggestion(model).start_loss
     with model.disable_adapter():
         assert base == pytest.approx(float(mean_loss(model.eval(), held)), rel=1e-5)
+    # Resized for another rate it is still that start.
+    lorainit.match_learning_rate(model, 1e-2, 1e-3)
+    assert suggestion(model).start_loss == pytest.approx(base, rel=1e-5)
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             weight.data.mul_(1.1)

@@ -233,6 +233,31 @@ def test_the_commands_from_search_to_tables(folder, tmp_path, monkeypatch, capsy
         call(run, "search", *common, "ranks=3")
 
 
+def test_what_is_measured_of_starts_is_recorded_once(folder, tmp_path, monkeypatch, capsys):
+    """Suggestions, which the stage of their name then reads, and curves of first steps."""
+    from benchmarks.quality import measured_starts, suggestions
+    from benchmarks.studies import first_steps
+
+    monkeypatch.setattr(measured_starts, "load_model", lambda *_: round_base(base_model()))
+    monkeypatch.setattr(measured_starts, "choose_device", lambda: torch.device("cpu"))
+    common = ["x", "--data", folder, "--out", tmp_path, "--records", tmp_path, "--tasks", "tiny"]
+    common += ["--methods", "vanilla", "lora-da:scale=calibrated", "--set"]
+    common += [f"{k}={v}" for k, v in SMALL.items()]
+    for module, name in ((suggestions, "suggestions"), (first_steps, "first_steps")):
+        monkeypatch.setattr("sys.argv", [*map(str, common)])
+        module.main()
+        assert "tiny vanilla" in capsys.readouterr().out
+        found = read_records([tmp_path], name)
+        assert {r["label"] for r in found.values()} == {"vanilla", "lora-da(scale=calibrated)"}
+        module.main()
+        assert "tiny vanilla" not in capsys.readouterr().out
+        assert read_records([tmp_path], name) == found
+    said = read_records([tmp_path], "suggestions").values()
+    assert all("suggestion" in r or "refused" in r for r in said)
+    curves = read_records([tmp_path], "first_steps").values()
+    assert all(len(r["curves"]["apart"]) == 1 + len(r["rates"]) for r in curves)
+
+
 def test_lines_at_the_rates_that_are_suggested_for_them():
     common = {"rank": 8, "style": "chat"}
 
