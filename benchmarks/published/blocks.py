@@ -8,17 +8,19 @@ from collections import defaultdict
 from collections.abc import Callable
 
 from benchmarks.common.cache import REPOSITORY
-from benchmarks.published.head_blocks import default_beside_heads, parts_of_heads
+from benchmarks.published.head_blocks import parts_of_heads
 from benchmarks.published.rate_blocks import (
     fixed_rates,
     matched_at,
+    matched_lines,
     matched_ranks,
     matched_rates,
     row_sizes,
+    run_lengths,
+    suggested_lengths,
     suggested_ranks,
     suggested_rates,
     suggested_rates_by_model,
-    suggested_read_off,
     warmups,
 )
 from benchmarks.published.sources import (
@@ -191,17 +193,10 @@ def tuned_lines(cells: Cells) -> str:
 
 def classifier(model: str) -> str:
     """A model with a head: every line beside plain LoRA, tuned and with both at 1e-4."""
-    names, lines = dict(_NAMES), [(grid_cells(model), labels_of(grid_cells(model)))]
-    if model == IMAGES:
-        # Auto's own runs there are of before; what it is now ran as plain LoRA with a fitted head.
-        now, default = default_beside_heads(model)
-        names |= {default: names["auto"], "auto": "Auto until November 30, 2026"}
-        lines.append((now, [default]))
-    rows = []
-    for cells, labels in lines:
-        for label in labels:
-            loss, said = beside_plain(label, cells)
-            rows.append((loss.value, [names.get(label, label), *said]))
+    cells, rows = grid_cells(model), []
+    for label in labels_of(cells):
+        loss, said = beside_plain(label, cells)
+        rows.append((loss.value, [_NAMES.get(label, label), *said]))
     heads = [
         "line", "tasks x least seeds", "test loss beside plain LoRA's, each tuned", "points, tuned",
         "test loss, both at 1e-4",
@@ -251,9 +246,9 @@ def what_you_get() -> str:
     common = [c.regret(1e-4) for c in rate_cases(GEMMA)]
     low, best = at_rate("auto", 1e-4), tuned("auto")
     told = [matched_at("auto", rate) for rate in (1e-4, 2e-4)]
-    now, default = default_beside_heads(IMAGES)
-    images = Mean.of([d.exact for d in differences(now)[default]])
-    images_low = at_rate(default, 1e-4, now)
+    seen = grid_cells(IMAGES)
+    images = Mean.of([d.exact for d in differences(seen)["auto"]])
+    images_low = at_rate("auto", 1e-4, seen)
     ours, theirs = start_seconds("EVA"), 32 * start_seconds("PEFT EVA")
     rows = [
         [
@@ -319,7 +314,10 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "fixed-rates": fixed_rates,
     "matched-rates": matched_rates,
     "matched-rates-gemma": lambda: matched_rates(GEMMA),
+    "matched-lines": matched_lines,
     "matched-ranks": matched_ranks,
+    "run-lengths": run_lengths,
+    "suggested-lengths": suggested_lengths,
     "row-sizes": row_sizes,
     "warmups": warmups,
     "tuned-lines": lambda: tuned_lines(grid_cells()),
@@ -328,7 +326,6 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "suggested-ranks": suggested_ranks,
     "suggested-gemma": lambda: suggested_ranks(GEMMA),
     "suggested-fresh": lambda: suggested_ranks(fresh=True),
-    "suggested-read-off": suggested_read_off,
     "steps-of-runs": lambda: steps_of_runs(grid(), suggested),
     "sentences": lambda: classifier("all-minilm-l6-v2"),
     "images": lambda: classifier(IMAGES),

@@ -6,7 +6,6 @@ from benchmarks.published.sources import beside_plain, own_records
 from benchmarks.quality.analysis.markdown import table
 from benchmarks.quality.analysis.rate_grid import BASELINE, Cells, cells_of
 from benchmarks.quality.records import Record
-from lorainit.calibration.fit_heads import PART
 from lorainit.pipeline.heads import TIMES_AS_MANY
 
 _MODELS = {"all-minilm-l6-v2": "sentences", "vit-mnist": "images"}
@@ -35,12 +34,6 @@ def head_cells(model: str) -> dict[tuple[float, int], Cells]:
         ))  # fmt: skip
         found[key] = cells_of([*plain, *mine], rates=rates, least=rates)
     return found
-
-
-def default_beside_heads(model: str) -> tuple[Cells, str]:
-    """What Auto is beside a new head, and its label: plain LoRA, the head a part of the way."""
-    lines = head_cells(model)
-    return lines[max(key for key in lines if key[0] == PART)], f"{BASELINE}(fitted={PART})"
 
 
 def parts_of_heads() -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-
 from benchmarks.published.sources import (
     MODEL,
     at_rate,
@@ -15,6 +13,7 @@ from benchmarks.published.sources import (
 )
 from benchmarks.quality.analysis.markdown import table
 from benchmarks.quality.analysis.matched_runs import (
+    by_line,
     by_rank,
     by_rate,
     by_size,
@@ -24,15 +23,34 @@ from benchmarks.quality.analysis.matched_runs import (
     runs_of,
 )
 from benchmarks.quality.analysis.rate_grid import BASELINE
+from benchmarks.quality.analysis.run_lengths import by_length, comparison, regret
 from benchmarks.quality.analysis.suggested_rates import by_model
 from benchmarks.quality.analysis.suggested_rates import table as rates_table
 from benchmarks.quality.analysis.suggested_runs import suggested_table
 from benchmarks.quality.analysis.t_tests import Mean
-from benchmarks.quality.choose import CHOSEN
 from benchmarks.quality.experiment import GRID
+from benchmarks.quality.records import RESULTS, read_records
 from lorainit.calibration.learning_rate import suggested
 
 _HALF_TO_16 = (0.5, 2.0, 4.0, 8.0, 16.0)
+
+_BOTH = {BASELINE: "plain LoRA", "auto": "**Auto**"}
+
+_SHORT_RUNS = {
+    "auto": "**Auto**",
+    "natural(steps=4)": "Natural, four steps",
+    "vanilla(size=2)": "plain LoRA, rows twice as long",
+    "lora-da(scale=calibrated)": "LoRA-DA, length measured",
+    "lora-ga": "LoRA-GA",
+}
+
+_TOLD = {
+    "auto": "**Auto**",
+    "lora-da": "LoRA-DA",
+    "pissa": "PiSSA",
+    "eva": "EVA",
+    "lora-ga": "LoRA-GA",
+}
 
 _SIZES = {
     "plain LoRA": {1.0: BASELINE, 2.0: "vanilla(size=2)"}
@@ -73,26 +91,6 @@ def suggested_ranks(model: str = MODEL, *, fresh: bool = False) -> str:
     return suggested_table([r for r in every if r not in chosen] if fresh else chosen)
 
 
-def suggested_read_off() -> str:
-    """Auto beside plain LoRA by model and rank, each at its suggested rate, read off the losses of the grid."""
-    known = {(c.model, *c.key): c for c in rate_cases(None)}
-    gaps: dict[tuple[str, int, bool], list[float]] = defaultdict(list)
-    for (model, task, label, rank), case in known.items():
-        other = known.get((model, task, BASELINE, rank))
-        if label == "auto" and other is not None:
-            loss, plain = (c.loss_at(suggested(c.two_steps)) for c in (case, other))
-            gaps[model, rank, task in CHOSEN].append(loss - plain)
-    rows = []
-    for (model, rank, chosen), values in sorted(
-        gaps.items(), key=lambda g: (g[0][2], g[0][:2]), reverse=True
-    ):
-        mean = Mean.of(values)
-        tasks = "chosen" if chosen else "fresh"
-        rows.append([model, tasks, f"{rank}", str(mean), f"{mean.below} of {mean.tasks}"])
-    heads = ["model", "tasks", "rank", "Auto's validation loss beside plain LoRA's, nats", "below"]
-    return table(heads, rows)
-
-
 def matched_at(label: str, rate: float) -> Mean:
     """Test loss of a line that is told a rate, above plain LoRA's at that rate."""
     told, grid = (runs_of(of_chosen(own_records()), stage) for stage in ("matched", "grid"))
@@ -102,6 +100,22 @@ def matched_at(label: str, rate: float) -> Mean:
 def matched_rates(model: str = MODEL) -> str:
     """Auto and plain LoRA told their rate, beside plain LoRA at that rate."""
     return by_rate(of_chosen(own_records(model)), grid_cells(model))
+
+
+def matched_lines() -> str:
+    """Methods that are told 2e-4."""
+    return by_line(of_chosen(own_records()), _TOLD, 2e-4)
+
+
+def run_lengths() -> str:
+    """Lines beside plain LoRA by number of steps."""
+    return comparison(by_length(of_chosen(own_records())), _SHORT_RUNS)
+
+
+def suggested_lengths() -> str:
+    """Regret of the suggested rate by number of steps."""
+    said = list(read_records([RESULTS], "suggestions").values())
+    return regret(by_length(of_chosen(own_records())), said, _BOTH, suggested)
 
 
 def matched_ranks() -> str:

@@ -45,9 +45,10 @@ starts stand last, so that a call cut short has the rest."""
 
 SEEDS = (0, 1, 2, 3, 4)
 
-GRIDS = ("grid", "matched", "sizes", "heads")
+GRIDS = ("grid", "matched", "sizes", "heads", "steps")
 """Stages of every line at every rate: the comparison; and, kept apart from its tables, starts that are told
-their rate, lines of other sizes of rows or under another schedule, and new heads that go a part of the way."""
+their rate, lines of other sizes of rows or under another schedule, new heads that go a part of the way, and
+runs of other numbers of steps."""
 
 SHORT_STEPS = 64
 

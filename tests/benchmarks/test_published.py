@@ -93,7 +93,6 @@ def test_heads_are_told_apart_by_part_and_sequences(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(head_blocks, "own_records", lambda model: records)
     monkeypatch.setattr(head_blocks, "_MODELS", {"m": "data"})
     assert list(head_blocks.head_cells("m")) == [(0.25, 256), (0.25, 512), (1.0, 256)]
-    assert head_blocks.default_beside_heads("m")[0] == head_blocks.head_cells("m")[0.25, 512]
     _, _, *rows = head_blocks.parts_of_heads().splitlines()
     cells = [[c.strip() for c in row.split("|")[1:-1]] for row in rows]
     assert [row[:4] for row in cells] == [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.quality.analysis.matched_runs import by_rank, by_rate, by_size, by_warmup
+from benchmarks.quality.analysis.matched_runs import by_line, by_rank, by_rate, by_size, by_warmup
 from benchmarks.quality.analysis.rate_grid import cells_of
 
 
@@ -66,6 +66,22 @@ def test_told_beside_plain_lora_at_the_rate_and_at_its_best() -> None:
     assert row[0] == "0.0001"
     assert row[1].startswith("-0.550 [")
     assert row[2:] == ["2 of 2", "+0.000", "-0.300", "+0.000"]
+
+
+def test_lines_that_are_told_a_rate_beside_plain_lora_with_and_without_it() -> None:
+    records = [
+        *grid(),
+        *(run("grid", "eva", t, 1e-4, v) for t, v in (("a", 1.4), ("b", 2.6))),
+        *(run("matched", "eva(matched=True)", t, 1e-4, v) for t, v in (("a", 1.1), ("b", 1.9))),
+        *(run("matched", "vanilla(matched=True)", t, 1e-4, v) for t, v in (("a", 1.2), ("b", 2.2))),
+        # Not a first seed, not that rate.
+        run("matched", "eva(matched=True)", "a", 1e-4, 9.0, seed=1),
+        run("matched", "eva(matched=True)", "a", 1e-3, 9.0),
+    ]
+    (row,) = rows_of(by_line(records, {"eva": "EVA"}, 1e-4))
+    assert row[0] == "EVA"
+    # 1.4 - 1.5 and 2.6 - 2.5; 1.1 - 1.5 and 1.9 - 2.5; 1.1 - 1.2 and 1.9 - 2.2.
+    assert [cell.split()[0] for cell in row[1:]] == ["+0.000", "-0.500", "-0.200"]
 
 
 def test_one_rate_for_ranks_and_what_the_first_step_does() -> None:

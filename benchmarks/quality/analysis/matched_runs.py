@@ -88,6 +88,45 @@ def by_rate(records: Sequence[Record], cells: Cells, label: str = "auto") -> str
     return table(heads, [lines(rate) for rate in rates])
 
 
+def by_line(records: Sequence[Record], names: Mapping[str, str], rate: float) -> str:
+    """Lines that are told a rate, beside plain LoRA there and beside plain LoRA told it; first seeds.
+
+    Args:
+        records: of one model.
+        names: of the lines, by label.
+        rate: that they were told.
+    """
+    told, grid = (
+        {
+            label: {key: run for key, run in runs.items() if key[2] == 0}
+            for label, runs in runs_of(records, stage).items()
+        }
+        for stage in ("matched", "grid")
+    )
+    rows = []
+    for label, name in names.items():
+        mine = told[matched(label)]
+        as_it_is = {key: grid[label][key] for key in mine if key in grid[label]}
+        rows.append(
+            [
+                name,
+                *(
+                    str(Mean.of(gaps(runs, beside.get, rate)))
+                    for runs, beside in (
+                        (as_it_is, grid[BASELINE]),
+                        (mine, grid[BASELINE]),
+                        (mine, told[matched(BASELINE)]),
+                    )
+                ),
+            ]
+        )
+    heads = [
+        "line", "as it is, beside plain LoRA as it is", "told it, beside plain LoRA as it is",
+        "told it, beside plain LoRA told it",
+    ]  # fmt: skip
+    return table(heads, rows)
+
+
 def by_rank(records: Sequence[Record], label: str = "auto", warmup: float = 0.1) -> str:
     """One rate for all ranks: a line told it beside plain LoRA told it, and what its first step does."""
     rows = []
