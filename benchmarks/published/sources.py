@@ -12,6 +12,7 @@ from benchmarks.quality.analysis.grid_comparison import differences
 from benchmarks.quality.analysis.grid_report import by_grid_model
 from benchmarks.quality.analysis.rate_grid import Cells, cells_of
 from benchmarks.quality.analysis.rate_tables import gaps_at
+from benchmarks.quality.analysis.run_lengths import by_length
 from benchmarks.quality.analysis.suggested_rates import Case, cases
 from benchmarks.quality.analysis.t_tests import Mean
 from benchmarks.quality.choose import CHOSEN
@@ -53,6 +54,12 @@ def grid_cells(model: str = MODEL) -> Cells:
 def fresh_cells(model: str = MODEL) -> Cells:
     """Of a language model at the standard rank, on the tasks on which nothing was chosen."""
     return cells_of(next(g for g in by_grid_model(grid()) if g.model == model).fresh)
+
+
+@cache
+def length_cells(steps: int) -> Cells:
+    """Of the language model in runs of so many steps, on the chosen tasks."""
+    return cells_of(by_length(of_chosen(own_records()))[steps])
 
 
 @cache
