@@ -25,6 +25,7 @@ from benchmarks.published.rate_blocks import (
 )
 from benchmarks.published.sources import (
     MODEL,
+    NAMES,
     at_rate,
     beside_on,
     beside_plain,
@@ -53,22 +54,6 @@ from benchmarks.studies import RESULTS as STUDIES
 from lorainit.calibration.learning_rate import suggested
 
 GEMMA, IMAGES = "gemma-3-270m", "vit-mnist"
-
-_NAMES = {
-    "auto": "**Auto**",
-    "vanilla(size=2)": "plain LoRA, rows twice as long",
-    "random(like=natural)": "Random(like=Natural): Natural's sizes, random directions",
-    "lora-da": "LoRA-DA",
-    "lora-da(scale=calibrated)": "LoRA-DA, length measured",
-    "lora-ga": "LoRA-GA",
-    "lora-one": "LoRA-One",
-    "cg-lora": "CG-LoRA",
-    "filet": "FILet",
-    "natural": "Natural",
-    "natural(steps=4)": "Natural, four steps",
-    "pissa": "PiSSA",
-    "eva": "EVA",
-}
 
 _QUANTIZED = {
     "vanilla": "plain LoRA (QLoRA)",
@@ -176,7 +161,7 @@ def tuned_lines(cells: Cells) -> str:
         mean = Mean.of([100 * d.loss for d in tasks])
         rows.append(
             [
-                _NAMES.get(label, label),
+                NAMES.get(label, label),
                 f"{mean.tasks} x {min(d.seeds for d in tasks)}",
                 mean.rounded(1),
                 Mean.of([d.exact for d in tasks]).rounded(1),
@@ -197,7 +182,7 @@ def classifier(model: str) -> str:
     cells, rows = grid_cells(model), []
     for label in labels_of(cells):
         loss, said = beside_plain(label, cells)
-        rows.append((loss.value, [_NAMES.get(label, label), *said]))
+        rows.append((loss.value, [NAMES.get(label, label), *said]))
     heads = [
         "line", "tasks x least seeds", "test loss beside plain LoRA's, each tuned", "points, tuned",
         "test loss, both at 1e-4",
@@ -252,7 +237,7 @@ def what_you_get() -> str:
     images_low = at_rate("auto", 1e-4, seen)
     cells = length_cells(16)
     short = at_rate("auto", 1e-4, cells)
-    short_best = Mean.of([d.loss for d in differences(cells)["auto"]])
+    short_best = tuned("auto", cells)
     ours, theirs = start_seconds("EVA"), 32 * start_seconds("PEFT EVA")
     rows = [
         [

@@ -6,6 +6,7 @@ from benchmarks.published.sources import (
     MODEL,
     at_rate,
     grid_cells,
+    named,
     of_chosen,
     own_records,
     rate_cases,
@@ -23,7 +24,7 @@ from benchmarks.quality.analysis.matched_runs import (
     runs_of,
 )
 from benchmarks.quality.analysis.rate_grid import BASELINE
-from benchmarks.quality.analysis.run_lengths import by_length, comparison, regret
+from benchmarks.quality.analysis.run_lengths import by_length, length_table, regret_table
 from benchmarks.quality.analysis.suggested_rates import by_model
 from benchmarks.quality.analysis.suggested_rates import table as rates_table
 from benchmarks.quality.analysis.suggested_runs import suggested_table
@@ -34,23 +35,17 @@ from lorainit.calibration.learning_rate import suggested
 
 _HALF_TO_16 = (0.5, 2.0, 4.0, 8.0, 16.0)
 
-_BOTH = {BASELINE: "plain LoRA", "auto": "**Auto**"}
+_BOTH = (BASELINE, "auto")
 
-_SHORT_RUNS = {
-    "auto": "**Auto**",
-    "natural(steps=4)": "Natural, four steps",
-    "vanilla(size=2)": "plain LoRA, rows twice as long",
-    "lora-da(scale=calibrated)": "LoRA-DA, length measured",
-    "lora-ga": "LoRA-GA",
-}
+_SHORT_RUNS = (
+    "auto",
+    "natural(steps=4)",
+    "vanilla(size=2)",
+    "lora-da(scale=calibrated)",
+    "lora-ga",
+)
 
-_TOLD = {
-    "auto": "**Auto**",
-    "lora-da": "LoRA-DA",
-    "pissa": "PiSSA",
-    "eva": "EVA",
-    "lora-ga": "LoRA-GA",
-}
+_TOLD = ("auto", "lora-da", "pissa", "eva", "lora-ga")
 
 _SIZES = {
     "plain LoRA": {1.0: BASELINE, 2.0: "vanilla(size=2)"}
@@ -104,18 +99,18 @@ def matched_rates(model: str = MODEL) -> str:
 
 def matched_lines() -> str:
     """Methods that are told 2e-4."""
-    return by_line(of_chosen(own_records()), _TOLD, 2e-4)
+    return by_line(of_chosen(own_records()), named(_TOLD), 2e-4)
 
 
 def run_lengths() -> str:
     """Lines beside plain LoRA by number of steps."""
-    return comparison(by_length(of_chosen(own_records())), _SHORT_RUNS)
+    return length_table(by_length(of_chosen(own_records())), named(_SHORT_RUNS))
 
 
 def suggested_lengths() -> str:
     """Regret of the suggested rate by number of steps."""
     said = list(read_records([RESULTS], "suggestions").values())
-    return regret(by_length(of_chosen(own_records())), said, _BOTH, suggested)
+    return regret_table(by_length(of_chosen(own_records())), said, named(_BOTH), suggested)
 
 
 def matched_ranks() -> str:

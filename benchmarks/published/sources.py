@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.common.cache import REPOSITORY
 from benchmarks.quality.analysis.grid_comparison import differences
 from benchmarks.quality.analysis.grid_report import by_grid_model
-from benchmarks.quality.analysis.rate_grid import Cells, cells_of
+from benchmarks.quality.analysis.rate_grid import BASELINE, Cells, cells_of
 from benchmarks.quality.analysis.rate_tables import gaps_at
 from benchmarks.quality.analysis.run_lengths import by_length
 from benchmarks.quality.analysis.suggested_rates import Case, cases
@@ -23,6 +23,30 @@ from benchmarks.quality.stages import STANDARD_RANK
 from benchmarks.quantized import recovery_tables
 
 MODEL = "smollm2-135m-instruct"
+
+
+NAMES = {
+    BASELINE: "plain LoRA",
+    "auto": "**Auto**",
+    "vanilla(size=2)": "plain LoRA, rows twice as long",
+    "random(like=natural)": "Random(like=Natural): Natural's sizes, random directions",
+    "lora-da": "LoRA-DA",
+    "lora-da(scale=calibrated)": "LoRA-DA, length measured",
+    "lora-ga": "LoRA-GA",
+    "lora-one": "LoRA-One",
+    "cg-lora": "CG-LoRA",
+    "filet": "FILet",
+    "natural": "Natural",
+    "natural(steps=4)": "Natural, four steps",
+    "pissa": "PiSSA",
+    "eva": "EVA",
+}
+"""What a line is called, by label."""
+
+
+def named(labels: Iterable[str]) -> dict[str, str]:
+    """These lines of `NAMES`, in this order."""
+    return {label: NAMES[label] for label in labels}
 
 
 @cache
@@ -118,6 +142,6 @@ def beside_plain(label: str, cells: Cells) -> tuple[Mean, list[str]]:
     return loss, [f"{loss.tasks} x {seeds}", str(loss), points.rounded(1), str(low)]
 
 
-def tuned(label: str, model: str = MODEL) -> Mean:
+def tuned(label: str, cells: Cells | None = None) -> Mean:
     """The same, each at its own best rate by validation loss."""
-    return Mean.of([d.loss for d in differences(grid_cells(model))[label]])
+    return Mean.of([d.loss for d in differences(grid_cells() if cells is None else cells)[label]])

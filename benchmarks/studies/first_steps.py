@@ -10,7 +10,9 @@ same sequences (``same``) and after one step (``one``). One JSON line each in ``
 
     python -m benchmarks.studies.first_steps --suggestions
 
-makes records of suggestions (``benchmarks.quality.suggestions``) of these curves, by the package's rule.
+makes records of suggestions (``benchmarks.quality.suggestions``) of these curves, by the package's rule; with
+``--every-rate`` from all eleven rates in place of four. ``benchmarks.quality.suggested --suggestions OUT`` sets
+them beside the grid.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import argparse
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -37,6 +40,9 @@ from lorainit.types import Factors
 RATES = tuple(2e-5 * 2**k for k in range(11))
 """Peak rates."""
 
+_EVERY = {"_FIRST": RATES[0], "_GROWTH": 2.0, "_TRIED": len(RATES), "_HIGHEST": len(RATES) - 1}
+"""What the package would try, to have all of them."""
+
 CURVES = Path(__file__).parent / "results"
 
 SEQUENCES = 128
@@ -50,10 +56,13 @@ def main() -> None:
     add_lines(parser)
     parser.add_argument("--more", action="store_true", help="variants that were given up")
     parser.add_argument("--suggestions", action="store_true", help="from the kept curves")
+    parser.add_argument("--every-rate", action="store_true", help="with --suggestions")
     options = parser.parse_args()
     if options.suggestions:
-        for record in read_records([CURVES], "first_steps").values():
-            append(options.out, suggestion(record), "suggestions")
+        law = "lorainit.calibration.learning_rate"
+        with mock.patch.multiple(law, **_EVERY) if options.every_rate else nullcontext():
+            for record in read_records([CURVES], "first_steps").values():
+                append(options.out, suggestion(record), "suggestions")
         return
     measure_lines(options, "first_steps", partial(curves, more=options.more), 8.0)
 

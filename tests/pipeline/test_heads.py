@@ -107,8 +107,10 @@ def test_a_head_without_anything_to_learn_is_left_and_said(
     assert "head 'classifier' left as it is: fitted, the loss on 20 held-back sequences" in line
     assert "standard error" in line
     with caplog.at_level("INFO", logger="lorainit"):
-        started(classifier())
-    assert "head 'classifier' fitted first, loss 1.097 to 0.201" in caplog.messages[-1]
+        heads = origin_of(started(classifier()), "default").heads
+    said = f"loss {heads['loss_before']:.4g} to {heads['loss_after']:.4g} on 20"
+    assert f"head 'classifier' fitted first, {said}" in caplog.messages[-1]
+    assert heads["loss_after"] < 0.25 < heads["loss_before"]
 
 
 def test_a_head_that_is_trained_already_stays_near_itself() -> None:

@@ -91,6 +91,8 @@ def by_rate(records: Sequence[Record], cells: Cells, label: str = "auto") -> str
 def by_line(records: Sequence[Record], names: Mapping[str, str], rate: float) -> str:
     """Lines that are told a rate, beside plain LoRA there and beside plain LoRA told it; first seeds.
 
+    A line without runs of both kinds is left out.
+
     Args:
         records: of one model.
         names: of the lines, by label.
@@ -105,8 +107,10 @@ def by_line(records: Sequence[Record], names: Mapping[str, str], rate: float) ->
     )
     rows = []
     for label, name in names.items():
-        mine = told[matched(label)]
-        as_it_is = {key: grid[label][key] for key in mine if key in grid[label]}
+        mine, grid_runs = told.get(matched(label), {}), grid.get(label, {})
+        as_it_is = {key: grid_runs[key] for key in mine if key in grid_runs}
+        if not as_it_is:
+            continue
         rows.append(
             [
                 name,

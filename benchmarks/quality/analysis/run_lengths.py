@@ -12,26 +12,32 @@ from benchmarks.quality.analysis.rate_grid import cells_of
 from benchmarks.quality.analysis.rate_tables import gaps_at
 from benchmarks.quality.analysis.suggested_rates import cases, quantiles
 from benchmarks.quality.analysis.t_tests import Mean
+from benchmarks.quality.experiment import Experiment
 from benchmarks.quality.records import Record
 from benchmarks.quality.stages import STANDARD_RANK
 
-FIXED = (1e-4, 1e-3)
+SAME = (1e-4, 1e-3)
 """Rates at which lines stand beside plain LoRA at the same."""
+
+WARMUP = {"grid": Experiment.__dataclass_fields__["warmup"].default, "steps": 0.1}
+"""Share of the steps, by stage; runs under another schedule are left out."""
 
 Lengths = Mapping[int, Sequence[Record]]
 """By number of steps."""
 
 
 def by_length(records: Iterable[Record]) -> Lengths:
-    """Runs of every length at the standard rank, as if all were of the stage "grid"."""
+    """Runs of every length at the standard rank, as if all were of the stage "grid", whose length is one."""
     found: dict[int, list[Record]] = defaultdict(list)
     for record in records:
-        if record["stage"] in ("grid", "steps") and record["rank"] == STANDARD_RANK:
-            found[record["experiment"]["steps"]].append(record | {"stage": "grid"})
+        experiment = record["experiment"]
+        scheduled = experiment["warmup"] == WARMUP.get(record["stage"])
+        if scheduled and record["rank"] == STANDARD_RANK:
+            found[experiment["steps"]].append(record | {"stage": "grid"})
     return dict(sorted(found.items()))
 
 
-def comparison(lengths: Lengths, names: Mapping[str, str]) -> str:
+def length_table(lengths: Lengths, names: Mapping[str, str]) -> str:
     """Test loss beside plain LoRA's, each at its own best rate, and both at fixed ones.
 
     Args:
@@ -53,17 +59,17 @@ def comparison(lengths: Lengths, names: Mapping[str, str]) -> str:
                         str(loss),
                         Mean.of([d.exact for d in found[label]]).rounded(1),
                         f"{loss.below}",
-                        *(str(Mean.of(gaps_at(cells, label, rate))) for rate in FIXED),
+                        *(str(Mean.of(gaps_at(cells, label, rate))) for rate in SAME),
                     ]
                 )
     heads = [
         "steps", "line", "tasks x least seeds", "test loss beside plain LoRA's, each tuned, nats",
-        "exact match, points", "tasks below", *(f"both at {rate:g}" for rate in FIXED),
+        "exact match, points", "tasks below", *(f"both at {rate:g}" for rate in SAME),
     ]  # fmt: skip
     return table(heads, rows)
 
 
-def regret(
+def regret_table(
     lengths: Lengths,
     suggestions: Sequence[Record],
     names: Mapping[str, str],

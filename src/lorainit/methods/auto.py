@@ -20,8 +20,8 @@ class Auto(Natural):
     that training is the plain PEFT run with the same seed.
 
     Where a head beside the adapter was fitted first (``fit_heads``), no step is taken and no statistics are
-    collected: after it a step ended level on seven image tasks and a little above on three of sentences
-    (docs/heads.md). `Natural` takes it.
+    collected: after it a step helps on some data and costs on other, and its measured gain does not say
+    which (docs/heads.md). `Natural` takes it.
 
     Without data to measure on (``statistics`` alone) it is `Natural`. With both, all of the data is
     measured on: give other data than the statistics are of, or what is measured is too good.
