@@ -48,7 +48,9 @@ class Auto(Natural):
     least_taken: float = 0.125
 
     needs_reference: ClassVar[bool] = False
-    beside_fitted_heads: ClassVar[str] = "a head was fitted first, and a step after it does not pay"
+    beside_fitted_heads: ClassVar[str] = (
+        "a head was fitted first, and a step after it pays on some data alone"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
