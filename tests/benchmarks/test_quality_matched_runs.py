@@ -76,6 +76,8 @@ def test_lines_that_are_told_a_rate_beside_plain_lora_with_and_without_it() -> N
         *(run("matched", "vanilla(matched=True)", t, 1e-4, v) for t, v in (("a", 1.2), ("b", 2.2))),
         # Not a first seed, not that rate.
         run("matched", "eva(matched=True)", "a", 1e-4, 9.0, seed=1),
+        run("grid", "eva", "a", 1e-4, 9.0, seed=1),
+        run("grid", "vanilla", "a", 1e-4, 1.5, seed=1),
         run("matched", "eva(matched=True)", "a", 1e-3, 9.0),
     ]
     (row,) = rows_of(by_line(records, {"eva": "EVA"}, 1e-4))
