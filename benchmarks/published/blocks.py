@@ -27,12 +27,11 @@ from benchmarks.published.sources import (
     MODEL,
     NAMES,
     at_rate,
-    beside_on,
     beside_plain,
     fresh_cells,
     grid,
     grid_cells,
-    length_cells,
+    lengths,
     quantized_cells,
     rate_cases,
     recovered_on_text,
@@ -42,7 +41,7 @@ from benchmarks.published.sources import (
 )
 from benchmarks.quality.analysis.grid_comparison import compared, differences
 from benchmarks.quality.analysis.markdown import table
-from benchmarks.quality.analysis.rate_grid import BASELINE, Cells, labels_of, tuned_loss
+from benchmarks.quality.analysis.rate_grid import BASELINE, Cells, cells_of, labels_of, tuned_loss
 from benchmarks.quality.analysis.steps_of_runs import steps_of_runs
 from benchmarks.quality.analysis.suggested_rates import quantiles
 from benchmarks.quality.analysis.t_tests import Mean
@@ -225,9 +224,10 @@ def what_you_get() -> str:
     nf4 = {r["method"]: r for r in recovered_on_text("nf4") if r["rank"] == 8}
     qer, loftq = nf4["both sides"], nf4["LoftQ"]
     # What Auto is there.
-    line, bits = "kronecker-qer(reference=True)", ("hqq3", "hqq2")
-    three, two = (beside_on(kind, line) for kind in bits)
-    three_low, two_low = (at_rate(line, 1e-4, quantized_cells(kind)) for kind in bits)
+    line = "kronecker-qer(reference=True)"
+    bases = [quantized_cells(kind) for kind in ("hqq3", "hqq2")]
+    three, two = (tuned(line, cells) for cells in bases)
+    three_low, two_low = (at_rate(line, 1e-4, cells) for cells in bases)
     regrets = [c.regret(suggested(c.two_steps)) for c in rate_cases(GEMMA)]
     common = [c.regret(1e-4) for c in rate_cases(GEMMA)]
     low, best = at_rate("auto", 1e-4), tuned("auto")
@@ -235,9 +235,8 @@ def what_you_get() -> str:
     seen = grid_cells(IMAGES)
     images = Mean.of([d.exact for d in differences(seen)["auto"]])
     images_low = at_rate("auto", 1e-4, seen)
-    cells = length_cells(16)
-    short = at_rate("auto", 1e-4, cells)
-    short_best = tuned("auto", cells)
+    brief = cells_of(lengths()[16])
+    short, short_best = at_rate("auto", 1e-4, brief), tuned("auto", brief)
     ours, theirs = start_seconds("EVA"), 32 * start_seconds("PEFT EVA")
     rows = [
         [

@@ -6,6 +6,7 @@ from benchmarks.published.sources import (
     MODEL,
     at_rate,
     grid_cells,
+    lengths,
     named,
     of_chosen,
     own_records,
@@ -24,7 +25,7 @@ from benchmarks.quality.analysis.matched_runs import (
     runs_of,
 )
 from benchmarks.quality.analysis.rate_grid import BASELINE
-from benchmarks.quality.analysis.run_lengths import by_length, length_table, regret_table
+from benchmarks.quality.analysis.run_lengths import length_table, regret_table
 from benchmarks.quality.analysis.suggested_rates import by_model
 from benchmarks.quality.analysis.suggested_rates import table as rates_table
 from benchmarks.quality.analysis.suggested_runs import suggested_table
@@ -104,13 +105,13 @@ def matched_lines() -> str:
 
 def run_lengths() -> str:
     """Lines beside plain LoRA by number of steps."""
-    return length_table(by_length(of_chosen(own_records())), named(_SHORT_RUNS))
+    return length_table(lengths(), named(_SHORT_RUNS))
 
 
 def suggested_lengths() -> str:
     """Regret of the suggested rate by number of steps."""
     said = list(read_records([RESULTS], "suggestions").values())
-    return regret_table(by_length(of_chosen(own_records())), said, named(_BOTH), suggested)
+    return regret_table(lengths(), said, named(_BOTH), suggested)
 
 
 def matched_ranks() -> str:

@@ -12,7 +12,7 @@ from benchmarks.quality.analysis.grid_comparison import differences
 from benchmarks.quality.analysis.grid_report import by_grid_model
 from benchmarks.quality.analysis.rate_grid import BASELINE, Cells, cells_of
 from benchmarks.quality.analysis.rate_tables import gaps_at
-from benchmarks.quality.analysis.run_lengths import by_length
+from benchmarks.quality.analysis.run_lengths import Lengths, by_length
 from benchmarks.quality.analysis.suggested_rates import Case, cases
 from benchmarks.quality.analysis.t_tests import Mean
 from benchmarks.quality.choose import CHOSEN
@@ -81,9 +81,9 @@ def fresh_cells(model: str = MODEL) -> Cells:
 
 
 @cache
-def length_cells(steps: int) -> Cells:
-    """Of the language model in runs of so many steps, on the chosen tasks."""
-    return cells_of(by_length(of_chosen(own_records()))[steps])
+def lengths() -> Lengths:
+    """Of the language model on the chosen tasks, by number of steps."""
+    return by_length(of_chosen(own_records()))
 
 
 @cache
@@ -94,12 +94,6 @@ def quantized_cells(grid_name: str, model: str = MODEL) -> Cells:
     """
     mine = (r for r in grid() if r["experiment"]["model"] == f"{model}+{grid_name}")
     return cells_of(mine, rates=GRID[2:8])
-
-
-def beside_on(grid_name: str, label: str) -> Mean:
-    """Test loss of a line above plain LoRA's on the same quantized base, each at its best rate."""
-    found = differences(quantized_cells(grid_name))[label]
-    return Mean.of([d.loss for d in found])
 
 
 @cache
