@@ -256,6 +256,19 @@ def test_what_is_measured_of_starts_is_recorded_once(folder, tmp_path, monkeypat
     assert all("suggestion" in r or "refused" in r for r in said)
     curves = read_records([tmp_path], "first_steps").values()
     assert all(len(r["curves"]["apart"]) == 1 + len(r["rates"]) for r in curves)
+    # Of the kept curves, by the package's four rates or by all of them.
+    monkeypatch.setattr(first_steps, "CURVES", tmp_path)
+    tried = {}
+    for option in ((), ("--every-rate",)):
+        out = tmp_path.parent / f"from_curves{len(option)}"
+        monkeypatch.setattr("sys.argv", ["x", "--out", str(out), "--suggestions", *option])
+        first_steps.main()
+        (tried[option],) = {
+            len({rate for rate, _ in r["suggestion"]["trials"]} & {*first_steps.RATES})
+            for r in read_records([out], "suggestions").values()
+            if r["label"] == "vanilla"
+        }
+    assert tried["--every-rate",] == len(first_steps.RATES) > tried[()]
 
 
 def test_lines_at_the_rates_that_are_suggested_for_them():
